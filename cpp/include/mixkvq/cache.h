@@ -1,0 +1,131 @@
+// The cache of one tensor (the keys or the values of one layer): pages that are packed, or F16 while they are recent.
+// Knows nothing of ggml. One thread at a time may change a store; kernels inside run on several.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "mixkvq/kernels.h"
+#include "mixkvq/memory.h"
+
+namespace mixkvq {
+
+struct StoreShape {
+    bool is_value = false;
+    int row = 0;        // elements of a cell: heads * head size
+    int n_cells = 0;    // per stream
+    int n_streams = 1;
+    int window = 128;   // recent cells kept in F16
+    int sinks = 128;    // first cells kept in F16, rounded up to pages
+
+    int n_pages() const { return (n_cells + kPageCells - 1) / kPageCells; }
+    int sink_pages() const;
+    int home_pages() const;     // F16 pages a stream owns: sinks, window and the page being filled
+    int record_pages() const;   // packed pages a stream can hold: all but the sinks and the page being filled
+    size_t page_bytes() const { return size_t(2) * kPageCells * row; }
+};
+
+// Bytes that a store needs for its F16 pages and the records of all its pages.
+size_t reserve_bytes(const StoreShape & shape, size_t records_per_page);
+
+class PageStore {
+  public:
+    struct Page {
+        half *    rows = nullptr;    // F16, [128][row]; nullptr when packed or empty
+        uint8_t * records = nullptr; // head records; nullptr unless packed
+        CellMask  valid;
+        uint64_t  written = 0;       // stream clock after the last write
+        bool empty() const { return !rows && !records; }
+    };
+
+    // `memory` (zeroed, 64-byte aligned) holds what reserve_bytes says; it and the pool outlive the store.
+    PageStore(const StoreShape & shape, const Kernels & kernels, uint8_t * memory, size_t memory_bytes, ScratchPool & pool);
+    ~PageStore();
+
+    // Until one of these is called every page stays F16. A format per head.
+    void set_formats(std::vector<KeyFormat> formats, std::vector<float> query_prior);
+    void set_formats(std::vector<ValueFormat> formats);
+    bool configured() const { return configured_; }
+
+    const StoreShape & shape() const { return shape_; }
+    int n_heads() const { return n_heads_; }
+    int head_size() const { return head_size_; }
+    const KeyFormat & key_format(int head) const { return keys_[head]; }
+    const ValueFormat & value_format(int head) const { return values_[head]; }
+    const Page & page(int stream, int p) const { return pages_[size_t(stream) * shape_.n_pages() + p]; }
+    const uint8_t * record(const Page & page, int head) const { return page.records + record_offset_[head]; }
+
+    // Writes `n` rows of `row` numbers to consecutive cells. NaN becomes 0, infinity +-65504.
+    void write(int stream, int cell, int n, const float * rows, size_t stride);
+    void write(int stream, int cell, int n, const half * rows, size_t stride);
+    // Cells read as zero afterwards and hold no token.
+    void erase(int stream, int cell, int n);
+    void read(int stream, int cell, int n, half * rows) const;
+    // Rewrites a page in place: `edit` gets its F16 rows. A packed page is packed again at once.
+    template <class Edit> void edit_page(int stream, int p, int n_threads, Edit && edit) {
+        if (this->page(stream, p).empty()) return;
+        const bool packed = this->page(stream, p).records != nullptr;
+        half * rows = stage(stream, p);
+        edit(rows);
+        if (packed) pack({{stream, p}}, n_threads);
+    }
+
+    // Packs what is full and older than the window, and, if more F16 pages are in use than a stream owns, the least
+    // recently written ones early. Call after the attention that reads the last written cells.
+    void settle(int n_threads);
+
+    // Adds queries to I_d of a head: `n` vectors of head_size.
+    void observe(int head, const float * q, size_t stride, int n);
+    void end_observation();  // once per batch: lets old queries fade
+    // Mean |q_d| per channel, [head][channel]; ones before any query without a prior.
+    std::vector<float> importance() const;
+
+    void copy_stream(int from, int to);
+    bool same_layout(const PageStore & other) const;
+    void copy_stream_from(const PageStore & other, int from, int to);
+    void clear();  // keeps the query statistics: they belong to the model
+
+    size_t records_per_page() const { return records_bytes_; }
+    size_t bytes_used() const;
+    int pages_packed() const { return n_packed_; }
+    int pages_half() const { return n_half_; }
+    uint64_t pages_packed_ever() const { return packed_ever_; }
+
+  private:
+    struct Place { int stream, page; };
+
+    Page & at(int stream, int p) { return pages_[size_t(stream) * shape_.n_pages() + p]; }
+    half * stage(int stream, int p);  // makes the page F16 and returns its rows
+    void drop_rows(Page & page, int stream, int p);
+    void drop_records(Page & page);
+    void pack(const std::vector<Place> & places, int n_threads);
+    void unpack(const Page & page, half * rows) const;
+    template <class Row> void write_rows(int stream, int cell, int n, const Row * rows, size_t stride);
+    void lay_out_records(size_t records_bytes);
+
+    StoreShape shape_;
+    const Kernels & k_;
+    uint8_t * memory_;
+    size_t memory_bytes_;
+    ScratchPool & pool_;
+
+    bool configured_ = false;
+    int n_heads_ = 1, head_size_ = 0;
+    std::vector<KeyFormat> keys_;
+    std::vector<ValueFormat> values_;
+    std::vector<size_t> record_offset_;
+    size_t records_bytes_ = 0;
+
+    std::vector<Page> pages_;
+    std::vector<std::vector<int>> half_pages_;  // by stream: pages in F16
+    std::vector<uint64_t> clock_;               // by stream: rows written
+    std::vector<int> newest_;                   // by stream: the page written last, -1
+    std::vector<uint8_t *> free_home_, free_records_;
+    int n_packed_ = 0, n_half_ = 0;
+    uint64_t packed_ever_ = 0;
+
+    std::vector<float> q_sum_, q_prior_;
+    double q_count_ = 0, q_pending_ = 0;
+};
+
+}  // namespace mixkvq

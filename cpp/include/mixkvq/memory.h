@@ -1,0 +1,49 @@
+// Memory that becomes resident only where it is touched.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+namespace mixkvq {
+
+// A zeroed region, aligned to a memory page.
+class Region {
+  public:
+    Region() = default;
+    explicit Region(size_t bytes);  // data() is nullptr if there is not enough memory
+    ~Region();
+    Region(Region && other) noexcept;
+    Region & operator=(Region && other) noexcept;
+    Region(const Region &) = delete;
+    Region & operator=(const Region &) = delete;
+
+    uint8_t * data() const { return data_; }
+    size_t size() const { return size_; }
+    void zero();  // back to zeros, giving the memory back where the system can
+
+  private:
+    uint8_t * data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// Physical memory in bytes, 0 if it cannot be told.
+uint64_t physical_memory();
+
+// Blocks for F16 pages beyond the ones a cache tensor owns: those of the ubatch in flight. Shared by the layers of a context.
+class ScratchPool {
+  public:
+    ~ScratchPool();
+    void * get(size_t bytes);  // zeroed, 64-byte aligned; throws std::bad_alloc
+    void put(void * block, size_t bytes);
+    void trim();  // frees the blocks that nobody holds
+    size_t bytes() const { return bytes_; }
+    size_t bytes_peak() const { return peak_; }
+
+  private:
+    std::unordered_map<size_t, std::vector<void *>> free_;
+    size_t bytes_ = 0, peak_ = 0;
+};
+
+}  // namespace mixkvq

@@ -1,0 +1,74 @@
+// The page format: geometry of key and value records. docs/format.md is the specification.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mixkvq {
+
+constexpr int kPageCells   = 128;  // cells per page
+constexpr int kMinHeadSize = 32;
+constexpr int kMaxHeadSize = 256;
+constexpr int kRecordAlign = 64;
+constexpr int kFormatVersion = 1;
+
+// A key format: how many channels of a head sit in each tier.
+struct KeyFormat {
+    int head_size = 0;  // D
+    int n16 = 0, n8 = 0, n4 = 0, n3 = 0, n2 = 0;
+    int group = kPageCells;  // tokens per scale and minimum: 32, 64 or 128
+
+    int n_groups() const { return kPageCells / group; }
+    int n_coded() const { return head_size - n16; }
+
+    size_t offset16() const { return 0; }
+    size_t offset8() const { return size_t(256) * n16; }
+    size_t offset4() const { return offset8() + size_t(128) * n8; }
+    size_t offset3() const { return offset4() + size_t(64) * n4; }
+    size_t offset2() const { return offset3() + size_t(48) * n3; }
+    size_t offset_scale() const { return offset2() + size_t(32) * n2; }
+    size_t offset_min() const { return offset_scale() + size_t(2) * n_coded() * n_groups(); }
+    size_t offset_order() const { return offset_min() + size_t(2) * n_coded() * n_groups(); }
+    size_t record_bytes() const { return (offset_order() + head_size + kRecordAlign - 1) / kRecordAlign * kRecordAlign; }
+
+    // nullptr if the format is one this version serves, else what is wrong with it.
+    const char * error() const;
+};
+
+// A value format. group 0: rotated, one scale per token; 32 or 64: minimum and scale per group of dimensions.
+struct ValueFormat {
+    int head_size = 0;  // Dv
+    int bits = 0;       // 2, 3, 4 or 8
+    int group = 0;
+
+    bool rotated() const { return group == 0; }
+    int n_groups() const { return group == 0 ? 1 : (head_size + group - 1) / group; }
+    // Size of a Walsh-Hadamard block: the largest power of two that divides the head size.
+    int rotation_block() const { return head_size & -head_size; }
+
+    size_t offset_high() const { return size_t(32) * head_size; }  // 3 bits only: the plane of top bits
+    size_t offset_scale() const { return size_t(16) * head_size * bits; }
+    size_t offset_min() const { return offset_scale() + size_t(2) * kPageCells * n_groups(); }
+    size_t record_bytes() const {
+        const size_t end = offset_min() + (group == 0 ? 0 : size_t(2) * kPageCells * n_groups());
+        return (end + kRecordAlign - 1) / kRecordAlign * kRecordAlign;
+    }
+
+    const char * error() const;
+};
+
+// Best uniform step for a unit Gaussian at 2, 3 and 4 bits.
+inline float gaussian_step(int bits) { return bits == 2 ? 0.9957f : bits == 3 ? 0.5860f : 0.3352f; }
+
+// Which of the 128 cells of a page hold a token.
+struct CellMask {
+    uint64_t word[2] = {0, 0};
+
+    bool test(int i) const { return (word[i >> 6] >> (i & 63)) & 1; }
+    void set(int i) { word[i >> 6] |= uint64_t(1) << (i & 63); }
+    bool full() const { return (word[0] & word[1]) == ~uint64_t(0); }
+    bool empty() const { return (word[0] | word[1]) == 0; }
+    static CellMask all() { return CellMask{{~uint64_t(0), ~uint64_t(0)}}; }
+};
+
+}  // namespace mixkvq
