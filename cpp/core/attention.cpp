@@ -1,0 +1,215 @@
+#include "mixkvq/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "mixkvq/attend.h"
+#include "parallel.h"
+
+namespace mixkvq {
+
+namespace {
+
+constexpr int kBlockRows = 64;     // query vectors that share one pass over the pages
+constexpr int kMinSplitPages = 4;  // flash decoding gives no thread less than this
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+constexpr half kHalfHidden = 0xfc00;
+
+size_t padded(size_t n) { return (n + 15) / 16 * 16; }
+
+// ALiBi: the factor of the mask for a head, 1 without a bias.
+float alibi_slope(const AttentionCall & c, int head) {
+    if (c.max_bias <= 0) return 1.0f;
+    int power = 1;
+    while (2 * power <= c.n_heads) power *= 2;
+    if (head < power) return std::pow(std::exp2(-c.max_bias / power), float(head + 1));
+    return std::pow(std::exp2(-c.max_bias / 2 / power), float(2 * (head - power) + 1));
+}
+
+// How the call is cut: items of (stream, KV head, block of tokens, split of the pages).
+struct Plan {
+    int n_kv_heads, group, block_tokens, n_blocks, n_splits, n_pages, rows;
+    int items(const AttentionCall & c) const { return c.n_streams * n_kv_heads * n_blocks * n_splits; }
+};
+
+Plan make_plan(const AttentionCall & c, int n_kv_heads, int n_threads) {
+    Plan plan;
+    plan.n_kv_heads = n_kv_heads;
+    plan.group = c.n_heads / n_kv_heads;
+    plan.block_tokens = std::min(c.n_tokens, std::max(1, kBlockRows / plan.group));
+    plan.n_blocks = (c.n_tokens + plan.block_tokens - 1) / plan.block_tokens;
+    plan.n_pages = (c.n_kv + kPageCells - 1) / kPageCells;
+    const int items = c.n_streams * n_kv_heads * plan.n_blocks;
+    const int wanted = (4 * n_threads + items - 1) / items;
+    plan.n_splits = n_threads == 1 ? 1 : std::max(1, std::min(wanted, plan.n_pages / kMinSplitPages));
+    plan.rows = plan.block_tokens * plan.group;
+    return plan;
+}
+
+}  // namespace
+
+AttentionWorkspace::~AttentionWorkspace() { ::operator delete(data_, std::align_val_t(64)); }
+
+float * AttentionWorkspace::get(size_t floats) {
+    if (floats > capacity_) {
+        ::operator delete(data_, std::align_val_t(64));
+        data_ = nullptr;
+        capacity_ = 0;
+        data_ = static_cast<float *>(::operator new(floats * sizeof(float), std::align_val_t(64)));
+        capacity_ = floats;
+    }
+    return data_;
+}
+
+void attention(const Kernels & kernels, PageStore & keys, PageStore & values, const AttentionCall & c, int n_threads,
+               AttentionWorkspace & workspace) {
+    const int d = keys.head_size(), dv = values.head_size();
+    const Plan plan = make_plan(c, keys.n_heads(), n_threads);
+    const int n_items = plan.items(c);
+    const size_t rows = plan.rows;
+    const size_t row_k = keys.shape().row, row_v = values.shape().row;
+
+    parallel_for(n_threads, plan.n_kv_heads, [&](int kv, int) {
+        for (int s = 0; s < c.n_streams; ++s) {
+            for (int g = 0; g < plan.group; ++g) {
+                keys.observe(kv, c.q + s * c.q_stream + (size_t(kv) * plan.group + g) * c.q_head, c.q_token, c.n_tokens);
+            }
+        }
+    });
+    keys.end_observation();
+
+    // Results of the items, then each thread's own scratch.
+    const size_t result_floats = padded(rows * dv) + 2 * padded(rows);
+    const size_t block_floats = padded(rows * d) + padded(rows * dv) + rows * kPageCells + padded(rows) +
+                                2 * size_t(plan.block_tokens) * kPageCells;
+    const size_t thread_floats = block_floats + scratch_floats(std::max(d, dv));
+    float * base = workspace.get(n_items * result_floats + std::max(1, n_threads) * thread_floats);
+    float * threads = base + n_items * result_floats;
+
+    parallel_for(n_threads, n_items, [&](int item, int thread) {
+        const int split = item % plan.n_splits;
+        const int block = item / plan.n_splits % plan.n_blocks;
+        const int kv = item / plan.n_splits / plan.n_blocks % plan.n_kv_heads;
+        const int s = item / plan.n_splits / plan.n_blocks / plan.n_kv_heads;
+        const int token0 = block * plan.block_tokens;
+        const int n_tokens = std::min(plan.block_tokens, c.n_tokens - token0);
+        const int n = n_tokens * plan.group;  // rows, head by head
+
+        float * acc = base + item * result_floats;
+        float * max = acc + padded(rows * dv);
+        float * sum = max + padded(rows);
+        float * q = threads + thread * thread_floats;
+        float * rotated = q + padded(rows * d);
+        float * scores = rotated + padded(rows * dv);
+        float * factor = scores + rows * kPageCells;
+        float * mask = factor + padded(rows);
+        float * biased = mask + size_t(plan.block_tokens) * kPageCells;
+        float * scratch = biased + size_t(plan.block_tokens) * kPageCells;
+
+        for (int g = 0; g < plan.group; ++g) {
+            for (int t = 0; t < n_tokens; ++t) {
+                std::memcpy(q + size_t(g * n_tokens + t) * d,
+                            c.q + s * c.q_stream + (size_t(kv) * plan.group + g) * c.q_head + (token0 + t) * c.q_token, sizeof(float) * d);
+            }
+        }
+        std::fill(acc, acc + size_t(n) * dv, 0.0f);
+        std::fill(rotated, rotated + size_t(n) * dv, 0.0f);
+        std::fill(max, max + n, kHidden);
+        std::fill(sum, sum + n, 0.0f);
+
+        const ValueFormat * format = values.configured() ? &values.value_format(kv) : nullptr;
+        bool any_rotated = false;
+        const int first = int(int64_t(plan.n_pages) * split / plan.n_splits);
+        const int last = int(int64_t(plan.n_pages) * (split + 1) / plan.n_splits);
+        for (int p = first; p < last; ++p) {
+            const PageStore::Page & kp = keys.page(c.first_stream + s, p);
+            const PageStore::Page & vp = values.page(c.first_stream + s, p);
+            if (kp.empty() || vp.empty()) continue;
+            const int n_cells = std::min(kPageCells, c.n_kv - p * kPageCells);
+
+            // Masks differ by head only where the model says so; one conversion serves the group otherwise.
+            auto load_mask = [&](int head) {
+                bool seen = false;
+                for (int t = 0; t < n_tokens; ++t) {
+                    const half * from = c.mask + s * c.mask_stream + head * c.mask_head + (token0 + t) * c.mask_token + size_t(p) * kPageCells;
+                    seen = seen || std::any_of(from, from + n_cells, [](half m) { return m != kHalfHidden; });
+                    kernels.from_half(from, mask + size_t(t) * kPageCells, n_cells);
+                }
+                return seen;
+            };
+            if (c.mask && c.mask_head == 0 && !load_mask(0)) continue;
+
+            if (kp.records) {
+                kernels.scores_packed(keys.key_format(kv), keys.record(kp, kv), q, n, scores, scratch);
+            } else {
+                kernels.scores_half(d, kp.rows + kv * d, row_k, n_cells, q, n, scores, scratch);
+            }
+            bool seen = false;
+            for (int g = 0; g < plan.group; ++g) {
+                const int head = kv * plan.group + g;
+                if (c.mask && c.mask_head != 0) load_mask(head);
+                const float * added = c.mask ? mask : nullptr;
+                const float slope = alibi_slope(c, head);
+                if (added && slope != 1.0f) {
+                    for (int i = 0; i < n_tokens * kPageCells; ++i) biased[i] = slope * mask[i];
+                    added = biased;
+                }
+                const int r = g * n_tokens;
+                seen |= softmax_page(kernels, {c.scale, c.softcap}, scores + size_t(r) * kPageCells, n_tokens, n_cells, added, kPageCells,
+                                     max + r, sum + r, factor + r);
+            }
+            if (!seen) continue;
+            for (int i = 0; i < n; ++i) {
+                if (factor[i] == 1.0f) continue;
+                kernels.scale(acc + size_t(i) * dv, dv, factor[i]);
+                if (any_rotated) kernels.scale(rotated + size_t(i) * dv, dv, factor[i]);
+            }
+            if (vp.records) {
+                any_rotated |= format->rotated();
+                kernels.values_packed(*format, values.record(vp, kv), scores, n, format->rotated() ? rotated : acc, scratch);
+            } else {
+                kernels.values_half(dv, vp.rows + kv * dv, row_v, n_cells, scores, n, acc, scratch);
+            }
+        }
+        if (any_rotated) {
+            for (int i = 0; i < n; ++i) {
+                float * from = rotated + size_t(i) * dv;
+                kernels.rotate(from, dv, format->rotation_block());
+                for (int j = 0; j < dv; ++j) acc[size_t(i) * dv + j] += from[j];
+            }
+        }
+    });
+
+    // Joins the splits: each is a softmax over its pages with its own maximum.
+    const int n_groups = n_items / plan.n_splits;
+    parallel_for(n_items >= 4 * n_threads ? n_threads : 1, n_groups, [&](int i, int) {
+        const int block = i % plan.n_blocks;
+        const int kv = i / plan.n_blocks % plan.n_kv_heads;
+        const int s = i / plan.n_blocks / plan.n_kv_heads;
+        const int token0 = block * plan.block_tokens;
+        const int n_tokens = std::min(plan.block_tokens, c.n_tokens - token0);
+        float * first = base + size_t(i) * plan.n_splits * result_floats;
+        for (int r = 0; r < n_tokens * plan.group; ++r) {
+            const int head = kv * plan.group + r / n_tokens, token = token0 + r % n_tokens;
+            auto max_of = [&](int split) -> float & { return first[split * result_floats + padded(rows * dv) + r]; };
+            auto sum_of = [&](int split) -> float & { return first[split * result_floats + padded(rows * dv) + padded(rows) + r]; };
+            float max = kHidden, sum = 0;
+            for (int split = 0; split < plan.n_splits; ++split) max = std::max(max, max_of(split));
+            float * out = c.out + s * c.out_stream + head * c.out_head + token * c.out_token;
+            std::fill(out, out + dv, 0.0f);
+            for (int split = 0; split < plan.n_splits; ++split) {
+                if (max_of(split) == kHidden) continue;
+                const float weight = std::exp(max_of(split) - max);
+                const float * acc = first + split * result_floats + size_t(r) * dv;
+                sum += weight * sum_of(split);
+                for (int j = 0; j < dv; ++j) out[j] += weight * acc[j];
+            }
+            kernels.scale(out, dv, softmax_close(max, sum, c.sinks ? c.sinks + head : nullptr));
+        }
+    });
+}
+
+}  // namespace mixkvq

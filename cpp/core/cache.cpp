@@ -1,0 +1,322 @@
+#include "mixkvq/cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace mixkvq {
+
+// Queries beyond this many fade: I_d follows the last few thousand queries, as the paper's I_d follows the current ones.
+constexpr double kQueryMemory = 4096;
+
+int StoreShape::sink_pages() const { return std::min((sinks + kPageCells - 1) / kPageCells, n_pages()); }
+
+int StoreShape::home_pages() const {
+    const int recent = (window + kPageCells - 1) / kPageCells + 1;
+    return std::min(sink_pages() + recent, n_pages());
+}
+
+int StoreShape::record_pages() const { return std::max(0, n_pages() - sink_pages() - 1); }
+
+size_t reserve_bytes(const StoreShape & s, size_t records_per_page) {
+    return size_t(s.n_streams) * (s.home_pages() * s.page_bytes() + s.record_pages() * records_per_page);
+}
+
+PageStore::PageStore(const StoreShape & shape, const Kernels & kernels, uint8_t * memory, size_t memory_bytes, ScratchPool & pool)
+    : shape_(shape), k_(kernels), memory_(memory), memory_bytes_(memory_bytes), pool_(pool) {
+    pages_.resize(size_t(shape.n_streams) * shape.n_pages());
+    half_pages_.resize(shape.n_streams);
+    clock_.resize(shape.n_streams, 0);
+    newest_.resize(shape.n_streams, -1);
+    for (int i = shape.home_pages() * shape.n_streams; i-- > 0;) free_home_.push_back(memory + i * shape.page_bytes());
+}
+
+PageStore::~PageStore() { clear(); }
+
+// Behind the F16 pages the memory holds records. Free lists are in falling order: low addresses are taken first.
+void PageStore::lay_out_records(size_t records_bytes) {
+    records_bytes_ = records_bytes;
+    const size_t home_bytes = size_t(shape_.home_pages()) * shape_.n_streams * shape_.page_bytes();
+    const size_t n = std::min((memory_bytes_ - home_bytes) / records_bytes, size_t(shape_.record_pages()) * shape_.n_streams);
+    for (size_t i = n; i-- > 0;) free_records_.push_back(memory_ + home_bytes + i * records_bytes);
+}
+
+void PageStore::set_formats(std::vector<KeyFormat> formats, std::vector<float> query_prior) {
+    keys_ = std::move(formats);
+    n_heads_ = int(keys_.size());
+    head_size_ = keys_[0].head_size;
+    size_t bytes = 0;
+    for (const KeyFormat & f : keys_) {
+        record_offset_.push_back(bytes);
+        bytes += f.record_bytes();
+    }
+    q_prior_ = std::move(query_prior);
+    q_sum_.assign(size_t(n_heads_) * head_size_, 0.0f);
+    configured_ = true;
+    lay_out_records(bytes);
+}
+
+void PageStore::set_formats(std::vector<ValueFormat> formats) {
+    values_ = std::move(formats);
+    n_heads_ = int(values_.size());
+    head_size_ = values_[0].head_size;
+    size_t bytes = 0;
+    for (const ValueFormat & f : values_) {
+        record_offset_.push_back(bytes);
+        bytes += f.record_bytes();
+    }
+    configured_ = true;
+    lay_out_records(bytes);
+}
+
+half * PageStore::stage(int stream, int p) {
+    Page & page = at(stream, p);
+    if (page.rows) return page.rows;
+    if (free_home_.empty()) {
+        page.rows = static_cast<half *>(pool_.get(shape_.page_bytes()));
+    } else {
+        page.rows = reinterpret_cast<half *>(free_home_.back());
+        free_home_.pop_back();
+        std::memset(page.rows, 0, shape_.page_bytes());
+    }
+    if (page.records) {
+        unpack(page, page.rows);
+        drop_records(page);
+    }
+    half_pages_[stream].push_back(p);
+    ++n_half_;
+    return page.rows;
+}
+
+void PageStore::drop_rows(Page & page, int stream, int p) {
+    uint8_t * rows = reinterpret_cast<uint8_t *>(page.rows);
+    if (rows >= memory_ && rows < memory_ + memory_bytes_) {
+        free_home_.push_back(rows);
+    } else {
+        pool_.put(rows, shape_.page_bytes());
+    }
+    page.rows = nullptr;
+    auto & list = half_pages_[stream];
+    list.erase(std::find(list.begin(), list.end(), p));
+    --n_half_;
+}
+
+void PageStore::drop_records(Page & page) {
+    free_records_.push_back(page.records);
+    page.records = nullptr;
+    --n_packed_;
+}
+
+void PageStore::unpack(const Page & page, half * rows) const {
+    for (int h = 0; h < n_heads_; ++h) {
+        if (shape_.is_value) {
+            k_.unpack_values(values_[h], record(page, h), rows + h * head_size_, shape_.row);
+        } else {
+            k_.unpack_keys(keys_[h], record(page, h), rows + h * head_size_, shape_.row);
+        }
+    }
+}
+
+void PageStore::pack(const std::vector<Place> & places, int n_threads) {
+    const std::vector<float> importance = shape_.is_value ? std::vector<float>() : this->importance();
+    for (const Place & place : places) {
+        Page & page = at(place.stream, place.page);
+        page.records = free_records_.back();
+        free_records_.pop_back();
+    }
+    parallel_for(n_threads, int(places.size()) * n_heads_, [&](int i, int) {
+        const Place & place = places[i / n_heads_];
+        const int h = i % n_heads_;
+        const Page & page = at(place.stream, place.page);
+        uint8_t * record = page.records + record_offset_[h];
+        const half * rows = page.rows + h * head_size_;
+        if (shape_.is_value) {
+            k_.pack_values(values_[h], rows, shape_.row, page.valid, record);
+        } else {
+            k_.pack_keys(keys_[h], rows, shape_.row, page.valid, importance.data() + h * head_size_, record);
+        }
+    });
+    for (const Place & place : places) drop_rows(at(place.stream, place.page), place.stream, place.page);
+    n_packed_ += int(places.size());
+    packed_ever_ += places.size();
+}
+
+void PageStore::settle(int n_threads) {
+    if (!configured_) return;
+    std::vector<Place> places;
+    for (int s = 0; s < shape_.n_streams; ++s) {
+        std::vector<int> ready;
+        int staying = 0;
+        std::vector<int> others;
+        for (int p : half_pages_[s]) {
+            const Page & page = at(s, p);
+            const bool may = p >= shape_.sink_pages() && p != newest_[s];
+            if (may && page.valid.full() && clock_[s] - page.written >= uint64_t(shape_.window)) {
+                ready.push_back(p);
+            } else {
+                ++staying;
+                if (may) others.push_back(p);
+            }
+        }
+        // Holes that nobody fills would keep pages in F16 for ever: no stream holds more than it owns.
+        const int over = staying - shape_.home_pages();
+        if (over > 0) {
+            std::sort(others.begin(), others.end(), [&](int a, int b) { return at(s, a).written < at(s, b).written; });
+            others.resize(std::min<size_t>(others.size(), over));
+            ready.insert(ready.end(), others.begin(), others.end());
+        }
+        for (int p : ready) {
+            if (places.size() < free_records_.size()) places.push_back({s, p});
+        }
+    }
+    if (!places.empty()) pack(places, n_threads);
+}
+
+template <class Row> void PageStore::write_rows(int stream, int cell, int n, const Row * rows, size_t stride) {
+    for (int i = 0; i < n; ++i, ++cell, rows += stride) {
+        const int p = cell / kPageCells, t = cell % kPageCells;
+        half * to = stage(stream, p) + size_t(t) * shape_.row;
+        if constexpr (std::is_same_v<Row, float>) {
+            k_.to_half(rows, to, shape_.row);
+        } else {
+            for (int d = 0; d < shape_.row; ++d) {
+                const half x = rows[d];
+                const half magnitude = x & 0x7fff;
+                to[d] = magnitude < 0x7c00 ? x : magnitude > 0x7c00 ? half(0) : half((x & 0x8000) | 0x7bff);
+            }
+        }
+        Page & page = at(stream, p);
+        page.valid.set(t);
+        page.written = ++clock_[stream];
+        newest_[stream] = p;
+    }
+}
+
+void PageStore::write(int stream, int cell, int n, const float * rows, size_t stride) { write_rows(stream, cell, n, rows, stride); }
+void PageStore::write(int stream, int cell, int n, const half * rows, size_t stride) { write_rows(stream, cell, n, rows, stride); }
+
+void PageStore::erase(int stream, int cell, int n) {
+    while (n > 0) {
+        const int p = cell / kPageCells, t = cell % kPageCells, m = std::min(n, kPageCells - t);
+        Page & page = at(stream, p);
+        if (!page.empty()) {
+            CellMask left = page.valid;
+            for (int i = t; i < t + m; ++i) left.word[i >> 6] &= ~(uint64_t(1) << (i & 63));
+            if (left.empty()) {
+                if (page.rows) drop_rows(page, stream, p);
+                if (page.records) drop_records(page);
+            } else {
+                std::memset(stage(stream, p) + size_t(t) * shape_.row, 0, size_t(2) * m * shape_.row);
+            }
+            page.valid = left;
+        }
+        cell += m;
+        n -= m;
+    }
+}
+
+void PageStore::read(int stream, int cell, int n, half * rows) const {
+    std::vector<half> unpacked;
+    while (n > 0) {
+        const int p = cell / kPageCells, t = cell % kPageCells, m = std::min(n, kPageCells - t);
+        const Page & page = this->page(stream, p);
+        const size_t bytes = size_t(2) * m * shape_.row;
+        if (page.rows) {
+            std::memcpy(rows, page.rows + size_t(t) * shape_.row, bytes);
+        } else if (page.records && m == kPageCells) {
+            unpack(page, rows);
+        } else if (page.records) {
+            unpacked.resize(size_t(kPageCells) * shape_.row);
+            unpack(page, unpacked.data());
+            std::memcpy(rows, unpacked.data() + size_t(t) * shape_.row, bytes);
+        } else {
+            std::memset(rows, 0, bytes);
+        }
+        cell += m;
+        n -= m;
+        rows += size_t(m) * shape_.row;
+    }
+}
+
+void PageStore::observe(int head, const float * q, size_t stride, int n) {
+    float * sum = q_sum_.data() + size_t(head) * head_size_;
+    for (int i = 0; i < n; ++i, q += stride) {
+        for (int d = 0; d < head_size_; ++d) sum[d] += std::fabs(q[d]);
+    }
+    if (head == 0) q_pending_ += n;
+}
+
+void PageStore::end_observation() {
+    q_count_ += q_pending_;
+    q_pending_ = 0;
+    while (q_count_ > 2 * kQueryMemory) {
+        q_count_ *= 0.5;
+        for (float & x : q_sum_) x *= 0.5f;
+    }
+}
+
+std::vector<float> PageStore::importance() const {
+    if (q_count_ > 0) {
+        std::vector<float> mean = q_sum_;
+        for (float & x : mean) x = float(x / q_count_);
+        return mean;
+    }
+    return q_prior_.empty() ? std::vector<float>(q_sum_.size(), 1.0f) : q_prior_;
+}
+
+bool PageStore::same_layout(const PageStore & other) const {
+    return shape_.is_value == other.shape_.is_value && shape_.row == other.shape_.row && shape_.n_cells == other.shape_.n_cells &&
+           configured_ == other.configured_ && record_offset_ == other.record_offset_ && records_bytes_ == other.records_bytes_;
+}
+
+void PageStore::copy_stream_from(const PageStore & other, int from, int to) {
+    if (&other == this && from == to) return;
+    for (int p = 0; p < shape_.n_pages(); ++p) {
+        Page & page = at(to, p);
+        if (page.rows) drop_rows(page, to, p);
+        if (page.records) drop_records(page);
+        page = Page();
+        const Page & source = other.page(from, p);
+        if (source.records && !free_records_.empty()) {
+            page.records = free_records_.back();
+            free_records_.pop_back();
+            std::memcpy(page.records, source.records, records_bytes_);
+            ++n_packed_;
+        } else if (!source.empty()) {
+            half * rows = stage(to, p);
+            if (source.records) {
+                other.unpack(source, rows);
+            } else {
+                std::memcpy(rows, source.rows, shape_.page_bytes());
+            }
+        }
+        page.valid = source.valid;
+        page.written = source.written;
+    }
+    clock_[to] = other.clock_[from];
+    newest_[to] = other.newest_[from];
+}
+
+void PageStore::copy_stream(int from, int to) { copy_stream_from(*this, from, to); }
+
+void PageStore::clear() {
+    for (int s = 0; s < shape_.n_streams; ++s) {
+        for (int p = 0; p < shape_.n_pages(); ++p) {
+            Page & page = at(s, p);
+            if (page.rows) drop_rows(page, s, p);
+            if (page.records) drop_records(page);
+            page = Page();
+        }
+        clock_[s] = 0;
+        newest_[s] = -1;
+    }
+    // Low addresses first again, so that what is resident stays together.
+    std::sort(free_home_.rbegin(), free_home_.rend());
+    std::sort(free_records_.rbegin(), free_records_.rend());
+}
+
+size_t PageStore::bytes_used() const { return n_half_ * shape_.page_bytes() + n_packed_ * records_bytes_; }
+
+}  // namespace mixkvq

@@ -1,0 +1,80 @@
+// Which kernels run: what was built in, what this CPU can do, what MIXKVQ_ISA asks for.
+#include "mixkvq/isa.h"
+#include "mixkvq/kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace mixkvq {
+
+const Kernels & scalar_kernels();
+#if MIXKVQ_HAVE_AVX2
+const Kernels & avx2_kernels();
+#endif
+
+namespace {
+
+constexpr Isa kAll[] = {Isa::scalar, Isa::neon, Isa::avx2, Isa::avx512};  // rising preference
+
+bool cpu_has(Isa isa) {
+    switch (isa) {
+        case Isa::scalar: return true;
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+        case Isa::avx2:
+            __builtin_cpu_init();
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+        default: return false;
+    }
+}
+
+}  // namespace
+
+const char * isa_name(Isa isa) {
+    switch (isa) {
+        case Isa::scalar: return "scalar";
+        case Isa::avx2:   return "avx2";
+        case Isa::avx512: return "avx512";
+        case Isa::neon:   return "neon";
+    }
+    return "unknown";
+}
+
+const Kernels * kernels_for(Isa isa) {
+    switch (isa) {
+        case Isa::scalar: return &scalar_kernels();
+#if MIXKVQ_HAVE_AVX2
+        case Isa::avx2:   return &avx2_kernels();
+#endif
+        default:          return nullptr;
+    }
+}
+
+bool isa_built(Isa isa) { return kernels_for(isa) != nullptr; }
+bool isa_supported(Isa isa) { return isa_built(isa) && cpu_has(isa); }
+
+Isa select_isa(std::string & error) {
+    error.clear();
+    const char * wanted = std::getenv("MIXKVQ_ISA");
+    if (wanted == nullptr || *wanted == '\0') {
+        Isa best = Isa::scalar;
+        for (Isa isa : kAll) {
+            if (isa_supported(isa)) best = isa;
+        }
+        return best;
+    }
+    for (Isa isa : kAll) {
+        if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
+        if (isa_supported(isa)) return isa;
+        error = std::string("MIXKVQ_ISA=") + wanted +
+                (isa_built(isa) ? ": this CPU does not have it" : ": these kernels are not built into this library");
+        return Isa::scalar;
+    }
+    error = std::string("MIXKVQ_ISA=") + wanted + ": unknown; use one of";
+    for (Isa isa : kAll) {
+        if (isa_supported(isa)) error += std::string(" ") + isa_name(isa);
+    }
+    return Isa::scalar;
+}
+
+}  // namespace mixkvq

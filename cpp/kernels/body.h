@@ -1,0 +1,889 @@
+// The vector kernels, written once. An instruction set includes its vec_*.h, then this file, and offers kernel_table().
+//
+// Pack and unpack give the bytes of scalar.cpp: the same operations in the same order, none fused. Attention does its sums in
+// integers: queries and weights are rounded to a grid per page, so fine that the codes' own rounding stays far larger
+// (tests/native/test_kernels.cpp measures by how much).
+//
+// No templates of the standard library with code in them here: they would be compiled for this instruction set and could be
+// linked into code for lesser CPUs.
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#include "mixkvq/kernels.h"
+
+namespace mixkvq {
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int kQueries = 4;  // queries that share one pass over the codes
+
+// Calls body(0), ... body(n - 1) with compile-time indices.
+template <class Body, int... i>
+inline __attribute__((always_inline)) void unroll(Body && body, std::integer_sequence<int, i...>) {
+    (body(std::integral_constant<int, i>()), ...);
+}
+template <int n, class Body>
+inline __attribute__((always_inline)) void unroll(Body && body) {
+    unroll(body, std::make_integer_sequence<int, n>());
+}
+
+// --- conversion -----------------------------------------------------------------------------------------------
+
+void to_half(const float * src, half * dst, int n) {
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) store_half(dst + i, zero_nan(load(src + i)));
+    if (i == n) return;
+    float x[kLanes] = {};
+    half h[kLanes];
+    for (int j = i; j < n; ++j) x[j - i] = src[j];
+    store_half(h, zero_nan(load(x)));
+    for (int j = i; j < n; ++j) dst[j] = h[j - i];
+}
+
+void from_half(const half * src, float * dst, int n) {
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(dst + i, load_half(src + i));
+    if (i == n) return;
+    half h[kLanes] = {};
+    float x[kLanes];
+    for (int j = i; j < n; ++j) h[j - i] = src[j];
+    store(x, load_half(h));
+    for (int j = i; j < n; ++j) dst[j] = x[j - i];
+}
+
+// --- codes ----------------------------------------------------------------------------------------------------
+
+// A chunk is eight registers of code bytes: 64 tokens of a key quad (`row` = 32 bytes) or 32 tokens of eight value dimensions
+// (`row` = 4 Dv bytes). `high` is the chunk's register of top bits, for 3 bits only.
+template <int bits, int k>
+inline B load_codes(const uint8_t * low, size_t row, const uint8_t * high) {
+    if constexpr (bits == 8) return load_bytes(low + k * row);
+    if constexpr (bits == 4) return bits_and(shift_right<k % 2 * 4>(load_bytes(low + k / 2 * row)), splat_byte(15));
+    const B code = bits_and(shift_right<k % 4 * 2>(load_bytes(low + k / 4 * row)), splat_byte(3));
+    if constexpr (bits == 2) return code;
+    const B top = load_bytes(high);
+    return bits_or(code, bits_and(k < 2 ? shift_left<(k < 2 ? 2 - k : 0)>(top) : shift_right<(k < 2 ? 0 : k - 2)>(top), splat_byte(4)));
+}
+
+template <int bits>
+inline void store_codes(const B code[8], uint8_t * low, size_t row, uint8_t * high) {
+    if constexpr (bits == 8) {
+        for (int k = 0; k < 8; ++k) store_bytes(low + k * row, code[k]);
+    } else if constexpr (bits == 4) {
+        for (int k = 0; k < 8; k += 2) store_bytes(low + k / 2 * row, bits_or(code[k], shift_left<4>(code[k + 1])));
+    } else {
+        const B two = splat_byte(3);
+        for (int k = 0; k < 8; k += 4) {
+            const B a = bits_or(bits_and(code[k], two), shift_left<2>(bits_and(code[k + 1], two)));
+            const B b = bits_or(bits_and(code[k + 2], two), shift_left<2>(bits_and(code[k + 3], two)));
+            store_bytes(low + k / 4 * row, bits_or(a, shift_left<4>(b)));
+        }
+        if constexpr (bits == 3) {
+            B top = zero_bytes();
+            unroll<8>([&](auto k) { top = bits_or(top, shift_left<k>(bits_and(shift_right<2>(code[k]), splat_byte(1)))); });
+            store_bytes(high, top);
+        }
+    }
+}
+
+// Calls f(integral constant bits) for run-time bits.
+template <class Function>
+inline void with_bits(int bits, Function && f) {
+    switch (bits) {
+        case 8: f(std::integral_constant<int, 8>()); break;
+        case 4: f(std::integral_constant<int, 4>()); break;
+        case 3: f(std::integral_constant<int, 3>()); break;
+        case 2: f(std::integral_constant<int, 2>()); break;
+    }
+}
+
+struct Tier {
+    int bits, count;
+    size_t offset;
+};
+
+struct Tiers {
+    Tier tier[4];
+    explicit Tiers(const KeyFormat & f)
+        : tier{{8, f.n8, f.offset8()}, {4, f.n4, f.offset4()}, {3, f.n3, f.offset3()}, {2, f.n2, f.offset2()}} {}
+};
+
+// Minimum and scale of a range, and their halves as stored.
+struct Affine {
+    half scale_half, min_half;
+    float min, inv, top;
+
+    Affine(float lo, float hi, int bits) : min(lo + 0.0f), top(float((1 << bits) - 1)) {  // -0 becomes +0
+        scale_half = half_of((hi + 0.0f - min) / top);
+        min_half = half_of(min);
+        const float scale = float_of(scale_half);
+        inv = scale > 0 ? 1.0f / scale : 0.0f;
+    }
+    I codes(F x) const { return to_int(mixkvq::min(max(mul(sub(x, splat(min)), splat(inv)), splat(0.0f)), splat(top))); }
+};
+
+// --- keys: pack and unpack ------------------------------------------------------------------------------------
+
+// Place of a cell that may stand in for the cells of a group that hold nothing, or -1.
+int first_valid(const CellMask & valid, int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+        if (valid.test(t)) return t;
+    }
+    return -1;
+}
+
+// order[rank of d] = d, by falling salience, equal ones by rising index. n is a multiple of 8.
+void sort_channels(const float * salience, int n, uint8_t * order) {
+    for (int d = 0; d < n; ++d) {
+        const F x = splat(salience[d]);
+        const int own = d / kLanes * kLanes;
+        I above = zero_int();
+        for (int j = 0; j < own; j += kLanes) above = count_at_least(above, load(salience + j), x);
+        for (int j = own + kLanes; j < n; j += kLanes) above = count_above(above, load(salience + j), x);
+        int rank = sum(above);
+        for (int j = own; j < own + kLanes; ++j) rank += j < d ? salience[j] >= salience[d] : salience[j] > salience[d];
+        order[rank] = uint8_t(d);
+    }
+}
+
+void pack_keys(const KeyFormat & f, const half * rows, size_t stride, const CellMask & valid, const float * importance, uint8_t * record) {
+    const int n = f.head_size, groups = f.n_groups();
+
+    // Channel-major copy. A cell without a token repeats another of its group, so that ranges need no mask.
+    alignas(64) half tile[kMaxHeadSize * kPageCells];
+    if (valid.full()) {
+        for (int t = 0; t < kPageCells; t += 8) {
+            for (int d = 0; d < n; d += 8) transpose_halves(rows + t * stride + d, stride, tile + d * kPageCells + t, kPageCells);
+        }
+    } else {
+        for (int t = 0; t < kPageCells; ++t) {
+            const int g = t / f.group * f.group;
+            const int from = valid.test(t) ? t : first_valid(valid, g, g + f.group);
+            for (int d = 0; d < n; ++d) tile[d * kPageCells + t] = from < 0 ? half(0) : rows[from * stride + d];
+        }
+    }
+
+    float lo[kMaxHeadSize][4], hi[kMaxHeadSize][4], salience[kMaxHeadSize];
+    for (int d = 0; d < n; ++d) {
+        float ranges = 0;
+        for (int g = 0; g < groups; ++g) {
+            const half * x = tile + d * kPageCells + g * f.group;
+            F a = load_half(x), b = a;
+            for (int t = kLanes; t < f.group; t += kLanes) {
+                const F y = load_half(x + t);
+                a = min(a, y);
+                b = max(b, y);
+            }
+            lo[d][g] = lowest(a);
+            hi[d][g] = highest(b);
+            ranges += hi[d][g] - lo[d][g];
+        }
+        const float s = importance[d] * ranges;
+        salience[d] = s > 0 ? s : 0.0f;
+    }
+    uint8_t * order = record + f.offset_order();
+    sort_channels(salience, n, order);
+    std::memset(order + n, 0, record + f.record_bytes() - (order + n));
+
+    for (int r = 0; r < f.n16; ++r) {
+        half row[kPageCells];
+        std::memcpy(row, tile + order[r] * kPageCells, sizeof row);
+        if (!valid.full()) {
+            for (int t = 0; t < kPageCells; ++t) row[t] = valid.test(t) ? row[t] : half(0);
+        }
+        std::memcpy(record + size_t(r) * sizeof row, row, sizeof row);
+    }
+    I keep[kPageCells / 8];
+    for (int k = 0; k < kPageCells / 8; ++k) keep[k] = lanes_of(unsigned(valid.word[k / 8] >> (k % 8 * 8)) & 255);
+
+    int rank = f.n16;
+    for (const Tier & tier : Tiers(f).tier) {
+        with_bits(tier.bits, [&](auto bits) {
+            for (int quad = 0; quad < tier.count / 4; ++quad, rank += 4) {
+                I code[4][kPageCells / 8];
+                for (int r = 0; r < 4; ++r) {
+                    const int d = order[rank + r];
+                    for (int g = 0; g < groups; ++g) {
+                        const Affine a(lo[d][g], hi[d][g], bits);
+                        const size_t at = 2 * (size_t(rank + r - f.n16) * groups + g);
+                        std::memcpy(record + f.offset_scale() + at, &a.scale_half, 2);
+                        std::memcpy(record + f.offset_min() + at, &a.min_half, 2);
+                        for (int t = g * f.group; t < (g + 1) * f.group; t += 8) {
+                            code[r][t / 8] = bits_and(a.codes(load_half(tile + d * kPageCells + t)), keep[t / 8]);
+                        }
+                    }
+                }
+                uint8_t * at = record + tier.offset + quad * size_t(64 * bits);
+                for (int chunk = 0; chunk < 2; ++chunk) {
+                    B joined[8];
+                    for (int k = 0; k < 8; ++k) {
+                        const int i = chunk * 8 + k;
+                        joined[k] = join_bytes(code[0][i], code[1][i], code[2][i], code[3][i]);
+                    }
+                    constexpr int low_bits = bits == 3 ? 2 : bits;
+                    store_codes<bits>(joined, at + chunk * 32 * low_bits, 32, at + 128 + chunk * 32);
+                }
+            }
+        });
+    }
+}
+
+void unpack_keys(const KeyFormat & f, const uint8_t * record, half * rows, size_t stride) {
+    alignas(64) half tile[kMaxHeadSize * kPageCells];  // channel-major
+    const uint8_t * order = record + f.offset_order();
+    const int groups = f.n_groups();
+    for (int r = 0; r < f.n16; ++r) std::memcpy(tile + order[r] * kPageCells, record + size_t(r) * 2 * kPageCells, 2 * kPageCells);
+
+    int rank = f.n16;
+    for (const Tier & tier : Tiers(f).tier) {
+        with_bits(tier.bits, [&](auto bits) {
+            for (int quad = 0; quad < tier.count / 4; ++quad, rank += 4) {
+                float scale[4][4], min[4][4];
+                for (int r = 0; r < 4; ++r) {
+                    const size_t at = 2 * size_t(rank + r - f.n16) * groups;
+                    half h[4];
+                    std::memcpy(h, record + f.offset_scale() + at, 2 * groups);
+                    from_half(h, scale[r], groups);
+                    std::memcpy(h, record + f.offset_min() + at, 2 * groups);
+                    from_half(h, min[r], groups);
+                }
+                const uint8_t * at = record + tier.offset + quad * size_t(64 * bits);
+                for (int chunk = 0; chunk < 2; ++chunk) {
+                    unroll<8>([&](auto k) {
+                        constexpr int low_bits = bits == 3 ? 2 : bits;
+                        const B codes = load_codes<bits, k>(at + chunk * 32 * low_bits, 32, at + 128 + chunk * 32);
+                        const int t = chunk * 64 + k * 8, g = t / f.group;
+                        unroll<4>([&](auto r) {
+                            const F x = add(splat(min[r][g]), mul(to_float(byte_of<r>(codes)), splat(scale[r][g])));
+                            store_half(tile + order[rank + r] * kPageCells + t, x);
+                        });
+                    });
+                }
+            }
+        });
+    }
+    for (int t = 0; t < kPageCells; t += 8) {
+        for (int d = 0; d < f.head_size; d += 8) transpose_halves(tile + d * kPageCells + t, kPageCells, rows + t * stride + d, stride);
+    }
+}
+
+// --- values: pack and unpack ----------------------------------------------------------------------------------
+
+void scale(float * x, int n, float s) {
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(x + i, mul(load(x + i), splat(s)));
+    for (; i < n; ++i) x[i] *= s;
+}
+
+// Distances 1, 2 and 4 lie inside a register (a block has at least eight lanes), the rest between registers.
+void rotate(float * x, int head_size, int block) {
+    // 1 / sqrt(block) in single precision: 1.0f / sqrtf(block).
+    const float norm = block == 8 ? 1.0f / 2.82842708f : block == 16 ? 0.25f : block == 32 ? 1.0f / 5.65685415f
+                     : block == 64 ? 0.125f : block == 128 ? 1.0f / 11.3137083f : 0.0625f;
+    const F s = splat(norm);
+    for (int i = 0; i < head_size; i += kLanes) {
+        const F y = butterfly4(butterfly2(butterfly1(load(x + i))));
+        store(x + i, block == kLanes ? mul(y, s) : y);
+    }
+    int h = kLanes;
+    for (; 4 * h <= block; h *= 4) {  // two levels in one pass
+        const bool last = 4 * h == block;
+        for (int i = 0; i < head_size; i += 4 * h) {
+            for (int j = i; j < i + h; j += kLanes) {
+                const F a = load(x + j), b = load(x + j + h), c = load(x + j + 2 * h), d = load(x + j + 3 * h);
+                const F p = add(a, b), q = sub(a, b), r = add(c, d), t = sub(c, d);
+                const F w = add(p, r), y = add(q, t), u = sub(p, r), v = sub(q, t);
+                store(x + j, last ? mul(w, s) : w);
+                store(x + j + h, last ? mul(y, s) : y);
+                store(x + j + 2 * h, last ? mul(u, s) : u);
+                store(x + j + 3 * h, last ? mul(v, s) : v);
+            }
+        }
+    }
+    for (; h < block; h *= 2) {
+        for (int i = 0; i < head_size; i += 2 * h) {
+            for (int j = i; j < i + h; j += kLanes) {
+                const F a = load(x + j), b = load(x + j + h);
+                store(x + j, mul(add(a, b), s));
+                store(x + j + h, mul(sub(a, b), s));
+            }
+        }
+    }
+}
+
+half rotated_scale(const ValueFormat & f, const float * y) {
+    F s = splat(0.0f);
+    if (f.bits == 8) {
+        for (int d = 0; d < f.head_size; d += kLanes) s = max(s, abs(load(y + d)));
+        return half_of(highest(s) / 127.5f);
+    }
+    for (int d = 0; d < f.head_size; d += kLanes) s = add(s, mul(load(y + d), load(y + d)));
+    float l[kLanes];
+    store(l, s);
+    const float total = ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
+    float root[kLanes] = {total / float(f.head_size)};
+    store(root, sqrt(load(root)));
+    return half_of(root[0] * gaussian_step(f.bits));
+}
+
+// Codes of one token, as integers. Rotates y if the format says so.
+void value_codes(const ValueFormat & f, float * y, int t, uint8_t * record, I * code) {
+    const int groups = f.n_groups();
+    half s[kMaxHeadSize / 32], m[kMaxHeadSize / 32];
+    if (f.rotated()) {
+        rotate(y, f.head_size, f.rotation_block());
+        s[0] = rotated_scale(f, y);
+        const float step = float_of(s[0]), middle = float(1 << (f.bits - 1));
+        const F inv = splat(step > 0 ? 1.0f / step : 0.0f);
+        for (int d = 0; d < f.head_size; d += kLanes) {
+            const F v = min(max(floor(mul(load(y + d), inv)), splat(-middle)), splat(middle - 1.0f));
+            code[d / kLanes] = to_int(add(v, splat(middle)));
+        }
+    } else {
+        for (int g = 0; g < groups; ++g) {
+            const int begin = g * f.group, end = begin + f.group < f.head_size ? begin + f.group : f.head_size;
+            F a = load(y + begin), b = a;
+            for (int d = begin + kLanes; d < end; d += kLanes) {
+                a = min(a, load(y + d));
+                b = max(b, load(y + d));
+            }
+            const Affine affine(lowest(a), highest(b), f.bits);
+            s[g] = affine.scale_half;
+            m[g] = affine.min_half;
+            for (int d = begin; d < end; d += kLanes) code[d / kLanes] = affine.codes(load(y + d));
+        }
+        std::memcpy(record + f.offset_min() + size_t(t) * 2 * groups, m, 2 * groups);
+    }
+    std::memcpy(record + f.offset_scale() + size_t(t) * 2 * groups, s, 2 * groups);
+}
+
+void pack_values(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
+    const int n = f.head_size;
+    const size_t row = size_t(4) * n;
+    std::memset(record + f.offset_scale(), 0, f.record_bytes() - f.offset_scale());
+    for (int chunk = 0; chunk < kPageCells / 32; ++chunk) {
+        B joined[kMaxHeadSize / kLanes][8];
+        for (int k = 0; k < 8; ++k) {
+            I code[4][kMaxHeadSize / kLanes];
+            for (int r = 0; r < 4; ++r) {
+                const int t = chunk * 32 + k * 4 + r;
+                if (valid.test(t)) {
+                    float y[kMaxHeadSize];
+                    from_half(rows + t * stride, y, n);
+                    value_codes(f, y, t, record, code[r]);
+                } else {
+                    for (int i = 0; i < n / kLanes; ++i) code[r][i] = zero_int();
+                }
+            }
+            for (int i = 0; i < n / kLanes; ++i) joined[i][k] = join_bytes(code[0][i], code[1][i], code[2][i], code[3][i]);
+        }
+        with_bits(f.bits, [&](auto bits) {
+            constexpr int low_bits = bits == 3 ? 2 : bits;
+            uint8_t * low = record + chunk * row * low_bits;
+            uint8_t * high = record + f.offset_high() + chunk * row;
+            for (int i = 0; i < n / kLanes; ++i) store_codes<bits>(joined[i], low + 32 * i, row, high + 32 * i);
+        });
+    }
+}
+
+void unpack_values(const ValueFormat & f, const uint8_t * record, half * rows, size_t stride) {
+    const int n = f.head_size, groups = f.n_groups();
+    const size_t row = size_t(4) * n;
+    const int width = f.rotated() ? n : f.group;
+    const F middle = splat(0.5f - float(1 << (f.bits - 1)));
+    with_bits(f.bits, [&](auto bits) {
+        for (int chunk = 0; chunk < kPageCells / 32; ++chunk) {
+            constexpr int low_bits = bits == 3 ? 2 : bits;
+            const uint8_t * low = record + chunk * row * low_bits;
+            const uint8_t * high = record + f.offset_high() + chunk * row;
+            unroll<8>([&](auto k) {
+                const int t = chunk * 32 + k * 4;
+                half h[kMaxHeadSize / 32];
+                float y[4][kMaxHeadSize], s[4][kMaxHeadSize / 32], m[4][kMaxHeadSize / 32];
+                for (int r = 0; r < 4; ++r) {
+                    std::memcpy(h, record + f.offset_scale() + size_t(t + r) * 2 * groups, 2 * groups);
+                    from_half(h, s[r], groups);
+                    if (f.rotated()) continue;
+                    std::memcpy(h, record + f.offset_min() + size_t(t + r) * 2 * groups, 2 * groups);
+                    from_half(h, m[r], groups);
+                }
+                for (int d = 0; d < n; d += kLanes) {
+                    const B codes = load_codes<bits, k>(low + 4 * d, row, high + 4 * d);
+                    const int g = d / width;
+                    unroll<4>([&](auto r) {
+                        const F x = to_float(byte_of<r>(codes));
+                        store(y[r] + d, f.rotated() ? mul(add(x, middle), splat(s[r][g])) : add(splat(m[r][g]), mul(x, splat(s[r][g]))));
+                    });
+                }
+                for (int r = 0; r < 4; ++r) {
+                    if (f.rotated()) rotate(y[r], n, f.rotation_block());
+                    for (int d = 0; d < n; d += kLanes) store_half(rows + (t + r) * stride + d, load(y[r] + d));
+                }
+            });
+        }
+    });
+}
+
+// --- scores ---------------------------------------------------------------------------------------------------
+
+// Calls f(integral constant m, first query) for the n queries, m = 1 to 4 at a time.
+template <class Function>
+inline void by_queries(int n, Function && f) {
+    int i = 0;
+    for (; i + kQueries <= n; i += kQueries) f(std::integral_constant<int, 4>(), i);
+    switch (n - i) {
+        case 3: f(std::integral_constant<int, 3>(), i); break;
+        case 2: f(std::integral_constant<int, 2>(), i); break;
+        case 1: f(std::integral_constant<int, 1>(), i); break;
+    }
+}
+
+// Scales of a key record, and what the middle code of each channel stands for: [group][coded channel].
+struct KeyTables {
+    float scale[4 * kMaxHeadSize];
+    float middle[4 * kMaxHeadSize];
+};
+
+// Reads a section of scales or minima, which has a channel's groups side by side.
+void read_by_group(const uint8_t * section, int n, int groups, float * out) {
+    half h[4 * kMaxHeadSize];
+    std::memcpy(h, section, size_t(2) * n * groups);
+    if (groups == 1) return from_half(h, out, n);
+    float x[4 * kMaxHeadSize];
+    from_half(h, x, n * groups);
+    for (int g = 0; g < groups; ++g) {
+        for (int r = 0; r < n; ++r) out[g * n + r] = x[r * groups + g];
+    }
+}
+
+void read_key_tables(const KeyFormat & f, const uint8_t * record, KeyTables & tables) {
+    const int n = f.n_coded();
+    read_by_group(record + f.offset_scale(), n, f.n_groups(), tables.scale);
+    read_by_group(record + f.offset_min(), n, f.n_groups(), tables.middle);
+    for (int g = 0; g < f.n_groups(); ++g) {
+        int r = g * n;
+        for (const Tier & tier : Tiers(f).tier) {
+            const float middle = 0.5f * float((1 << tier.bits) - 1);
+            for (const int end = r + tier.count; r < end; ++r) tables.middle[r] += middle * tables.scale[r];
+        }
+    }
+}
+
+// Integer weights beside codes of these bits: 8 bits do for 2 and 3, whose own rounding is coarse; 4 and 8 get 16.
+constexpr bool wide_weights(int bits) { return bits >= 4; }
+
+// Channels that share a factor: all of a wide tier, 64 of a narrow one. Channels come sorted by salience, so the 64 are of a kind.
+constexpr int kSegmentQuads = 16;
+constexpr int segments(int channels) { return (channels / 4 + kSegmentQuads - 1) / kSegmentQuads; }
+constexpr int kMaxSegments = 2 + segments(kMaxHeadSize) + 1;
+
+// Four queries made ready for one group of tokens. Scale and minimum of a channel are folded into the query, which is then
+// rounded to integers, with a factor per segment. The rounding error is weighed by the distance of a code from the middle
+// code, since the middle's own share is kept exactly in `bias`.
+struct QueryWeights {
+    int32_t wide[kMaxHeadSize / 4][2 * kQueries];  // 8- and 4-bit quads: even pairs of four queries, then odd pairs
+    int32_t narrow[kMaxHeadSize / 4][kQueries];    // 3- and 2-bit quads
+    float factor[kMaxSegments][kQueries];          // 8 bits, 4 bits, segments of 3 bits, segments of 2 bits
+    float bias[kQueries];
+};
+
+// `q` holds the queries' coded channels in the record's order, four queries side by side.
+void fold_queries(const KeyFormat & f, const float * q, const float * scale, const float * middle, QueryWeights & w) {
+    alignas(32) float folded[4 * kMaxHeadSize];
+    F bias = splat(0.0f);
+    int r = 0, segment = 0, wide = 0, narrow = 0;
+    auto fold = [&](int bits, int end) {
+        const int begin = r;
+        F top = splat(0.0f);
+        for (; r < end; r += 2) {  // a register is two channels of four queries
+            const F x = load(q + 4 * r), y = mul(x, pair(scale + r));
+            bias = fma(x, pair(middle + r), bias);
+            top = max(top, abs(y));
+            store(folded + 4 * r, y);
+        }
+        top = max(top, swap_halves(top));
+        // A top so small that its inverse overflows is nothing beside any other term.
+        const F steps = splat(wide_weights(bits) ? 32767.0f : 127.0f);
+        const F grid = zero_below(div(steps, top), top, splat(1e-30f)), factor = div(top, steps);
+        F total = splat(0.0f);
+        for (int j = begin; j < end; j += 4) {
+            const F a = round(mul(load(folded + 4 * j), grid)), b = round(mul(load(folded + 4 * j + 8), grid));
+            total = add(total, add(a, b));
+            if (wide_weights(bits)) {
+                store_wide_weights(w.wide[wide++], to_int(a), to_int(b));
+            } else {
+                store_narrow_weights(w.narrow[narrow++], to_int(a), to_int(b));
+            }
+        }
+        // Codes count from 0, not from the middle: take the middle code's share of the integer sums off again.
+        bias = sub(bias, mul(total, mul(factor, splat(0.5f * float((1 << bits) - 1)))));
+        store_low(w.factor[segment++], factor);
+    };
+    for (const Tier & tier : Tiers(f).tier) {
+        const int end = r + tier.count;
+        if (wide_weights(tier.bits)) {
+            fold(tier.bits, end);
+        } else {
+            while (r < end) fold(tier.bits, r + 4 * kSegmentQuads < end ? r + 4 * kSegmentQuads : end);
+        }
+    }
+    store_low(w.bias, add(bias, swap_halves(bias)));
+}
+
+// Adds one tier's share to the scores of 16 tokens, registers k and k + 1 of a chunk, for m queries.
+template <int bits, int m, int k>
+inline void add_tier(const uint8_t * low, const uint8_t * high, int n_quads, const QueryWeights & w, int first_quad, int segment,
+                     F (*score)[2]) {
+    constexpr size_t quad_bytes = size_t(64) * bits;
+    auto add_sums = [&](int i, I a, I b) {
+        const F factor = splat(w.factor[segment][i]);
+        score[i][0] = fma(to_float(a), factor, score[i][0]);
+        score[i][1] = fma(to_float(b), factor, score[i][1]);
+    };
+    if constexpr (wide_weights(bits)) {
+        I sum[m][2];
+        for (int i = 0; i < m; ++i) sum[i][0] = sum[i][1] = zero_int();
+        for (int quad = 0; quad < n_quads; ++quad, low += quad_bytes) {
+            const Wide a = split(load_codes<bits, k>(low, 32, high)), b = split(load_codes<bits, k + 1>(low, 32, high));
+            const int32_t * weight = w.wide[first_quad + quad];
+            for (int i = 0; i < m; ++i) {
+                const I even = splat_int(weight[i]), odd = splat_int(weight[kQueries + i]);
+                sum[i][0] = dot_wide(sum[i][0], a, even, odd);
+                sum[i][1] = dot_wide(sum[i][1], b, even, odd);
+            }
+        }
+        for (int i = 0; i < m; ++i) add_sums(i, sum[i][0], sum[i][1]);
+    } else {
+        static_assert(narrow_limit(bits) >= kSegmentQuads, "a segment fits a narrow sum");
+        for (int quad = 0; quad < n_quads; ++segment) {
+            Narrow part[m][2];
+            for (int i = 0; i < m; ++i) part[i][0] = part[i][1] = narrow_zero();
+            const int end = quad + kSegmentQuads < n_quads ? quad + kSegmentQuads : n_quads;
+            for (; quad < end; ++quad, low += quad_bytes, high += quad_bytes) {
+                const B a = load_codes<bits, k>(low, 32, high), b = load_codes<bits, k + 1>(low, 32, high);
+                for (int i = 0; i < m; ++i) {
+                    const I weight = splat_int(w.narrow[first_quad + quad][i]);
+                    part[i][0] = dot_narrow(part[i][0], a, weight);
+                    part[i][1] = dot_narrow(part[i][1], b, weight);
+                }
+            }
+            for (int i = 0; i < m; ++i) add_sums(i, widen(part[i][0]), widen(part[i][1]));
+        }
+    }
+}
+
+// Scores of the 16 tokens from t = 64 chunk + 8 k.
+template <int m, int k>
+void score_tokens(const KeyFormat & f, const uint8_t * record, int chunk, const float * q16, const QueryWeights & w, float * scores) {
+    const int t = 64 * chunk + 8 * k;
+    F score[m][2];
+    for (int i = 0; i < m; ++i) score[i][0] = score[i][1] = splat(w.bias[i]);
+    const half * row = reinterpret_cast<const half *>(record) + t;
+    for (int r = 0; r < f.n16; ++r, row += kPageCells) {
+        const F a = load_half(row), b = load_half(row + kLanes);
+        for (int i = 0; i < m; ++i) {
+            score[i][0] = fma(a, splat(q16[4 * r + i]), score[i][0]);
+            score[i][1] = fma(b, splat(q16[4 * r + i]), score[i][1]);
+        }
+    }
+    const uint8_t * at3 = record + f.offset3() + 64 * chunk;
+    const uint8_t * at2 = record + f.offset2() + 64 * chunk;
+    if (f.n8 > 0) add_tier<8, m, k>(record + f.offset8() + 256 * chunk, nullptr, f.n8 / 4, w, 0, 0, score);
+    if (f.n4 > 0) add_tier<4, m, k>(record + f.offset4() + 128 * chunk, nullptr, f.n4 / 4, w, f.n8 / 4, 1, score);
+    if (f.n3 > 0) add_tier<3, m, k>(at3, at3 + 128 - 32 * chunk, f.n3 / 4, w, 0, 2, score);
+    if (f.n2 > 0) add_tier<2, m, k>(at2, at2, f.n2 / 4, w, f.n3 / 4, 2 + segments(f.n3), score);
+    for (int i = 0; i < m; ++i) {
+        store(scores + i * kPageCells + t, score[i][0]);
+        store(scores + i * kPageCells + t + kLanes, score[i][1]);
+    }
+}
+
+void scores_packed(const KeyFormat & f, const uint8_t * record, const float * q, int n, float * scores, float *) {
+    const uint8_t * order = record + f.offset_order();
+    const int d = f.head_size;
+    KeyTables tables;
+    read_key_tables(f, record, tables);
+    by_queries(n, [&](auto m, int first) {
+        // The queries side by side, then in the record's order.
+        alignas(64) float side[4 * kMaxHeadSize], sorted[4 * kMaxHeadSize];
+        for (int j = 0; j < d; j += kLanes) {
+            F x[kQueries];
+            for (int i = 0; i < kQueries; ++i) x[i] = i < m ? load(q + size_t(first + i) * d + j) : splat(0.0f);
+            store_interleaved(side + 4 * j, x[0], x[1], x[2], x[3]);
+        }
+        for (int r = 0; r < d; ++r) std::memcpy(sorted + 4 * r, side + 4 * order[r], 16);
+
+        QueryWeights w;
+        float * out = scores + size_t(first) * kPageCells;
+        for (int g = 0; g < f.n_groups(); ++g) {
+            fold_queries(f, sorted + 4 * f.n16, tables.scale + g * f.n_coded(), tables.middle + g * f.n_coded(), w);
+            for (int chunk = 0; chunk < 2; ++chunk) {
+                unroll<4>([&](auto i) {
+                    constexpr int k = 2 * i;
+                    if ((64 * chunk + 8 * k) / f.group == g) score_tokens<m, k>(f, record, chunk, sorted, w, out);
+                });
+            }
+        }
+    });
+}
+
+void scores_half(int head_size, const half * rows, size_t stride, int n_cells, const float * q, int n, float * scores, float *) {
+    by_queries(n, [&](auto m, int first) {
+        const float * from = q + size_t(first) * head_size;
+        float * out = scores + size_t(first) * kPageCells;
+        for (int t = 0; t < n_cells; t += 2) {
+            const half * a = rows + t * stride;
+            const half * b = t + 1 < n_cells ? a + stride : a;
+            F sum[kQueries][2];
+            for (int i = 0; i < kQueries; ++i) sum[i][0] = sum[i][1] = splat(0.0f);
+            for (int d = 0; d < head_size; d += kLanes) {
+                const F x = load_half(a + d), y = load_half(b + d);
+                for (int i = 0; i < m; ++i) {
+                    const F w = load(from + i * head_size + d);
+                    sum[i][0] = fma(x, w, sum[i][0]);
+                    sum[i][1] = fma(y, w, sum[i][1]);
+                }
+            }
+            float s[2][4];
+            sum4(sum[0][0], sum[1][0], sum[2][0], sum[3][0], s[0]);
+            sum4(sum[0][1], sum[1][1], sum[2][1], sum[3][1], s[1]);
+            for (int i = 0; i < m; ++i) {
+                out[i * kPageCells + t] = s[0][i];
+                if (t + 1 < n_cells) out[i * kPageCells + t + 1] = s[1][i];
+            }
+        }
+    });
+}
+
+// --- values: weighted sums ------------------------------------------------------------------------------------
+
+constexpr int kChunkTokens = 32;
+constexpr int kChunks = kPageCells / kChunkTokens;
+
+// Weights of a page for one query and one group of dimensions: weight times scale, rounded to integers. Beside 4 and 8 bits: 15
+// bits of the page's largest. Beside 2 and 3 bits: 8 bits of the largest of 32 tokens, and what rounding left of a token is passed
+// on to the token eight further, so that many small weights beside a large one keep their sum.
+struct TokenWeights {
+    int32_t wide[kPageCells / 4][2];  // even and odd pairs
+    int32_t narrow[kPageCells / 4];
+    float factor[kChunks], bias;      // value sum = sum over chunks of factor * integer sum, + bias
+};
+
+// `min` is null if the format is rotated.
+void fold_weights(const float * weight, const float * scale, const float * min, int bits, TokenWeights & w) {
+    const float middle = 0.5f * float((1 << bits) - 1);
+    float folded[kPageCells], top[kChunks];
+    F bias = splat(0.0f);
+    for (int c = 0; c < kChunks; ++c) {
+        F largest = splat(0.0f);
+        for (int t = c * kChunkTokens; t < (c + 1) * kChunkTokens; t += kLanes) {
+            const F x = load(weight + t), y = mul(x, load(scale + t));
+            largest = max(largest, y);
+            // Rotated codes lie around 0. Beside a minimum the middle code stands for something: its exact share, as for keys.
+            if (min) bias = fma(x, load(min + t), fma(y, splat(middle), bias));
+            store(folded + t, y);
+        }
+        top[c] = highest(largest);
+    }
+    w.bias = sum(bias);
+    const bool wide = wide_weights(bits);
+    const float page_top = highest(mixkvq::max(mixkvq::max(splat(top[0]), splat(top[1])), mixkvq::max(splat(top[2]), splat(top[3]))));
+    for (int c = 0; c < kChunks; ++c) {
+        const float largest = wide ? page_top : top[c], steps = wide ? 32767.0f : 255.0f;
+        w.factor[c] = largest / steps;
+        const F grid = splat(largest > 1e-30f ? steps / largest : 0.0f);
+        const float * y = folded + c * kChunkTokens;
+        I x[4];
+        F total = splat(0.0f), rest = splat(0.0f);
+        for (int j = 0; j < 4; ++j) {
+            const F exact = fma(load(y + j * kLanes), grid, rest), r = mixkvq::min(round(exact), splat(steps));
+            rest = sub(exact, r);
+            total = add(total, r);
+            x[j] = to_int(r);
+        }
+        if (wide) {
+            for (int j = 0; j < 4; ++j) store_wide_weights(w.wide[c * 8 + 2 * j], x[j]);
+        } else {
+            store_narrow_weights(w.narrow + c * 8, x[0], x[1], x[2], x[3]);
+        }
+        w.bias -= w.factor[c] * middle * sum(total);
+    }
+}
+
+// acc += the weighted sum of `blocks` times eight dimensions from dimension d.
+template <int bits, int m, int blocks>
+inline void add_values(const ValueFormat & f, const uint8_t * record, int d, const TokenWeights * w, float * acc) {
+    constexpr int low_bits = bits == 3 ? 2 : bits;
+    const size_t row = size_t(4) * f.head_size;
+    const uint8_t * low = record + 4 * d;
+    const uint8_t * high = low + f.offset_high();
+    F total[m][blocks];
+    for (int i = 0; i < m; ++i) {
+        for (int b = 0; b < blocks; ++b) total[i][b] = splat(w[i].bias);
+    }
+    if constexpr (wide_weights(bits)) {
+        I sum[m][blocks];
+        for (int i = 0; i < m; ++i) {
+            for (int b = 0; b < blocks; ++b) sum[i][b] = zero_int();
+        }
+        for (int c = 0; c < kChunks; ++c, low += row * low_bits) {
+            unroll<8>([&](auto k) {
+                Wide codes[blocks];
+                for (int b = 0; b < blocks; ++b) codes[b] = split(load_codes<bits, k>(low + 32 * b, row, nullptr));
+                for (int i = 0; i < m; ++i) {
+                    const I even = splat_int(w[i].wide[c * 8 + k][0]), odd = splat_int(w[i].wide[c * 8 + k][1]);
+                    for (int b = 0; b < blocks; ++b) sum[i][b] = dot_wide(sum[i][b], codes[b], even, odd);
+                }
+            });
+        }
+        for (int i = 0; i < m; ++i) {
+            for (int b = 0; b < blocks; ++b) total[i][b] = fma(to_float(sum[i][b]), splat(w[i].factor[0]), total[i][b]);
+        }
+    } else {
+        static_assert(narrow_limit(bits) / 2 >= 8, "a chunk fits a narrow sum");
+        for (int c = 0; c < kChunks; ++c, low += row * low_bits, high += row) {
+            Narrow sum[m][blocks];
+            for (int i = 0; i < m; ++i) {
+                for (int b = 0; b < blocks; ++b) sum[i][b] = narrow_zero();
+            }
+            unroll<8>([&](auto k) {
+                B codes[blocks];
+                for (int b = 0; b < blocks; ++b) codes[b] = load_codes<bits, k>(low + 32 * b, row, high + 32 * b);
+                for (int i = 0; i < m; ++i) {
+                    const I weight = splat_int(w[i].narrow[c * 8 + k]);
+                    for (int b = 0; b < blocks; ++b) sum[i][b] = dot_unsigned(sum[i][b], codes[b], weight);
+                }
+            });
+            for (int i = 0; i < m; ++i) {
+                for (int b = 0; b < blocks; ++b) total[i][b] = fma(to_float(widen(sum[i][b])), splat(w[i].factor[c]), total[i][b]);
+            }
+        }
+    }
+    for (int i = 0; i < m; ++i) {
+        for (int b = 0; b < blocks; ++b) {
+            float * at = acc + i * f.head_size + d + b * kLanes;
+            store(at, add(load(at), total[i][b]));
+        }
+    }
+}
+
+bool all_zero(const float * x, int n) {
+    F top = splat(0.0f);
+    for (int i = 0; i < n; i += kLanes) top = max(top, load(x + i));
+    return !(highest(top) > 0);
+}
+
+void values_packed(const ValueFormat & f, const uint8_t * record, const float * weight, int n, float * acc, float *) {
+    if (all_zero(weight, n * kPageCells)) return;
+    const int groups = f.n_groups(), width = f.rotated() ? f.head_size : f.group;
+    // Scales and minima, group by group.
+    float scale[kMaxHeadSize / 32][kPageCells], min[kMaxHeadSize / 32][kPageCells];
+    for (int part = 0; part < (f.rotated() ? 1 : 2); ++part) {
+        half h[kPageCells * kMaxHeadSize / 32];
+        float x[kPageCells * kMaxHeadSize / 32];
+        std::memcpy(h, record + (part ? f.offset_min() : f.offset_scale()), size_t(2) * kPageCells * groups);
+        from_half(h, x, kPageCells * groups);
+        for (int g = 0; g < groups; ++g) {
+            for (int t = 0; t < kPageCells; ++t) (part ? min : scale)[g][t] = x[t * groups + g];
+        }
+    }
+    by_queries(n, [&](auto m, int first) {
+        TokenWeights w[m];
+        float * out = acc + size_t(first) * f.head_size;
+        for (int g = 0; g < groups; ++g) {
+            for (int i = 0; i < m; ++i) {
+                fold_weights(weight + size_t(first + i) * kPageCells, scale[g], f.rotated() ? nullptr : min[g], f.bits, w[i]);
+            }
+            const int end = (g + 1) * width < f.head_size ? (g + 1) * width : f.head_size;
+            with_bits(f.bits, [&](auto bits) {
+                int d = g * width;
+                for (; d + 2 * kLanes <= end; d += 2 * kLanes) add_values<bits, m, 2>(f, record, d, w, out);
+                if (d < end) add_values<bits, m, 1>(f, record, d, w, out);
+            });
+        }
+    });
+}
+
+// acc += rows [begin, end) times their weights, `blocks` times eight dimensions from dimension d.
+template <int m, int blocks>
+inline void add_rows(int head_size, const half * rows, size_t stride, int begin, int end, int d, const float * weight, float * acc) {
+    F sum[m][blocks];
+    for (int i = 0; i < m; ++i) {
+        for (int b = 0; b < blocks; ++b) sum[i][b] = load(acc + i * head_size + d + b * kLanes);
+    }
+    for (int t = begin; t < end; ++t) {
+        F x[blocks];
+        for (int b = 0; b < blocks; ++b) x[b] = load_half(rows + t * stride + d + b * kLanes);
+        for (int i = 0; i < m; ++i) {
+            const F p = splat(weight[i * kPageCells + t]);
+            for (int b = 0; b < blocks; ++b) sum[i][b] = fma(x[b], p, sum[i][b]);
+        }
+    }
+    for (int i = 0; i < m; ++i) {
+        for (int b = 0; b < blocks; ++b) store(acc + i * head_size + d + b * kLanes, sum[i][b]);
+    }
+}
+
+void values_half(int head_size, const half * rows, size_t stride, int n_cells, const float * weight, int n, float * acc, float *) {
+    constexpr int kRows = 16;  // rows that stay in the first-level cache while all their dimensions are done
+    for (int begin = 0; begin < n_cells; begin += kRows) {
+        const int end = begin + kRows < n_cells ? begin + kRows : n_cells;
+        by_queries(n, [&](auto m, int first) {
+            const float * w = weight + size_t(first) * kPageCells;
+            float * out = acc + size_t(first) * head_size;
+            int d = 0;
+            for (; d + 2 * kLanes <= head_size; d += 2 * kLanes) add_rows<m, 2>(head_size, rows, stride, begin, end, d, w, out);
+            if (d < head_size) add_rows<m, 1>(head_size, rows, stride, begin, end, d, w, out);
+        });
+    }
+}
+
+// --- softmax --------------------------------------------------------------------------------------------------
+
+// e^x: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for e^r. 0 below -87, where the result would be subnormal.
+inline F exp(F x) {
+    const F limit = splat(-87.0f);
+    const F y = min(max(x, limit), splat(88.0f));
+    const F n = round(mul(y, splat(1.44269504f)));
+    F r = fma(n, splat(-0.693359375f), y);  // ln 2 in two parts, the first exact times n
+    r = fma(n, splat(2.12194440e-4f), r);
+    F p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = add(fma(mul(r, r), p, r), splat(1.0f));
+    return zero_below(mul(p, exp2_whole(n)), x, limit);
+}
+
+float exp_sum(float * x, int n, float max) {
+    F total = splat(0.0f);
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const F y = exp(sub(load(x + i), splat(max)));
+        store(x + i, y);
+        total = add(total, y);
+    }
+    if (i < n) {
+        float rest[kLanes];
+        for (int j = 0; j < kLanes; ++j) rest[j] = i + j < n ? x[i + j] - max : -1000.0f;
+        const F y = exp(load(rest));
+        store(rest, y);
+        total = add(total, y);
+        for (int j = i; j < n; ++j) x[j] = rest[j - i];
+    }
+    return sum(total);
+}
+
+constexpr Kernels kernel_table(Isa isa) {
+    return {
+        isa,           to_half,     from_half,     pack_keys,   unpack_keys, pack_values, unpack_values,
+        scores_packed, scores_half, values_packed, values_half, exp_sum,     scale,       rotate,
+    };
+}
+
+}  // namespace
+}  // namespace mixkvq
