@@ -1,0 +1,412 @@
+// The buffer type whose key and value tensors take the bytes of packed pages.
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "glue.h"
+
+namespace mixkvq::glue {
+
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+// "cache_k_l12" or "cache_v_l12": a layer's keys or values in llama.cpp's main cache. Its other tensors (recurrent states, indexer keys)
+// are named cache_* too and stay as they are.
+bool parse_name(const char * name, int & layer, bool & is_value) {
+    const bool k = std::strncmp(name, "cache_k_l", 9) == 0, v = std::strncmp(name, "cache_v_l", 9) == 0;
+    if (!k && !v) return false;
+    const char * p = name + 9;
+    if (*p < '0' || *p > '9') return false;
+    layer = 0;
+    for (; *p >= '0' && *p <= '9'; ++p) layer = 10 * layer + (*p - '0');
+    is_value = v;
+    return *p == 0;
+}
+
+bool is_cache_tensor(const ggml_tensor * t, int & layer, bool & is_value) {
+    return !t->view_src && t->op == GGML_OP_NONE && parse_name(t->name, layer, is_value);
+}
+
+StoreShape shape_of(const ggml_tensor * t, bool is_value, const Settings & s) {
+    StoreShape shape;
+    shape.is_value = is_value;
+    shape.row = int(t->ne[0]);
+    shape.n_cells = int(t->ne[1]);
+    shape.n_streams = int(t->ne[2]);
+    shape.window = s.window;
+    shape.sinks = s.sinks;
+    return shape;
+}
+
+size_t records_for(const Settings & s, int layer, int row, int head_size, bool is_value, std::string & error) {
+    const int n_heads = row / head_size;
+    size_t bytes = 0;
+    if (is_value) {
+        std::vector<ValueFormat> formats;
+        if (!value_formats(s, layer, n_heads, head_size, formats, error)) return 0;
+        for (const ValueFormat & f : formats) bytes += f.record_bytes();
+    } else {
+        std::vector<KeyFormat> formats;
+        std::vector<float> prior;
+        if (!key_formats(s, layer, n_heads, head_size, formats, prior, error)) return 0;
+        for (const KeyFormat & f : formats) bytes += f.record_bytes();
+    }
+    return bytes;
+}
+
+// Bytes of a page's records. The head size is known from the settings or a profile; otherwise llama.cpp tells it only when the tensor is
+// first read, and the largest answer that a usual head size gives is reserved.
+size_t records_per_page(const Settings & s, int layer, int row, bool is_value, std::string & error) {
+    if (s.profile) {
+        const bool known = layer < int(s.profile->layers.size()) && !s.profile->layers[layer].keys.empty();
+        const int n_heads = known ? int(s.profile->layers[layer].keys.size()) : 0;
+        if (!known || row % n_heads) {
+            error = "the profile " + s.profile->path + " is for another model: layer " + std::to_string(layer) + " does not fit it";
+            return 0;
+        }
+        return records_for(s, layer, row, row / n_heads, is_value, error);
+    }
+    if (layer < int(s.head_sizes.size())) {
+        const int d = is_value ? s.head_sizes[layer].second : s.head_sizes[layer].first;
+        if (d >= kMinHeadSize && d <= kMaxHeadSize && d % 8 == 0 && row % d == 0) return records_for(s, layer, row, d, is_value, error);
+    }
+    size_t most = 0;
+    for (int d : {64, 80, 96, 112, 128, 160, 192, 224, 256}) {
+        if (row % d == 0) most = std::max(most, records_for(s, layer, row, d, is_value, error));
+    }
+    if (!most && row % kMinHeadSize == 0) most = records_for(s, layer, row, kMinHeadSize, is_value, error);
+    return most;
+}
+
+// A sentence from get_alloc_size for the alloc_buffer that follows it in the same thread.
+thread_local std::string pending_error;
+
+}  // namespace
+
+// ---- cache tensors ----
+
+const ggml_tensor * root_of(const ggml_tensor * t) {
+    while (t->view_src) t = t->view_src;
+    return t;
+}
+
+static Buffer * buffer_of(const ggml_tensor * root) {
+    if (!root->buffer || ggml_backend_buffer_get_type(root->buffer) != cpu_buffer_type()) return nullptr;
+    auto * holder = static_cast<std::shared_ptr<Buffer> *>(root->buffer->context);
+    return holder ? holder->get() : nullptr;  // dummies that measure memory have no context
+}
+
+CacheTensor * cache_of(const ggml_tensor * t) {
+    const ggml_tensor * root = root_of(t);
+    return buffer_of(root) ? static_cast<CacheTensor *>(root->extra) : nullptr;
+}
+
+bool is_in_memory_of_llama(const ggml_tensor * t) {
+    const ggml_tensor * root = root_of(t);
+    return root->buffer && ggml_backend_buffer_get_type(root->buffer) == cpu_buffer_type() && std::strncmp(root->name, "cache_", 6) == 0;
+}
+
+size_t offset_in_cache(const ggml_tensor * t) {
+    return size_t(static_cast<const char *>(t->data) - static_cast<const char *>(root_of(t)->data));
+}
+
+void CacheTensor::decide(int heads_size, int heads) {
+    if (mode != Mode::undecided) return;
+    head_size = heads_size;
+    n_heads = heads;
+    if (head_size < kMinHeadSize || head_size > kMaxHeadSize || head_size % 8 || head_size * n_heads != store->shape().row) {
+        make_plain("its head size " + std::to_string(head_size) + " is not a multiple of 8 from 32 to 256");
+        return;
+    }
+    std::string error;
+    if (is_value) {
+        std::vector<ValueFormat> formats;
+        if (value_formats(owner->session->settings, layer, n_heads, head_size, formats, error)) store->set_formats(std::move(formats));
+    } else {
+        std::vector<KeyFormat> formats;
+        std::vector<float> prior;
+        if (key_formats(owner->session->settings, layer, n_heads, head_size, formats, prior, error)) {
+            store->set_formats(std::move(formats), std::move(prior));
+        }
+    }
+    if (error.empty()) {
+        mode = Mode::packed;
+    } else {
+        make_plain(error);
+    }
+}
+
+void CacheTensor::make_plain(const std::string & why) {
+    if (mode == Mode::plain) return;
+    const StoreShape & shape = store->shape();
+    Region region(nominal_bytes);
+    if (!region.data()) throw std::bad_alloc();
+    for (int s = 0; s < shape.n_streams; ++s) {
+        for (int p = 0; p < shape.n_pages(); ++p) {
+            if (store->page(s, p).empty()) continue;
+            const int cell = p * kPageCells, n = std::min(kPageCells, shape.n_cells - cell);
+            store->read(s, cell, n, reinterpret_cast<half *>(region.data() + (size_t(s) * shape.n_cells + cell) * row_bytes));
+        }
+    }
+    store->clear();
+    plain_region = std::move(region);
+    plain_data = plain_region.data();
+    mode = Mode::plain;
+    reason = why;
+    warn_once(std::string(is_value ? "values" : "keys") + " of some layers are stored plainly in F16: " + why);
+}
+
+void CacheTensor::read(size_t offset, void * data, size_t size) const {
+    if (mode == Mode::plain) {
+        std::memcpy(data, plain_data + offset, size);
+        return;
+    }
+    const int n_cells = store->shape().n_cells;
+    auto * out = static_cast<uint8_t *>(data);
+    std::vector<uint8_t> row;
+    while (size > 0) {
+        const size_t cell = offset / row_bytes, skip = offset % row_bytes;
+        const int stream = int(cell / n_cells), first = int(cell % n_cells);
+        if (skip || size < row_bytes) {
+            row.resize(row_bytes);
+            store->read(stream, first, 1, reinterpret_cast<half *>(row.data()));
+            const size_t n = std::min(size, row_bytes - skip);
+            std::memcpy(out, row.data() + skip, n);
+            out += n, offset += n, size -= n;
+        } else {
+            const int n = int(std::min(size / row_bytes, size_t(n_cells - first)));
+            if (reinterpret_cast<uintptr_t>(out) % alignof(half)) {
+                row.resize(n * row_bytes);
+                store->read(stream, first, n, reinterpret_cast<half *>(row.data()));
+                std::memcpy(out, row.data(), n * row_bytes);
+            } else {
+                store->read(stream, first, n, reinterpret_cast<half *>(out));
+            }
+            out += n * row_bytes, offset += n * row_bytes, size -= n * row_bytes;
+        }
+    }
+}
+
+void CacheTensor::write(size_t offset, const void * data, size_t size, int n_threads) {
+    if (mode == Mode::plain) {
+        std::memcpy(plain_data + offset, data, size);
+        return;
+    }
+    const int n_cells = store->shape().n_cells;
+    const auto * in = static_cast<const uint8_t *>(data);
+    std::vector<uint8_t> rows;
+    while (size > 0) {
+        const size_t cell = offset / row_bytes, skip = offset % row_bytes;
+        const int stream = int(cell / n_cells), first = int(cell % n_cells);
+        // A page at a time, so that what is full can be packed on the way. The copy also aligns the rows.
+        const int n = skip || size < row_bytes ? 1 : int(std::min(size / row_bytes, size_t(std::min(kPageCells - first % kPageCells, n_cells - first))));
+        rows.resize(n * row_bytes);
+        const size_t bytes = std::min(size, n * row_bytes - skip);
+        if (bytes < rows.size()) store->read(stream, first, n, reinterpret_cast<half *>(rows.data()));
+        std::memcpy(rows.data() + skip, in, bytes);
+        store->write(stream, first, n, reinterpret_cast<const half *>(rows.data()), store->shape().row);
+        store->settle(n_threads);
+        in += bytes, offset += bytes, size -= bytes;
+    }
+    owner->pool.trim();
+}
+
+void CacheTensor::erase(size_t offset, size_t size) {
+    if (mode == Mode::plain) {
+        std::memset(plain_data + offset, 0, size);
+        return;
+    }
+    const int n_cells = store->shape().n_cells;
+    size_t cell = offset / row_bytes;
+    const size_t end = (offset + size + row_bytes - 1) / row_bytes;
+    while (cell < end) {
+        const int stream = int(cell / n_cells), first = int(cell % n_cells);
+        const int n = int(std::min(end - cell, size_t(n_cells - first)));
+        store->erase(stream, first, n);
+        cell += n;
+    }
+}
+
+void CacheTensor::clear() {
+    store->clear();
+    if (plain_region.data()) {
+        plain_region.zero();
+    } else if (plain_data) {
+        std::memset(plain_data, 0, nominal_bytes);
+    }
+}
+
+// ---- the buffer ----
+
+namespace {
+
+Buffer & get(ggml_backend_buffer_t buffer) { return **static_cast<std::shared_ptr<Buffer> *>(buffer->context); }
+
+void free_buffer(ggml_backend_buffer_t buffer) { delete static_cast<std::shared_ptr<Buffer> *>(buffer->context); }
+
+void * get_base(ggml_backend_buffer_t buffer) { return get(buffer).region.data(); }
+
+ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
+    Buffer & buffer = get(ggml_buffer);
+    int layer;
+    bool is_value;
+    if (!is_cache_tensor(t, layer, is_value)) {
+        if (!t->view_src && std::strncmp(t->name, "cache_", 6) == 0) buffer.direct.push_back({t->data, ggml_nbytes(t)});
+        return GGML_STATUS_SUCCESS;
+    }
+    try {
+        auto cache = std::make_unique<CacheTensor>();
+        cache->owner = &buffer;
+        cache->name = t->name;
+        cache->layer = layer;
+        cache->is_value = is_value;
+        cache->nominal_bytes = ggml_nbytes(t);
+        cache->row_bytes = t->nb[1];
+        auto * memory = static_cast<uint8_t *>(t->data);
+        const size_t bytes = std::min(ggml_backend_buft_get_alloc_size(cpu_buffer_type(), t), buffer.region.size() - size_t(memory - buffer.region.data()));
+        cache->store = std::make_unique<PageStore>(shape_of(t, is_value, buffer.session->settings), kernels(), memory, bytes, buffer.pool);
+        if (t->type != GGML_TYPE_F16) {
+            cache->mode = CacheTensor::Mode::plain;
+            cache->plain_data = memory;
+            cache->reason = std::string("its type is ") + ggml_type_name(t->type);
+            warn_once(std::string(is_value ? "values" : "keys") + " of some layers are stored plainly: llama.cpp was asked for a cache of type " +
+                      ggml_type_name(t->type) + "; leave the type at f16 for a MixKVQ cache");
+        }
+        t->extra = cache.get();
+        buffer.tensors.push_back(std::move(cache));
+    } catch (const std::bad_alloc &) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+void memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
+    CacheTensor * cache = cache_of(t);
+    get(buffer).touched = true;
+    if (!cache) {
+        std::memset(static_cast<char *>(t->data) + offset, value, size);
+    } else if (value == 0) {
+        cache->erase(offset_in_cache(t) + offset, size);
+    } else {
+        const std::vector<uint8_t> data(size, value);
+        cache->write(offset_in_cache(t) + offset, data.data(), size, 1);
+    }
+}
+
+void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    get(buffer).touched = true;
+    if (CacheTensor * cache = cache_of(t)) {
+        cache->write(offset_in_cache(t) + offset, data, size, get(buffer).session->n_threads);
+    } else {
+        std::memcpy(static_cast<char *>(t->data) + offset, data, size);
+    }
+}
+
+void get_tensor(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+    if (const CacheTensor * cache = cache_of(t)) {
+        cache->read(offset_in_cache(t) + offset, data, size);
+    } else {
+        std::memcpy(data, static_cast<const char *>(t->data) + offset, size);
+    }
+}
+
+// seq_cp between streams copies a stream's view. Packed pages are copied as they are.
+bool cpy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * src, ggml_tensor * dst) {
+    CacheTensor * from = cache_of(src);
+    CacheTensor * to = cache_of(dst);
+    if (!from || !to || from->mode != CacheTensor::Mode::packed || to->mode != from->mode || !from->store->same_layout(*to->store)) return false;
+    const size_t stream_bytes = from->row_bytes * from->store->shape().n_cells;
+    const size_t a = offset_in_cache(src), b = offset_in_cache(dst);
+    if (a % stream_bytes || b % stream_bytes || ggml_nbytes(src) != stream_bytes) return false;
+    get(buffer).touched = true;
+    to->store->copy_stream_from(*from->store, int(a / stream_bytes), int(b / stream_bytes));
+    return true;
+}
+
+void clear(ggml_backend_buffer_t ggml_buffer, uint8_t value) {
+    Buffer & buffer = get(ggml_buffer);
+    if (!buffer.touched && value == 0) return;  // fresh memory is zero; writing it would make it resident
+    for (auto & cache : buffer.tensors) cache->clear();
+    if (buffer.tensors.empty()) {
+        std::memset(buffer.region.data(), value, buffer.region.size());
+    } else {
+        for (auto & d : buffer.direct) std::memset(d.first, value, d.second);
+        if (buffer.direct.empty()) buffer.region.zero();
+        buffer.pool.trim();
+    }
+    buffer.touched = value != 0;
+}
+
+// ---- the buffer type ----
+
+const char * buft_name(ggml_backend_buffer_type_t) { return "MIXKVQ-CPU"; }
+
+ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
+    auto session = current_session();
+    auto fail = [&](const std::string & sentence) -> ggml_backend_buffer_t {
+        std::lock_guard<std::mutex> lock(session->mutex);
+        session->error = sentence;
+        warn_once(sentence);
+        return nullptr;
+    };
+    const std::string error = std::exchange(pending_error, std::string());
+    if (!error.empty()) return fail(error);
+    const uint64_t memory = physical_memory();
+    char text[160];
+    if (memory && size > memory) {
+        std::snprintf(text, sizeof(text), "the cache needs %.1f GiB and this machine has %.1f GiB of memory; choose a smaller context",
+                      size / 1073741824.0, memory / 1073741824.0);
+        return fail(text);
+    }
+    auto buffer = std::make_shared<Buffer>();
+    buffer->region = Region(size);
+    if (!buffer->region.data()) {
+        std::snprintf(text, sizeof(text), "there is no memory for a cache of %.1f GiB; choose a smaller context", size / 1073741824.0);
+        return fail(text);
+    }
+    buffer->session = session;
+    {
+        std::lock_guard<std::mutex> lock(session->mutex);
+        auto & list = session->buffers;
+        list.erase(std::remove_if(list.begin(), list.end(), [](auto & weak) { return weak.expired(); }), list.end());
+        list.push_back(buffer);
+    }
+    ggml_backend_buffer_i iface = {};
+    iface.free_buffer = free_buffer;
+    iface.get_base = get_base;
+    iface.init_tensor = init_tensor;
+    iface.memset_tensor = memset_tensor;
+    iface.set_tensor = set_tensor;
+    iface.get_tensor = get_tensor;
+    iface.cpy_tensor = cpy_tensor;
+    iface.clear = clear;
+    return ggml_backend_buffer_init(type, iface, new std::shared_ptr<Buffer>(buffer), size);
+}
+
+size_t get_alignment(ggml_backend_buffer_type_t) { return kAlignment; }
+
+size_t get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * t) {
+    int layer;
+    bool is_value;
+    if (!is_cache_tensor(t, layer, is_value) || t->type != GGML_TYPE_F16) return ggml_nbytes(t);
+    const Settings & s = current_session()->settings;
+    std::string error;
+    const size_t records = records_per_page(s, layer, int(t->ne[0]), is_value, error);
+    if (!error.empty()) pending_error = error;
+    return reserve_bytes(shape_of(t, is_value, s), records);
+}
+
+bool is_host(ggml_backend_buffer_type_t) { return false; }
+
+}  // namespace
+
+ggml_backend_buffer_type_t cpu_buffer_type() {
+    static ggml_backend_buffer_type type = {{buft_name, alloc_buffer, get_alignment, nullptr, get_alloc_size, is_host}, cpu_device(), nullptr};
+    return &type;
+}
+
+}  // namespace mixkvq::glue

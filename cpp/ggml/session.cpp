@@ -1,0 +1,171 @@
+#include <algorithm>
+#include <new>
+
+#include "glue.h"
+
+// The handle that a program holds.
+struct mixkvq_session {
+    std::shared_ptr<mixkvq::glue::Session> session;
+    std::shared_ptr<mixkvq::glue::Session> outer;  // what was current before
+};
+
+namespace mixkvq::glue {
+
+namespace {
+
+std::shared_ptr<Session> default_session;
+thread_local std::shared_ptr<Session> thread_session;
+thread_local std::string last_error;
+
+std::vector<std::shared_ptr<Buffer>> buffers_of(Session & session) {
+    std::lock_guard<std::mutex> lock(session.mutex);
+    std::vector<std::shared_ptr<Buffer>> alive;
+    for (auto & weak : session.buffers) {
+        auto buffer = weak.lock();
+        if (buffer && !buffer->tensors.empty()) alive.push_back(buffer);
+    }
+    return alive;
+}
+
+double body_bits_of(const CacheTensor & t) {
+    return 8.0 * t.store->records_per_page() / (double(kPageCells) * t.store->shape().row);
+}
+
+uint64_t bytes_of(const CacheTensor & t) {
+    if (t.mode == CacheTensor::Mode::plain) return t.nominal_bytes;
+    return reserve_bytes(t.store->shape(), t.store->records_per_page());
+}
+
+mixkvq_session * begin(const mixkvq_settings * settings) {
+    last_error.clear();
+    try {
+        auto session = std::make_shared<Session>();
+        const mixkvq_settings defaults = {nullptr, nullptr, -1, -1, 0, nullptr, nullptr};
+        if (!settings_from_api(settings ? *settings : defaults, session->settings, last_error)) return nullptr;
+        auto * handle = new mixkvq_session{session, thread_session};
+        thread_session = session;
+        return handle;
+    } catch (const std::bad_alloc &) {
+        last_error = "out of memory";
+        return nullptr;
+    }
+}
+
+void end(mixkvq_session * handle) {
+    if (handle && thread_session == handle->session) thread_session = handle->outer;
+}
+
+void release(mixkvq_session * handle) {
+    end(handle);
+    delete handle;
+}
+
+int stats(mixkvq_session * handle, mixkvq_stats * out) {
+    *out = mixkvq_stats{};
+    const auto buffers = buffers_of(*handle->session);
+    double packed_bits = 0, packed_elements = 0;
+    uint64_t peak_extra = 0;
+    for (const auto & buffer : buffers) {
+        uint64_t tables = 0;
+        for (const auto & t : buffer->tensors) {
+            const StoreShape & shape = t->store->shape();
+            const uint64_t elements = uint64_t(shape.row) * shape.n_cells * shape.n_streams;
+            out->elements += elements;
+            out->bytes_f16 += 2 * elements;
+            out->bytes += bytes_of(*t);
+            out->n_cells = std::max(out->n_cells, shape.n_cells * shape.n_streams);
+            out->n_layers += t->is_value ? 0 : 1;
+            tables += uint64_t(shape.n_pages()) * shape.n_streams * sizeof(PageStore::Page) + sizeof(PageStore) + sizeof(CacheTensor);
+            if (t->mode == CacheTensor::Mode::plain) {
+                out->n_plain_layers += 1;
+                out->bytes_used += t->nominal_bytes;
+            } else {
+                out->bytes_used += t->store->bytes_used();
+            }
+            if (t->mode == CacheTensor::Mode::packed) {
+                packed_bits += body_bits_of(*t) * elements;
+                packed_elements += elements;
+            }
+        }
+        for (const auto & d : buffer->direct) out->bytes += d.second;
+        out->bytes += tables + buffer->pool.bytes();
+        peak_extra += buffer->pool.bytes_peak() - buffer->pool.bytes();
+    }
+    if (buffers.empty()) return -1;
+    out->bytes_peak = out->bytes + peak_extra;
+    out->body_bits = packed_elements > 0 ? packed_bits / packed_elements : 0;
+    out->total_bits = out->elements ? 8.0 * double(out->bytes) / double(out->elements) : 0;
+    out->n_threads = handle->session->n_threads;
+    out->isa = isa_name(kernels().isa);
+    return 0;
+}
+
+int n_layers(mixkvq_session * handle) {
+    int n = 0;
+    for (const auto & buffer : buffers_of(*handle->session)) n += int(buffer->tensors.size());
+    return n;
+}
+
+int layer_stats(mixkvq_session * handle, int index, mixkvq_layer_stats * out) {
+    for (const auto & buffer : buffers_of(*handle->session)) {
+        if (index >= int(buffer->tensors.size())) {
+            index -= int(buffer->tensors.size());
+            continue;
+        }
+        const CacheTensor & t = *buffer->tensors[index];
+        const StoreShape & shape = t.store->shape();
+        *out = mixkvq_layer_stats{};
+        out->name = t.name.c_str();
+        out->kind = t.mode == CacheTensor::Mode::packed ? "packed" : t.mode == CacheTensor::Mode::plain ? "plain" : "unused";
+        out->reason = t.reason.c_str();
+        out->is_value = t.is_value;
+        out->head_size = t.head_size;
+        out->n_heads = t.n_heads;
+        out->n_cells = shape.n_cells;
+        out->n_streams = shape.n_streams;
+        out->bytes = bytes_of(t);
+        if (t.mode == CacheTensor::Mode::packed) {
+            if (t.is_value) {
+                out->value_bits = t.store->value_format(0).bits;
+                out->group = t.store->value_format(0).group;
+            } else {
+                const KeyFormat & f = t.store->key_format(0);
+                const int tiers[5] = {f.n16, f.n8, f.n4, f.n3, f.n2};
+                std::copy(tiers, tiers + 5, out->tiers);
+                out->group = f.group;
+            }
+            out->pages_packed = t.store->pages_packed();
+            out->pages_f16 = t.store->pages_half();
+            out->pages_packed_ever = t.store->pages_packed_ever();
+            out->body_bits = body_bits_of(t);
+        }
+        return 0;
+    }
+    return -1;
+}
+
+const char * error(mixkvq_session * handle) {
+    if (handle) {
+        std::lock_guard<std::mutex> lock(handle->session->mutex);
+        last_error = handle->session->error;
+    }
+    return last_error.c_str();
+}
+
+}  // namespace
+
+std::shared_ptr<Session> current_session() { return thread_session ? thread_session : default_session; }
+
+bool init_default_session(std::string & error) {
+    auto session = std::make_shared<Session>();
+    if (!settings_from_environment(session->settings, error)) return false;
+    default_session = session;
+    return true;
+}
+
+const mixkvq_backend_api * backend_api() {
+    static const mixkvq_backend_api api = {MIXKVQ_BACKEND_API_VERSION, begin, end, release, stats, n_layers, layer_stats, error};
+    return &api;
+}
+
+}  // namespace mixkvq::glue
