@@ -1,0 +1,620 @@
+"""The page format and the attention over it, in NumPy: docs/format.md as code.
+
+The C++ kernels must give the same bytes as this module, so the packing below is IEEE single precision with
+one rounding per operation, in the order the specification states. Attention is float64: it is the truth that
+the kernels are measured against.
+
+    key_format = KeyFormat(128, tiers=(4, 0, 28, 0, 96))
+    record = pack_keys(key_format, rows, importance)      # rows: float16 [128 cells, 128 channels]
+    rows = unpack_keys(key_format, record)
+
+"Section" and "paper" refer to MixKVQ, arXiv 2512.19206.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+PAGE_CELLS = 128
+RECORD_ALIGN = 64
+KEY_BITS = (16, 8, 4, 3, 2)
+"""Bits of the key tiers, in the order of `KeyFormat.tiers`."""
+GAUSSIAN_STEP = {2: np.float32(0.9957), 3: np.float32(0.5860), 4: np.float32(0.3352)}
+"""Best uniform quantiser step for a unit Gaussian, by bits."""
+
+HALF_MAX = np.float32(65504)
+KEY_LANES = 8  # tokens of a key plane that follow each other at one shift
+QUAD = 4
+
+# How the bits of a code are split into planes, low bits first.
+_PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
+
+
+@dataclass(frozen=True)
+class KeyFormat:
+    """How the keys of one head are packed: how many channels sit in each tier.
+
+    head_size: channels D, a multiple of 8 from 32 to 256.
+    tiers: number of channels at 16, 8, 4, 3 and 2 bits; multiples of 4 that add up to D.
+    group: tokens that share a scale and a minimum: 32, 64 or 128.
+
+    Raises ValueError if it is not such a format.
+    """
+
+    head_size: int
+    tiers: tuple[int, int, int, int, int]
+    group: int = PAGE_CELLS
+
+    def __post_init__(self) -> None:
+        _check_head_size(self.head_size)
+        if not isinstance(self.tiers, Sequence) or len(self.tiers) != len(KEY_BITS):
+            raise ValueError(f"tiers is {self.tiers!r}, but it must be five numbers: n16, n8, n4, n3, n2.")
+        object.__setattr__(self, "tiers", tuple(self.tiers))
+        for bits, count in zip(KEY_BITS, self.tiers, strict=True):
+            if not _is_integer(count) or count < 0 or count % QUAD:
+                raise ValueError(f"n{bits} is {count!r}, but the channels of a tier come in multiples of 4.")
+        if sum(self.tiers) != self.head_size:
+            raise ValueError(f"tiers add up to {sum(self.tiers)}, but head_size is {self.head_size}.")
+        if not _is_integer(self.group) or self.group not in (32, 64, 128):
+            raise ValueError(f"group is {self.group!r}, but it must be 32, 64 or 128 tokens.")
+
+    @property
+    def n_groups(self) -> int:
+        """Scales per channel and page."""
+        return PAGE_CELLS // self.group
+
+    @property
+    def n_coded(self) -> int:
+        """Channels below 16 bits."""
+        return self.head_size - self.tiers[0]
+
+    def offset(self, bits: int) -> int:
+        """Byte in the record where the tier of 16, 8, 4, 3 or 2 bits begins."""
+        before = KEY_BITS.index(bits)
+        return sum(_channel_bytes(b) * n for b, n in zip(KEY_BITS[:before], self.tiers[:before], strict=True))
+
+    @property
+    def offset_scale(self) -> int:
+        return sum(_channel_bytes(b) * n for b, n in zip(KEY_BITS, self.tiers, strict=True))
+
+    @property
+    def offset_min(self) -> int:
+        return self.offset_scale + 2 * self.n_coded * self.n_groups
+
+    @property
+    def offset_order(self) -> int:
+        return self.offset_min + 2 * self.n_coded * self.n_groups
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record, its padding included."""
+        return _aligned(self.offset_order + self.head_size)
+
+    @property
+    def code_bits(self) -> float:
+        """Mean bits of a code: the paper's "effective bits", without scales, minima and order."""
+        return sum(b * n for b, n in zip(KEY_BITS, self.tiers, strict=True)) / self.head_size
+
+    @property
+    def body_bits(self) -> float:
+        """Bits per key element that a packed page really takes."""
+        return 8 * self.record_bytes / (PAGE_CELLS * self.head_size)
+
+
+@dataclass(frozen=True)
+class ValueFormat:
+    """How the values of one head are packed.
+
+    head_size: dimensions Dv, a multiple of 8 from 32 to 256.
+    bits: 2, 3, 4 or 8.
+    group: 0 for rotated values with one scale per token; 32 or 64 for a scale and a minimum per so many.
+
+    Raises ValueError if it is not such a format.
+    """
+
+    head_size: int
+    bits: int
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        _check_head_size(self.head_size)
+        if not _is_integer(self.bits) or self.bits not in _PLANES:
+            raise ValueError(f"bits is {self.bits!r}, but values have 2, 3, 4 or 8.")
+        if not _is_integer(self.group) or self.group not in (0, 32, 64):
+            raise ValueError(f"group is {self.group!r}, but it must be 0 (rotated), 32 or 64 dimensions.")
+
+    @property
+    def rotated(self) -> bool:
+        return self.group == 0
+
+    @property
+    def n_groups(self) -> int:
+        """Scales per token."""
+        return 1 if self.rotated else -(-self.head_size // self.group)
+
+    @property
+    def rotation_block(self) -> int:
+        """Size of a Walsh-Hadamard block: the largest power of two that divides the head size."""
+        return self.head_size & -self.head_size
+
+    @property
+    def offset_scale(self) -> int:
+        return self.head_size * _channel_bytes(self.bits)
+
+    @property
+    def offset_min(self) -> int:
+        """Where the minima begin; the end of the scales if the format is rotated and has none."""
+        return self.offset_scale + 2 * PAGE_CELLS * self.n_groups
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record, its padding included."""
+        return _aligned(self.offset_min + (0 if self.rotated else 2 * PAGE_CELLS * self.n_groups))
+
+    @property
+    def body_bits(self) -> float:
+        """Bits per value element that a packed page really takes."""
+        return 8 * self.record_bytes / (PAGE_CELLS * self.head_size)
+
+
+def body_bits(key_format: KeyFormat, value_format: ValueFormat) -> float:
+    """Bits per element of a packed page, keys and values together, with scales, minima, order and padding."""
+    packed = 8 * (key_format.record_bytes + value_format.record_bytes)
+    return packed / (PAGE_CELLS * (key_format.head_size + value_format.head_size))
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+
+
+def to_half(x: ArrayLike) -> NDArray[np.float16]:
+    """float32 to float16 as the cache stores it: ties to even, NaN becomes 0, +-65504 at most."""
+    x = np.asarray(x, dtype=np.float32)
+    return np.clip(np.where(np.isnan(x), np.float32(0), x), -HALF_MAX, HALF_MAX).astype(np.float16)
+
+
+def rotate(x: NDArray[Any], block: int) -> NDArray[Any]:
+    """The normalised Walsh-Hadamard transform of the last axis, in blocks of `block`; it is its own inverse.
+
+    x: float32 or float64 [..., D]; `block` is a power of two that divides D. The result has the type of x.
+    The order of the additions is part of the format. Raises ValueError on another type or block.
+    """
+    x = np.asarray(x)
+    if x.dtype not in (np.float32, np.float64):
+        raise ValueError(f"x has type {x.dtype}, but it must be float32 or float64.")
+    if block < 1 or block & (block - 1) or x.shape[-1] % block:
+        raise ValueError(f"block is {block}, but it must be a power of two that divides {x.shape[-1]}.")
+    shape = x.shape
+    half = 1
+    while half < block:
+        pairs = x.reshape(-1, 2, half)
+        a, b = pairs[:, 0], pairs[:, 1]
+        x = np.stack([a + b, a - b], axis=1)
+        half *= 2
+    real = x.dtype.type
+    return np.asarray(x.reshape(shape) * (real(1) / np.sqrt(real(block))))
+
+
+# ------------------------------------------------------------------------------------------------------- keys
+
+
+def select_tiers(fmt: KeyFormat, rows: NDArray[np.float16], importance: ArrayLike, valid: NDArray[np.bool_] | None = None) -> NDArray[np.uint8]:
+    """The channels of a page from the most salient to the least: section 3.2 of the paper, A_d = I_d * S_d.
+
+    rows: float16 [128, D], keys after RoPE.  importance: float32 [D], the mean |q_d| of the queries, >= 0.
+    valid: bool [128], the cells that hold a token; all of them if None.
+    Returns uint8 [D]: the first n16 channels get 16 bits, the next n8 get 8, and so on. Equal ones stay in
+    the order of their index.
+    Raises ValueError if a shape, a type or a number is not as stated.
+    """
+    x, valid = _check_rows(fmt.head_size, rows, valid)
+    importance = _check_importance(fmt.head_size, importance)
+    return _order(importance, *_ranges(_by_group(x, fmt), valid.reshape(fmt.n_groups, fmt.group, 1), axis=1))
+
+
+def pack_keys(fmt: KeyFormat, rows: NDArray[np.float16], importance: ArrayLike, valid: NDArray[np.bool_] | None = None) -> NDArray[np.uint8]:
+    """Packs the keys of one head in one page; section 3.1 of the paper, with the tiers of `select_tiers`.
+
+    Arguments and errors as for `select_tiers`. Returns uint8 [fmt.record_bytes].
+    """
+    x, valid = _check_rows(fmt.head_size, rows, valid)
+    importance = _check_importance(fmt.head_size, importance)
+    groups = _by_group(x, fmt)
+    held = valid.reshape(fmt.n_groups, fmt.group, 1)
+    low, high = _ranges(groups, held, axis=1)
+    order = _order(importance, low, high)
+
+    sections = [np.where(valid, rows.T[order[: fmt.tiers[0]]], np.float16(0)).astype("<f2").view(np.uint8)]
+    scales, minima = [], []
+    for bits, channels in _tier_channels(fmt, order):
+        code, scale = _quantise(groups[..., channels], low[:, None, channels], high[:, None, channels], bits)
+        code = np.where(held, code, np.uint8(0)).reshape(PAGE_CELLS, len(channels))
+        sections.append(_pack_key_codes(code, bits))
+        scales.append(scale[:, 0].T)
+        minima.append(to_half(low[:, channels].T))
+    sections += [_half_bytes(scales), _half_bytes(minima), order]
+    return _record(sections, fmt.record_bytes)
+
+
+def unpack_keys(fmt: KeyFormat, record: NDArray[np.uint8]) -> NDArray[np.float16]:
+    """Reads a key record back: float16 [128, D]. Cells that held no token read as some finite number.
+
+    Raises ValueError if `record` is not uint8 [fmt.record_bytes] or its order is not a permutation.
+    """
+    return to_half(_decode_keys(fmt, record, np.float32))
+
+
+def _ranges(x: NDArray[np.float32], valid: NDArray[np.bool_], axis: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Minimum and maximum over the valid elements of an axis, 0 and 0 if there is none."""
+    low = np.where(valid, x, np.float32(np.inf)).min(axis=axis)
+    high = np.where(valid, x, np.float32(-np.inf)).max(axis=axis)
+    none = ~valid.any(axis=axis)
+    # Adding 0 turns -0 into +0: which zero a minimum returns must not depend on the order of the comparisons.
+    zero = np.float32(0)
+    return np.where(none, zero, low) + zero, np.where(none, zero, high) + zero
+
+
+def _order(importance: NDArray[np.float32], low: NDArray[np.float32], high: NDArray[np.float32]) -> NDArray[np.uint8]:
+    spread = np.zeros_like(importance)
+    for g in range(len(low)):  # a plain loop: np.sum may add in another order
+        spread = spread + (high[g] - low[g])
+    with np.errstate(over="ignore", under="ignore"):
+        salience = importance * spread
+    return np.argsort(-salience, kind="stable").astype(np.uint8)
+
+
+def _quantise(
+    x: NDArray[np.float32], low: NDArray[np.float32], high: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Asymmetric codes of x between low and high, and their scale."""
+    top = np.float32(2**bits - 1)
+    scale = to_half((high - low) / top)
+    code = np.rint((x - low) * _inverse(scale))
+    return np.clip(code, np.float32(0), top).astype(np.uint8), scale
+
+
+def _inverse(scale: NDArray[np.float16]) -> NDArray[np.float32]:
+    wide = scale.astype(np.float32)
+    return np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide > 0)
+
+
+def _decode_keys(fmt: KeyFormat, record: NDArray[np.uint8], real: type[np.floating[Any]]) -> NDArray[Any]:
+    """[128, D] in `real` arithmetic, before the rounding to float16."""
+    record = _check_record(fmt.record_bytes, record)
+    order = record[fmt.offset_order : fmt.offset_order + fmt.head_size]
+    if not np.array_equal(np.sort(order), np.arange(fmt.head_size)):
+        raise ValueError(f"the order of the record is not a permutation of its {fmt.head_size} channels.")
+    shape = (fmt.n_coded, fmt.n_groups)
+    scale = _halfs(record, fmt.offset_scale, shape).astype(real)
+    low = _halfs(record, fmt.offset_min, shape).astype(real)
+
+    rows = np.empty((PAGE_CELLS, fmt.head_size), dtype=real)
+    rows[:, order[: fmt.tiers[0]]] = _halfs(record, 0, (fmt.tiers[0], PAGE_CELLS)).T
+    first = 0
+    for bits, channels in _tier_channels(fmt, order):
+        part = slice(first, first + len(channels))
+        first = part.stop
+        section = record[fmt.offset(bits) :][: _channel_bytes(bits) * len(channels)]
+        code = _unpack_key_codes(section, bits).reshape(fmt.n_groups, fmt.group, len(channels))
+        rows[:, channels] = (low[part].T[:, None] + code * scale[part].T[:, None]).reshape(PAGE_CELLS, -1)
+    return rows
+
+
+def _by_group(x: NDArray[np.float32], fmt: KeyFormat) -> NDArray[np.float32]:
+    return x.reshape(fmt.n_groups, fmt.group, fmt.head_size)
+
+
+def _tier_channels(fmt: KeyFormat, order: NDArray[np.uint8]) -> list[tuple[int, NDArray[np.uint8]]]:
+    """Bits and channels of the tiers below 16 bits."""
+    parts = np.split(order, np.cumsum(fmt.tiers)[:-1])
+    return list(zip(KEY_BITS[1:], parts[1:], strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------- values
+
+
+def pack_values(fmt: ValueFormat, rows: NDArray[np.float16], valid: NDArray[np.bool_] | None = None) -> NDArray[np.uint8]:
+    """Packs the values of one head in one page.
+
+    rows: float16 [128, Dv].  valid: bool [128], the cells that hold a token; all of them if None.
+    Returns uint8 [fmt.record_bytes]. Raises ValueError if a shape, a type or a number is not as stated.
+    """
+    x, valid = _check_rows(fmt.head_size, rows, valid)
+    minima = []
+    if fmt.rotated:
+        code, scale = _quantise_rotated(rotate(x, fmt.rotation_block), fmt.bits)
+        scales = [scale]
+    else:
+        codes, scales = [], []
+        for dims in _dim_groups(fmt):
+            part = x[:, dims]
+            low, high = _ranges(part, np.ones_like(part, dtype=bool), axis=1)
+            code, scale = _quantise(part, low[:, None], high[:, None], fmt.bits)
+            codes.append(code)
+            scales.append(scale)
+            minima.append(to_half(low)[:, None])
+        code = np.concatenate(codes, axis=1)
+    held = valid[:, None]
+    sections = [_pack_value_codes(np.where(held, code, np.uint8(0)), fmt.bits)]
+    for halfs in (scales, minima):
+        if halfs:
+            sections.append(_half_bytes([np.where(held, np.concatenate(halfs, axis=1), np.float16(0))]))
+    return _record(sections, fmt.record_bytes)
+
+
+def unpack_values(fmt: ValueFormat, record: NDArray[np.uint8]) -> NDArray[np.float16]:
+    """Reads a value record back: float16 [128, Dv]. Cells that held no token read as 0.
+
+    Raises ValueError if `record` is not uint8 [fmt.record_bytes].
+    """
+    y = _decode_values(fmt, record, np.float32)
+    return to_half(rotate(y, fmt.rotation_block) if fmt.rotated else y)
+
+
+def _quantise_rotated(y: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Symmetric mid-rise codes of rotated rows, and one scale per row."""
+    if bits == 8:
+        scale = to_half(np.abs(y).max(axis=1, keepdims=True) / np.float32(127.5))
+    else:
+        sigma = np.sqrt(_sum_of_squares(y) / np.float32(y.shape[1]))
+        scale = to_half(sigma * GAUSSIAN_STEP[bits])
+    half_range = np.float32(2 ** (bits - 1))
+    code = np.floor(y * _inverse(scale)) + half_range
+    return np.clip(code, np.float32(0), np.float32(2**bits - 1)).astype(np.uint8), scale
+
+
+def _sum_of_squares(y: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[n, Dv] -> [n, 1], in the order of eight vector lanes and the tree that adds them up."""
+    lanes = np.zeros((len(y), 8), dtype=np.float32)
+    for first in range(0, y.shape[1], 8):
+        part = y[:, first : first + 8]
+        lanes = lanes + part * part
+    fours = lanes[:, :4] + lanes[:, 4:]
+    twos = fours[:, :2] + fours[:, 2:]
+    return twos[:, :1] + twos[:, 1:]
+
+
+def _decode_values(fmt: ValueFormat, record: NDArray[np.uint8], real: type[np.floating[Any]]) -> NDArray[Any]:
+    """[128, Dv] in `real` arithmetic, in the rotated basis if the format is rotated."""
+    record = _check_record(fmt.record_bytes, record)
+    code = _unpack_value_codes(record[: fmt.offset_scale], fmt.bits, fmt.head_size).astype(real)
+    scale = _halfs(record, fmt.offset_scale, (PAGE_CELLS, fmt.n_groups)).astype(real)
+    if fmt.rotated:
+        return np.asarray((code + real(0.5) - real(2 ** (fmt.bits - 1))) * scale)
+    low = _halfs(record, fmt.offset_min, (PAGE_CELLS, fmt.n_groups)).astype(real)
+    parts = [low[:, g, None] + code[:, dims] * scale[:, g, None] for g, dims in enumerate(_dim_groups(fmt))]
+    return np.concatenate(parts, axis=1)
+
+
+def _dim_groups(fmt: ValueFormat) -> list[slice]:
+    return [slice(d, min(d + fmt.group, fmt.head_size)) for d in range(0, fmt.head_size, fmt.group)]
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+def attend(
+    key_format: KeyFormat,
+    value_format: ValueFormat,
+    key_records: NDArray[np.uint8],
+    value_records: NDArray[np.uint8],
+    q: ArrayLike,
+    mask: ArrayLike | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    sink: ArrayLike | None = None,
+) -> NDArray[np.float64]:
+    """softmax(q K^T) V over what the records hold, in float64 and without the final float16 rounding.
+
+    key_records, value_records: uint8 [P, record_bytes].  q: [n, D].
+    mask: [n, P * 128], added to the logits; -inf hides a cell. Cells that hold no token must be hidden: a
+        record does not tell which they are.
+    scale: factor of the logits before the cap; models use 1 / sqrt(D).
+    softcap: if above 0, logits become softcap * tanh(logit / softcap) before the mask is added.
+    sink: [n], logits that join the denominator of the softmax but have no value.
+    Returns float64 [n, Dv], 0 where a query sees no cell.
+    Raises ValueError if a shape, a type or a number is not as stated.
+    """
+    n_pages = len(key_records)
+    if len(value_records) != n_pages:
+        raise ValueError(f"value_records has {len(value_records)} pages, but key_records has {n_pages}.")
+    n_cells = n_pages * PAGE_CELLS
+    q = _check_reals("q", q, (None, key_format.head_size))
+    mask = np.zeros((len(q), n_cells)) if mask is None else _check_reals("mask", mask, (len(q), n_cells), hides=True)
+    sink = np.full(len(q), -np.inf) if sink is None else _check_reals("sink", sink, (len(q),), hides=True)
+    if not np.isfinite(scale):
+        raise ValueError(f"scale is {scale}, but it must be finite.")
+    if not (np.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap is {softcap}, but it must be finite and not negative.")
+
+    keys = np.zeros((n_cells, key_format.head_size))
+    values = np.zeros((n_cells, value_format.head_size))
+    for p in range(n_pages):
+        cells = slice(p * PAGE_CELLS, (p + 1) * PAGE_CELLS)
+        keys[cells] = _decode_keys(key_format, key_records[p], np.float64)
+        values[cells] = _decode_values(value_format, value_records[p], np.float64)
+
+    logits = q @ keys.T * scale
+    if softcap > 0:
+        logits = softcap * np.tanh(logits / softcap)
+    logits = logits + mask
+
+    peak = np.maximum(logits.max(axis=1, initial=-np.inf), sink)
+    peak = np.where(np.isfinite(peak), peak, 0)  # a query without cell or sink: every weight is exp(-inf) = 0
+    weights = np.exp(logits - peak[:, None])
+    total = (weights.sum(axis=1) + np.exp(sink - peak))[:, None]
+    out = np.divide(weights @ values, total, out=np.zeros((len(q), value_format.head_size)), where=total > 0)
+    # Attention is linear in the values, so one rotation of the output undoes that of all of them.
+    return rotate(out, value_format.rotation_block) if value_format.rotated else out
+
+
+# ----------------------------------------------------------------------------------------------------- planes
+# A plane holds `width` bits of every code, 8 / width codes to a byte. Each function below names its axes:
+# i counts runs of tokens, s the codes within a byte, r the four of a quad.
+
+
+def _pack_key_codes(code: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """[128, channels] -> bytes: quad after quad, each with its planes one behind the other."""
+    n_quads = code.shape[1] // QUAD
+    planes = []
+    for width, part in _split(code, bits):
+        per = 8 // width
+        runs = PAGE_CELLS // (per * KEY_LANES)
+        axes = part.reshape(runs, per, KEY_LANES, n_quads, QUAD)  # i, s, lane, quad, r
+        byte = _merge_shifts(axes.transpose(3, 0, 2, 4, 1), width)
+        planes.append(byte.reshape(n_quads, QUAD * _channel_bytes(width)))
+    return np.concatenate(planes, axis=1).reshape(-1)
+
+
+def _unpack_key_codes(section: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """The inverse of `_pack_key_codes`: bytes -> [128, channels]."""
+    quads = section.reshape(-1, QUAD * _channel_bytes(bits))
+    parts, first = [], 0
+    for width in _PLANES[bits]:
+        size = QUAD * _channel_bytes(width)
+        runs = size // (KEY_LANES * QUAD)
+        axes = quads[:, first : first + size].reshape(len(quads), runs, KEY_LANES, QUAD)  # quad, i, lane, r
+        first += size
+        parts.append(_split_shifts(axes, width).transpose(1, 4, 2, 0, 3).reshape(PAGE_CELLS, -1))
+    return _join(parts, bits)
+
+
+def _pack_value_codes(code: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """[128, Dv] -> bytes: plane after plane."""
+    planes = []
+    for width, part in _split(code, bits):
+        axes = part.reshape(-1, 8 // width, QUAD, code.shape[1])  # i, s, r, d
+        planes.append(_merge_shifts(axes.transpose(0, 3, 2, 1), width).reshape(-1))
+    return np.concatenate(planes)
+
+
+def _unpack_value_codes(section: NDArray[np.uint8], bits: int, head_size: int) -> NDArray[np.uint8]:
+    """The inverse of `_pack_value_codes`: bytes -> [128, Dv]."""
+    parts, first = [], 0
+    for width in _PLANES[bits]:
+        size = head_size * _channel_bytes(width)
+        axes = section[first : first + size].reshape(-1, head_size, QUAD)  # i, d, r
+        first += size
+        parts.append(_split_shifts(axes, width).transpose(0, 3, 2, 1).reshape(PAGE_CELLS, head_size))
+    return _join(parts, bits)
+
+
+def _split(code: NDArray[np.uint8], bits: int) -> list[tuple[int, NDArray[np.uint8]]]:
+    """Width and content of every plane of the codes."""
+    parts, shift = [], 0
+    for width in _PLANES[bits]:
+        parts.append((width, code >> np.uint8(shift) & np.uint8(2**width - 1)))
+        shift += width
+    return parts
+
+
+def _join(parts: list[NDArray[np.uint8]], bits: int) -> NDArray[np.uint8]:
+    code: NDArray[np.uint8] = np.zeros_like(parts[0])
+    shift = 0
+    for width, part in zip(_PLANES[bits], parts, strict=True):
+        code |= part << np.uint8(shift)
+        shift += width
+    return code
+
+
+def _merge_shifts(codes: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """[..., 8 / width] codes -> [...] bytes."""
+    byte = np.zeros(codes.shape[:-1], dtype=np.uint8)
+    for s in range(codes.shape[-1]):
+        byte |= codes[..., s] << np.uint8(width * s)
+    return byte
+
+
+def _split_shifts(byte: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """[...] bytes -> [..., 8 / width] codes."""
+    return byte[..., None] >> np.arange(0, 8, width, dtype=np.uint8) & np.uint8(2**width - 1)
+
+
+def _channel_bytes(bits: int) -> int:
+    """Bytes that the codes of one channel (or one dimension of values) take in a page."""
+    return PAGE_CELLS * bits // 8
+
+
+def _aligned(size: int) -> int:
+    return -(-size // RECORD_ALIGN) * RECORD_ALIGN
+
+
+def _half_bytes(parts: list[NDArray[np.float16]]) -> NDArray[np.uint8]:
+    return np.concatenate([p.reshape(-1) for p in parts]).astype("<f2").view(np.uint8)
+
+
+def _halfs(record: NDArray[np.uint8], offset: int, shape: tuple[int, int]) -> NDArray[np.float16]:
+    return record[offset : offset + 2 * shape[0] * shape[1]].view("<f2").reshape(shape)
+
+
+def _record(sections: list[NDArray[np.uint8]], size: int) -> NDArray[np.uint8]:
+    body = np.concatenate([s.reshape(-1) for s in sections])
+    return np.pad(body, (0, size - len(body)))
+
+
+# ----------------------------------------------------------------------------------------------------- checks
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+
+def _check_head_size(head_size: Any) -> None:
+    if not _is_integer(head_size) or not 32 <= head_size <= 256 or head_size % 8:
+        raise ValueError(f"head_size is {head_size!r}, but it must be a multiple of 8 from 32 to 256.")
+
+
+def _check_rows(head_size: int, rows: NDArray[np.float16], valid: NDArray[np.bool_] | None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """The rows as float32 with 0 in the cells that are not valid, and the mask."""
+    _check_array("rows", rows, np.float16, (PAGE_CELLS, head_size))
+    if valid is None:
+        valid = np.ones(PAGE_CELLS, dtype=bool)
+    _check_array("valid", valid, np.bool_, (PAGE_CELLS,))
+    x = np.where(valid[:, None], rows, np.float16(0)).astype(np.float32)
+    if not np.isfinite(x).all():
+        cell, channel = np.argwhere(~np.isfinite(x))[0]
+        raise ValueError(f"rows[{cell}, {channel}] is {x[cell, channel]}, but rows must be finite.")
+    return x, valid
+
+
+def _check_importance(head_size: int, importance: ArrayLike) -> NDArray[np.float32]:
+    importance = np.asarray(importance)
+    if importance.dtype.kind not in "fiu" or importance.shape != (head_size,):
+        raise ValueError(f"importance has type {importance.dtype} and shape {importance.shape}, but it must be float32 ({head_size},).")
+    importance = importance.astype(np.float32)
+    wrong = np.flatnonzero(~(np.isfinite(importance) & (importance >= 0)))
+    if len(wrong):
+        wrong_one = f"importance[{wrong[0]}] is {importance[wrong[0]]}"
+        raise ValueError(f"{wrong_one}, but it must be finite and not negative.")
+    return importance
+
+
+def _check_record(size: int, record: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    _check_array("record", record, np.uint8, (size,))
+    return np.ascontiguousarray(record)
+
+
+def _check_array(name: str, array: object, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} is a {type(array).__name__}, but it must be an array.")
+    if array.dtype != dtype or array.shape != shape:
+        want = f"{np.dtype(dtype)} {shape}"
+        raise ValueError(f"{name} has type {array.dtype} and shape {array.shape}, but it must be {want}.")
+
+
+def _check_reals(name: str, x: ArrayLike, shape: tuple[int | None, ...], hides: bool = False) -> NDArray[np.float64]:
+    """As float64; None in `shape` stands for any length. `hides` allows -inf."""
+    x = np.asarray(x)
+    fits = x.ndim == len(shape) and all(want in (None, n) for n, want in zip(x.shape, shape, strict=True))
+    if x.dtype.kind not in "fiu" or not fits:
+        wanted = ", ".join("n" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} has type {x.dtype} and shape {x.shape}, but it must be numbers [{wanted}].")
+    x = x.astype(np.float64)
+    wrong = x[~(np.isfinite(x) | (hides & (x == -np.inf)))]
+    if len(wrong):
+        raise ValueError(f"{name} holds {wrong[0]}, but it must be finite{' or -inf' if hides else ''}.")
+    return x
