@@ -126,7 +126,7 @@ struct Affine {
 
 // --- keys: pack and unpack ------------------------------------------------------------------------------------
 
-// Place of a cell that may stand in for the cells of a group that hold nothing, or -1.
+// The first cell of a range that holds a token, or -1.
 int first_valid(const CellMask & valid, int begin, int end) {
     for (int t = begin; t < end; ++t) {
         if (valid.test(t)) return t;
@@ -532,9 +532,10 @@ void fold_queries(const KeyFormat & f, const float * q, const float * scale, con
     store_low(w.bias, add(bias, swap_halves(bias)));
 }
 
-// Adds one tier's share to the scores of 16 tokens, registers k and k + 1 of a chunk, for m queries.
+// Adds one tier's share to the scores of 16 tokens, registers k and k + 1 of a chunk, for m queries. Not inline, so that the
+// scores wait in memory: every register is needed for sums, codes and weights.
 template <int bits, int m, int k>
-inline void add_tier(const uint8_t * low, const uint8_t * high, int n_quads, const QueryWeights & w, int first_quad, int segment,
+__attribute__((noinline)) void add_tier(const uint8_t * low, const uint8_t * high, int n_quads, const QueryWeights & w, int first_quad, int segment,
                      F (*score)[2]) {
     constexpr size_t quad_bytes = size_t(64) * bits;
     auto add_sums = [&](int i, I a, I b) {

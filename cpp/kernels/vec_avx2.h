@@ -36,7 +36,7 @@ inline F floor(F x) { return _mm256_floor_ps(x); }
 inline F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline I to_int(F x) { return _mm256_cvtps_epi32(x); }  // nearest even
 inline F to_float(I x) { return _mm256_cvtepi32_ps(x); }
-// x where `at_least` holds and 0 elsewhere, NaN included.
+// x where probe >= limit, else 0.
 inline F zero_below(F x, F probe, F limit) { return _mm256_and_ps(x, _mm256_cmp_ps(probe, limit, _CMP_GE_OQ)); }
 
 // p[0] over four lanes, p[1] over the others; and the halves exchanged.
@@ -167,14 +167,20 @@ inline I lanes_of(unsigned bits) {
 inline I zero_int() { return _mm256_setzero_si256(); }
 inline I splat_int(int32_t x) { return _mm256_set1_epi32(x); }
 
+// Ends an expression: GCC would otherwise compute all products of a loop before it adds any, and spill the sums.
+inline __m256i settled(__m256i x) {
+    __asm__("" : "+x"(x));
+    return x;
+}
+
 // Bytes times bytes, for codes of 2 and 3 bits. A sum holds narrow_limit(bits) products of codes and weights of -127 to 127
 // before it must be widened: 16-bit sums of two products of at most 127 (2^bits - 1).
 using Narrow = __m256i;
 constexpr int narrow_limit(int bits) { return bits == 3 ? 18 : 42; }
 inline Narrow narrow_zero() { return _mm256_setzero_si256(); }
-inline Narrow dot_narrow(Narrow s, B codes, I weights) { return _mm256_add_epi16(s, _mm256_maddubs_epi16(codes, weights)); }
+inline Narrow dot_narrow(Narrow s, B codes, I weights) { return settled(_mm256_add_epi16(s, _mm256_maddubs_epi16(codes, weights))); }
 // The same with weights of 0 to 255, half as many products.
-inline Narrow dot_unsigned(Narrow s, B codes, I weights) { return _mm256_add_epi16(s, _mm256_maddubs_epi16(weights, codes)); }
+inline Narrow dot_unsigned(Narrow s, B codes, I weights) { return settled(_mm256_add_epi16(s, _mm256_maddubs_epi16(weights, codes))); }
 inline I widen(Narrow s) { return _mm256_madd_epi16(s, _mm256_set1_epi16(1)); }
 inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
 
@@ -182,7 +188,7 @@ inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
 struct Wide { __m256i even, odd; };
 inline Wide split(B codes) { return {_mm256_and_si256(codes, _mm256_set1_epi16(255)), _mm256_srli_epi16(codes, 8)}; }
 inline I dot_wide(I s, Wide codes, I even, I odd) {
-    return _mm256_add_epi32(s, _mm256_add_epi32(_mm256_madd_epi16(codes.even, even), _mm256_madd_epi16(codes.odd, odd)));
+    return settled(_mm256_add_epi32(s, _mm256_add_epi32(_mm256_madd_epi16(codes.even, even), _mm256_madd_epi16(codes.odd, odd))));
 }
 
 // Weights of one key quad for four queries: a = channels 0 | 1, b = channels 2 | 3, four queries each.

@@ -1,0 +1,84 @@
+# Everything a newcomer types:
+#   make run [MODEL=path.gguf] [PROMPT="..."]   chat with a model, or see the built-in one solve a problem
+#   make test     all tests            make bench    the native benchmarks
+#   make lint     style and types      make clean    removes what was built (not .venv)
+# The first call sets everything up in .venv; later ones only rebuild what has changed.
+
+PYTHON ?= python3
+LLAMA_CPP_PYTHON := 0.3.36
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+NATIVE := build/native
+
+# Tools that the set-up may have had to install (cmake, ninja) are in .venv.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# As they were typed: a prompt may hold quotes and dollar signs.
+override export MODEL := $(value MODEL)
+override export PROMPT := $(value PROMPT)
+
+SOURCES := $(shell find cpp -name '*.cpp' -o -name '*.h') CMakeLists.txt
+
+.PHONY: run test bench lint clean
+.DELETE_ON_ERROR:
+
+run: .venv/.installed
+	@if [ -n "$$MODEL" ] || [ -n "$$PROMPT" ]; then \
+	    set -- $${MODEL:+"$$MODEL"}; \
+	    if [ -n "$$PROMPT" ]; then set -- "$$@" --prompt "$$PROMPT"; fi; \
+	    $(PY) -m bridge.run "$$@"; \
+	else \
+	    $(PY) -m bridge.run --demo; \
+	fi
+
+test: .venv/.installed $(NATIVE)/.built
+	@echo "== Native tests"
+	@ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error
+	@echo "== Python tests"
+	@$(PY) -m pytest
+
+bench: $(NATIVE)/.built
+	@for bench in $(NATIVE)/bench_*; do [ ! -x "$$bench" ] || { echo "== $${bench##*/}"; "$$bench" || exit 1; }; done
+
+lint: .venv/.dev
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+	@$(PY) -m mypy.stubtest --allowlist tests/stubtest.txt bridge._native
+
+clean:
+	rm -rf build .venv/.installed .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Set-up. Each stamp is touched when its step has succeeded.
+.venv/.created:
+	@echo "== Creating .venv"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "MixKVQ needs Python 3.10 or newer; this is " + sys.version)'
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+# llama.cpp as its authors publish it: the archive from PyPI, without images and without downloads over TLS.
+.venv/.llama: .venv/.created
+	@echo "== Building llama.cpp (llama-cpp-python $(LLAMA_CPP_PYTHON)): about 10 minutes on two cores the first time, seconds when pip has it already"
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF" $(PIP) install --quiet --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
+	@touch $@
+
+.venv/.tools: .venv/.created
+	@echo "== Installing the build tools"
+	@tools="scikit-build-core pybind11"; \
+	    cmake -E capabilities >/dev/null 2>&1 || tools="$$tools cmake"; \
+	    ninja --version >/dev/null 2>&1 || tools="$$tools ninja"; \
+	    $(PIP) install --quiet $$tools
+	@touch $@
+
+.venv/.installed: .venv/.llama .venv/.tools pyproject.toml $(SOURCES)
+	@echo "== Building and installing MixKVQ (editable): about a minute the first time"
+	@$(PIP) install --quiet --no-build-isolation --editable '.[test]'
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	@$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(NATIVE)/.built: .venv/.llama .venv/.tools $(SOURCES) $(wildcard tests/native tests/native/*)
+	@echo "== Building the native tests and benchmarks"
+	@cmake -S . -B $(NATIVE) -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(PY)" >/dev/null
+	@cmake --build $(NATIVE)
+	@touch $@

@@ -1,0 +1,11 @@
+// The Python module bridge._native: a table of contents.
+#include "register.h"
+
+// The handles of sessions rely on the GIL.
+PYBIND11_MODULE(_native, m, pybind11::mod_gil_not_used(false)) {
+    m.doc() = "MixKVQ's page format, kernels and backend handle; see _native.pyi.";
+    m.attr("__version__") = MIXKVQ_VERSION;
+    mixkvq::bindings::register_format(m);
+    mixkvq::bindings::register_kernels(m);
+    mixkvq::bindings::register_backend(m);
+}
