@@ -1,0 +1,61 @@
+"""MixKVQ inside llama-cpp-python: a key/value cache of about three bits per element.
+
+    from bridge import Llama
+
+    llama = Llama("model.gguf", n_ctx=32768, kv="balanced")
+
+`Llama` is `llama_cpp.Llama` with two more arguments, `attach` serves programs that build `llama_cpp.Llama` themselves, and
+`python -m bridge.run` is the command line. llama_cpp is imported when one of the first two is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    BridgeError,
+    CacheNotUsedError,
+    ContextError,
+    ContextTooLargeError,
+    GeometryError,
+    ModelFileError,
+    ProfileError,
+    SettingsError,
+    VersionError,
+)
+from .settings import Kv
+
+if TYPE_CHECKING:
+    from ._llama import Attachment, Llama, attach
+
+__all__ = [
+    "Attachment",
+    "BridgeError",
+    "CacheNotUsedError",
+    "ContextError",
+    "ContextTooLargeError",
+    "GeometryError",
+    "Kv",
+    "Llama",
+    "ModelFileError",
+    "ProfileError",
+    "SettingsError",
+    "VersionError",
+    "attach",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Attachment", "Llama", "attach"):
+        try:
+            from . import _llama
+        except ImportError as e:
+            if e.name != "llama_cpp":
+                raise
+            raise VersionError("llama-cpp-python is not installed; install it with: pip install llama-cpp-python==0.3.36") from None
+        return getattr(_llama, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

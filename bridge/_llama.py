@@ -1,0 +1,611 @@
+"""llama-cpp-python with a MixKVQ cache. The only module that imports llama_cpp."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import llama_cpp
+from llama_cpp import _logger as llama_logger
+from llama_cpp import _utils as llama_utils
+from llama_cpp import llama_chat_format
+from llama_cpp import llama_cpp as C
+
+from . import session as reports
+from .errors import (
+    BridgeError,
+    CacheNotUsedError,
+    ContextError,
+    ContextTooLargeError,
+    GeometryError,
+    ModelFileError,
+    SettingsError,
+    VersionError,
+)
+from .library import library_path, native
+from .memory import available_bytes, format_bytes
+from .model_file import ModelFile, open_model
+from .settings import Kv, KvLike, check_geometry, check_profile, least_bits, resolve_kv, stock_type
+
+# What the backend was built and tested against. ggml's backend interface is not stable between releases, so a
+# version outside these is refused: a mismatch would crash instead of failing.
+LLAMA_CPP_VERSIONS = ((0, 3, 36), (0, 3, 37))  # from, below
+GGML_VERSIONS = ((0, 25, 0), (0, 26, 0))
+DEVICE_NAME = "MIXKVQ-CPU"
+CELLS = 256  # llama.cpp rounds a context up to this many cells
+
+_GPU = 1  # enum ggml_backend_dev_type
+_WARN, _ERROR = 3, 4  # enum ggml_log_level; llama_cpp._logger still has the numbers of an older ggml
+
+_load_lock = threading.RLock()
+
+
+# --- the ggml inside libllama ---------------------------------------------------------------------------------------------------
+
+
+def _function(name: str, result: Any, *arguments: Any) -> Any:
+    """A ggml function of the registry that libllama uses.
+
+    The wheel ships copies of its libraries, and a process that opens libggml.so by name gets a second registry where libllama never
+    looks. A look-up through libllama's own handle also searches the libraries it depends on, so it finds the right one.
+    """
+    for library in _libraries():
+        try:
+            f = getattr(library, name)
+        except AttributeError:
+            continue
+        f.restype, f.argtypes = result, list(arguments)
+        return f
+    raise VersionError(f"The installed llama-cpp-python has no function {name}; {_install_hint()}.")
+
+
+def _libraries() -> Iterator[ctypes.CDLL]:
+    yield C._lib
+    if sys.platform == "win32":  # a look-up there does not search dependencies, and the loader keeps one copy by name
+        for name in ("ggml.dll", "ggml-base.dll"):
+            with contextlib.suppress(OSError):
+                yield ctypes.CDLL(os.path.join(os.path.dirname(llama_cpp.__file__), "lib", name))
+
+
+def _install_hint() -> str:
+    low, below = (".".join(map(str, v)) for v in LLAMA_CPP_VERSIONS)
+    return f"install a supported version with: pip install 'llama-cpp-python>={low},<{below}'"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", text)[:3])
+
+
+def check_versions() -> None:
+    """Raises VersionError, saying what to install, unless llama-cpp-python and its ggml are ones this backend was built for."""
+    found = llama_cpp.__version__
+    if not LLAMA_CPP_VERSIONS[0] <= _version(found) < LLAMA_CPP_VERSIONS[1]:
+        raise VersionError(f"llama-cpp-python {found} is not supported; {_install_hint()}.")
+    ggml = _function("ggml_version", ctypes.c_char_p)().decode()
+    if not GGML_VERSIONS[0] <= _version(ggml) < GGML_VERSIONS[1]:
+        low, below = (".".join(map(str, v)) for v in GGML_VERSIONS)
+        raise VersionError(f"ggml {ggml} is not supported (this backend was built for {low} up to {below}); {_install_hint()}.")
+
+
+class _Backend:
+    """The loaded ggml backend: its device, and the native handle that starts sessions."""
+
+    def __init__(self) -> None:
+        check_versions()
+        module = native()
+        # GGML_BACKEND_PATH may have brought it in already; a second registration would list every device twice.
+        by_name = _function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)
+        C.llama_backend_init()
+        self.device = by_name(DEVICE_NAME.encode())
+        if self.device:
+            registry = _function("ggml_backend_dev_backend_reg", ctypes.c_void_p, ctypes.c_void_p)(self.device)
+        else:
+            path = library_path()
+            registry = _function("ggml_backend_load", ctypes.c_void_p, ctypes.c_char_p)(os.fsencode(path))
+            if not registry:
+                raise VersionError(_log.reason(f"llama.cpp did not accept the backend {path}") + f"; {_install_hint()}.")
+            self.device = by_name(DEVICE_NAME.encode())
+            if not self.device:
+                raise VersionError(f"The backend {path} was loaded but offers no device {DEVICE_NAME}.")
+        address = _function("ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(registry, b"mixkvq_backend_api")
+        if not address:
+            raise VersionError(f"The loaded device {DEVICE_NAME} is not the MixKVQ backend of this package; unset GGML_BACKEND_PATH.")
+        try:
+            self.native = module.Backend(address)
+        except (RuntimeError, ValueError) as e:
+            raise VersionError(f"{_sentence(str(e))}") from None
+
+    def begin(self, kv: Kv, model: ModelFile | None) -> Any:
+        try:
+            return self.native.begin(
+                preset=kv.preset,
+                profile=kv.profile,
+                window=-1 if kv.window is None else kv.window,
+                sinks=-1 if kv.sinks is None else kv.sinks,
+                head_sizes=model.head_sizes if model is not None else None,
+            )
+        except (RuntimeError, ValueError) as e:
+            raise SettingsError(_sentence(str(e))) from None
+
+
+_backend_instance: _Backend | None = None
+
+
+def _backend() -> _Backend:
+    global _backend_instance
+    with _load_lock:
+        if _backend_instance is None:
+            _log.install()
+            _log.begin()
+            try:
+                _backend_instance = _Backend()
+            finally:
+                _log.flush()
+        return _backend_instance
+
+
+def _other_devices() -> list[int]:
+    """The discrete GPUs of this process: what llama.cpp would use by default if our device were not registered."""
+    get = _function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+    kind = _function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
+    name = _function("ggml_backend_dev_name", ctypes.c_char_p, ctypes.c_void_p)
+    devices = [get(i) for i in range(_function("ggml_backend_dev_count", ctypes.c_size_t)())]
+    return [d for d in devices if kind(d) == _GPU and not name(d).startswith(b"MIXKVQ")]
+
+
+def _sentence(text: str) -> str:
+    """First letter up (unless the first word is a name like llama.cpp), one full stop, one line."""
+    text = " ".join(text.split()).rstrip(".")
+    if text and text.split()[0].rstrip(",:").isalpha():
+        text = text[:1].upper() + text[1:]
+    return text + "." if text else text
+
+
+# --- llama.cpp's log ------------------------------------------------------------------------------------------------------------
+
+
+class _Log:
+    """Stands between llama.cpp's log and llama-cpp-python's printer.
+
+    The printer decides by `verbose` as before. Besides, warnings of our backend always reach stderr, each text once, and the last errors of
+    each thread are kept to explain a failure that llama-cpp-python reports without a reason.
+    """
+
+    def __init__(self) -> None:
+        self._callback = C.llama_log_callback(self._on_line)
+        # llama.cpp may log while the interpreter shuts down and this module is gone already: never free it
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._callback))
+        self._installed = False
+        self._thread = threading.local()
+        self._shown: set[str] = set()
+        self._held: list[str] = []
+        self._lock = threading.Lock()
+        self.quiet = False  # True: llama.cpp's own errors go into our exceptions only
+
+    def install(self) -> None:
+        if not self._installed:
+            C.llama_log_set(self._callback, ctypes.c_void_p(0))
+            self._installed = True
+
+    def begin(self) -> None:
+        """A load begins in this thread: forget what it logged so far."""
+        self._thread.errors, self._thread.caches, self._thread.loading = [], [], True
+
+    def _on_line(self, level: int, raw: bytes, _: Any) -> None:
+        try:
+            text = raw.decode("utf-8", errors="replace")
+            if level in (_WARN, _ERROR) and text.lower().startswith("mixkvq"):
+                self._show(text.strip())
+                return
+            if level == _ERROR:
+                errors = self._thread.__dict__.setdefault("errors", [])
+                errors.append(text.strip())
+                del errors[:-20]
+            elif text.startswith("llama_kv_cache: size ="):
+                self._thread.__dict__.setdefault("caches", []).append(text.strip())
+            verbose = 0 < llama_logger.logger.level <= 10  # 0: llama-cpp-python has not set it yet
+            # What a load says becomes the text of an exception; it need not be said twice.
+            if verbose or not (self.quiet or getattr(self._thread, "loading", False)):
+                llama_logger.llama_log_callback(level, raw, None)
+        except Exception:  # noqa: BLE001 - nothing may escape into C
+            pass
+
+    def _show(self, text: str) -> None:
+        with self._lock:
+            if text in self._shown:
+                return
+            self._shown.add(text)
+            if sys.stderr is llama_utils.errnull_file:  # llama-cpp-python has turned stderr off while it loads
+                self._held.append(text)
+                return
+        print(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        """The load has ended: print the warnings that came while stderr was turned off."""
+        self._thread.loading = False
+        with self._lock:
+            held, self._held = self._held, []
+        for text in held:
+            print(text, file=sys.stderr)
+
+    def reason(self, what: str) -> str:
+        """`what`, with what this thread's log said about it."""
+        for line in getattr(self._thread, "errors", []):
+            # "llama_model_load: error loading model: unknown model architecture: 'x'": the last error repeats, the first explains
+            text = re.sub(r"^[\w~]+: ", "", line)
+            text = re.sub(r"^error loading model: ", "", text)
+            if text:
+                return f"{what}: {' '.join(text.split()).rstrip('.')}"
+        return what
+
+    def caches(self) -> list[str]:
+        """llama.cpp's own description of the caches that this thread created last."""
+        return list(getattr(self._thread, "caches", []))
+
+
+_log = _Log()
+
+
+def quiet_log() -> None:
+    """From now on llama.cpp's errors are not printed unless `verbose`; what matters is in the exceptions."""
+    _log.quiet = True
+    _log.install()
+
+
+# --- Llama ----------------------------------------------------------------------------------------------------------------------
+
+
+class Llama(llama_cpp.Llama):
+    """`llama_cpp.Llama` with a quantised KV cache. Everything that is not listed here is inherited unchanged.
+
+    Args:
+        model_path: path of a GGUF model.
+        kv: what the cache should be: a preset's name or alias, the path of a profile, a `bridge.Kv` or a mapping with its fields.
+        stock: instead of MixKVQ, one of llama.cpp's own cache types ("f16", "q8_0", "q4_0", ...), for comparison.
+        on_load: called with the share of the model that is loaded, 0.0 to 1.0.
+        **kwargs: as for `llama_cpp.Llama`. n_gpu_layers, flash_attn and offload_kqv are set as the cache needs them, whatever is given;
+            n_ctx is rounded up to a multiple of 256 cells (as llama.cpp does inside), and 0 means the model's training context.
+
+    Attributes:
+        on_read: None, or a function called with (tokens read, tokens to read) while a prompt is evaluated: at its start and after every batch.
+            What it raises ends the evaluation; the tokens read so far stay in the cache.
+
+    Raises (all are `bridge.BridgeError`):
+        ModelFileError, SettingsError, ProfileError, GeometryError, VersionError: before anything is loaded.
+        ContextTooLargeError: if the cache cannot fit the memory that is free.
+        ContextError, CacheNotUsedError: after loading; what was created is freed again.
+
+    Loading is serialised over threads, because llama-cpp-python turns the process's stderr off while it loads; contexts then run in
+    parallel, each used by one thread at a time.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        kv: KvLike = "balanced",
+        stock: str | None = None,
+        on_load: Callable[[float], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._stack = contextlib.ExitStack()  # close() must work whatever happens below
+        self._session: Any = None
+        self._model_params: Any = None
+        self._devices: Any = None
+        self._stock_cache: list[str] = []
+        self.on_read: Callable[[int, int], None] | None = None
+
+        for name in ("type_k", "type_v"):
+            if kwargs.pop(name, None) is not None:
+                raise SettingsError(f"{name} does not go together with a MixKVQ cache; use stock='q8_0' or the like for llama.cpp's own cache types.")
+        model_path = os.fspath(model_path)
+        self._file = open_model(model_path)
+        if kwargs.get("vocab_only"):
+            stock = stock or "f16"  # no context, hence no cache
+        self.stock = stock
+        self.kv = Kv() if stock is not None else resolve_kv(kv)
+        if stock is not None:
+            number = stock_type(stock)
+            if _asks_for_something(kv):
+                raise SettingsError("stock turns MixKVQ off, so it does not go together with kv.")
+            kwargs.update(type_k=number, type_v=number)
+            _log.install()
+        else:
+            check_geometry(self._file)
+            if self.kv.profile is not None:
+                check_profile(self.kv.profile, self._file)
+        kwargs["n_ctx"] = self._checked_context(kwargs)
+
+        backend = _backend() if stock is None else None
+        if backend is not None:
+            self._set_devices([backend.device])
+            kwargs.update(n_gpu_layers=-1, offload_kqv=True, split_mode=C.LLAMA_SPLIT_MODE_LAYER, main_gpu=0, tensor_split=None)
+        elif _backend_instance is not None:
+            # Our device is registered in this process: llama.cpp would choose it by default.
+            others = _other_devices()
+            self._set_devices(others)
+            if not others:
+                kwargs["n_gpu_layers"] = 0
+        kwargs["flash_attn"] = True
+        self._on_load = C.llama_progress_callback(_progress(on_load)) if on_load is not None else None
+
+        with _load_lock:
+            _log.begin()
+            if backend is not None:
+                self._session = backend.begin(self.kv, self._file)
+            try:
+                super().__init__(model_path, **kwargs)
+            except BaseException as e:
+                error = self._explain(e)
+                self.close()
+                if error is e:
+                    raise
+                raise error from None
+            finally:
+                if self._session is not None:
+                    self._session.end()
+                _log.flush()
+        try:
+            self._verify()
+        except BaseException:
+            self.close()
+            raise
+
+    # llama_cpp.Llama builds its parameters inside __init__; assigning them passes through here.
+    @property
+    def model_params(self) -> Any:
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        if self._devices is not None:
+            params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
+        if self._on_load is not None:
+            params.progress_callback = self._on_load
+        self._model_params = params
+
+    def _set_devices(self, devices: Sequence[int]) -> None:
+        self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
+
+    def _checked_context(self, kwargs: dict[str, Any]) -> int:
+        n_ctx = kwargs.get("n_ctx", 512)
+        if not isinstance(n_ctx, int) or isinstance(n_ctx, bool) or not 0 <= n_ctx < 1 << 31:
+            raise SettingsError(f"n_ctx is {n_ctx!r}; it must be a number of tokens, or 0 for the model's training context.")
+        for name in ("n_batch", "n_ubatch"):
+            value = kwargs.get(name, 512)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+                raise SettingsError(f"{name} is {value!r}; it must be a positive number of tokens.")
+        n_ctx = n_ctx or self._file.n_ctx_train
+        if not n_ctx:
+            raise ModelFileError(f"{self._file.path} does not say its training context; give n_ctx.")
+        # llama.cpp rounds up as well, but llama-cpp-python keeps arrays of the length asked for and would overrun them.
+        n_ctx = (n_ctx + CELLS - 1) // CELLS * CELLS
+        if not kwargs.get("vocab_only"):
+            n_ubatch = min(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512), n_ctx)
+            need = self._file.cache_elements(n_ctx, n_ubatch) * least_bits(self.kv, self.stock) / 8
+            need += n_ctx * n_ubatch * 6  # the attention mask, as F32 and as F16
+            _check_memory(n_ctx, need)
+        return n_ctx
+
+    def _verify(self) -> None:
+        """The cache must be the one that was asked for: a backend in the wrong registry would be ignored without a word."""
+        if self.stock is not None:
+            self._stock_cache = _log.caches()
+            return
+        try:
+            stats = self._session.stats()
+        except RuntimeError:
+            if not self._ctx.memory:
+                raise GeometryError(f"{self._file.name} ({self._file.architecture}) has no key/value cache; stock='f16' runs it as it is.") from None
+            why = self._session.error()
+            raise CacheNotUsedError(
+                _sentence(why) if why else f"llama.cpp did not put the cache of {self._file.path} on {DEVICE_NAME}, so MixKVQ is not in use."
+            ) from None
+        _check_memory(self.n_ctx(), stats["bytes"])
+
+    def _explain(self, e: BaseException) -> BaseException:
+        """llama-cpp-python's error as one of ours."""
+        if isinstance(e, BridgeError) or not isinstance(e, (ValueError, RuntimeError, MemoryError)):
+            return e
+        said = self._session.error() if self._session is not None else ""
+        text = str(e)
+        if isinstance(e, MemoryError):
+            return ContextTooLargeError(f"There is not enough memory for this context: {_sentence(text) or 'allocation failed.'}")
+        if text.startswith(("Failed to load model", "Failed to get vocab", "Model path does not exist")):
+            return ModelFileError(_sentence(said or _log.reason(f"llama.cpp cannot load {self._file.path}")))
+        if text.startswith("Failed to create llama_context"):
+            return ContextError(_sentence(said or _log.reason("llama.cpp could not create the context")))
+        return e
+
+    # --- what is new ---
+
+    def kv_stats(self) -> dict[str, Any]:
+        """Figures of the cache: bytes, body_bits, total_bits, times_smaller (than F16), n_cells, plain_layers and so on.
+
+        `bytes` is everything allocated for the cache; `bytes_used` what the cells written so far take; bits are per key or value element.
+        Raises ContextError after close().
+        """
+        if self.stock is not None:
+            return reports.stock_stats(self.stock, self._stock_cache, self.n_tokens)
+        if self._session is None:
+            raise ContextError("The model is closed.")
+        return reports.mixkvq_stats(self.kv, self._session.stats(), self._session.layers())
+
+    def kv_report(self) -> str:
+        """The figures of `kv_stats` as a few lines of text."""
+        return reports.format_report(self.kv_stats())
+
+    def chat_tokens(self, messages: Sequence[Any], **kwargs: Any) -> list[int]:
+        """The prompt that `create_chat_completion` would evaluate for these messages, as tokens."""
+        name = str(self.chat_format)
+        handler: Any = self.chat_handler or self._chat_handlers.get(name) or llama_chat_format.get_chat_completion_handler(name)
+        try:
+            handler(llama=_PromptOnly(self), messages=list(messages), **kwargs)
+        except _Prompt as p:
+            return p.tokens
+        except Exception as e:  # a template is a program of the model's author and may refuse anything
+            raise SettingsError(f"The model's chat template does not accept these messages: {_sentence(str(e))}") from e
+        raise ContextError(f"The chat format {self.chat_format} does not show its prompt.")
+
+    # --- inherited, with a guard ---
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens in batches of n_batch, reporting progress to `on_read` when there is more than one token."""
+        try:
+            if self.on_read is None or len(tokens) < 2:
+                super().eval(tokens)
+                return
+            self.on_read(0, len(tokens))
+            for i in range(0, len(tokens), self.n_batch):
+                super().eval(tokens[i : i + self.n_batch])
+                self.on_read(min(i + self.n_batch, len(tokens)), len(tokens))
+        except RuntimeError as e:
+            if not str(e).startswith("llama_decode returned"):
+                raise
+            said = self._session.error() if self._session is not None else ""
+            raise ContextError(_sentence(said or f"llama.cpp failed to evaluate {len(tokens)} tokens ({e})")) from None
+
+    def close(self) -> None:
+        """Free the context and the model; safe to call twice and after a failed construction."""
+        stack = getattr(self, "_stack", None)
+        if stack is not None:
+            stack.close()
+        self._session = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        for name in ("type_k", "type_v", "n_gpu_layers", "flash_attn", "offload_kqv"):
+            state.pop(name, None)
+        if self.stock is not None:
+            state["stock"] = self.stock
+        else:
+            state["kv"] = self.kv
+        return state
+
+
+def _asks_for_something(kv: KvLike) -> bool:
+    """Whether `kv` asks for something other than the default."""
+    return kv is not None and kv != "balanced" and kv != Kv()
+
+
+def _check_memory(n_ctx: int, need: float) -> None:
+    free = available_bytes()
+    if free is None or need <= free:
+        return
+    fits = int(n_ctx * free / need) // CELLS * CELLS
+    advice = f"at most {fits} fit" if fits >= CELLS else "not even a small context fits"
+    raise ContextTooLargeError(
+        f"A context of {n_ctx} tokens needs at least {format_bytes(need)} for its cache and {format_bytes(free)} of memory are free; {advice}."
+    )
+
+
+def _progress(on_load: Callable[[float], None]) -> Callable[[float, Any], bool]:
+    def call(share: float, _: Any) -> bool:
+        try:
+            on_load(share)
+        except Exception:  # noqa: BLE001 - nothing may escape into C
+            pass
+        return True
+
+    return call
+
+
+class _Prompt(Exception):
+    def __init__(self, tokens: list[int]):
+        self.tokens = tokens
+
+
+class _PromptOnly:
+    """Given to a chat handler in place of a model: everything is the model's, but it stops where the prompt would be evaluated."""
+
+    def __init__(self, llama: Llama):
+        self._llama = llama
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llama, name)
+
+    def create_completion(self, prompt: Any, **_: Any) -> Any:
+        raise _Prompt(list(prompt) if not isinstance(prompt, str) else self._llama.tokenize(prompt.encode(), add_bos=False, special=True))
+
+
+# --- programs that build llama_cpp.Llama themselves -----------------------------------------------------------------------------
+
+
+class Attachment:
+    """A session of the thread that called `attach`: the contexts that it creates until `detach` get a MixKVQ cache."""
+
+    def __init__(self, session: Any, kv: Kv) -> None:
+        self._session, self._thread = session, threading.get_ident()
+        self._attached = True
+        self.kv = kv
+
+    def detach(self) -> None:
+        """Stop giving new contexts a MixKVQ cache. Caches that exist live on, and `stats` keeps working.
+
+        Raises SettingsError if called from another thread than `attach`.
+        """
+        if not self._attached:
+            return
+        if threading.get_ident() != self._thread:
+            raise SettingsError("detach() must be called by the thread that called attach().")
+        self._attached = False
+        self._session.end()
+        if getattr(_attached, "current", None) is self:
+            _attached.current = None
+
+    def kv_stats(self) -> dict[str, Any]:
+        """As `Llama.kv_stats`, over all caches created under this attachment. Raises CacheNotUsedError if there is none."""
+        try:
+            stats = self._session.stats()
+        except RuntimeError as e:
+            raise CacheNotUsedError(
+                _sentence(self._session.error()) or f"No context has put its cache on {DEVICE_NAME}; pass n_gpu_layers=-1 and flash_attn=True."
+            ) from e
+        return reports.mixkvq_stats(self.kv, stats, self._session.layers())
+
+    def kv_report(self) -> str:
+        """The figures of `kv_stats` as a few lines of text."""
+        return reports.format_report(self.kv_stats())
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+_attached = threading.local()
+
+
+def attach(kv: KvLike = "balanced", *, model: str | None = None) -> Attachment:
+    """Give MixKVQ caches to the contexts that this thread creates from now on, by whatever code.
+
+        with bridge.attach("balanced") as cache:
+            llama = llama_cpp.Llama("model.gguf", n_gpu_layers=-1, flash_attn=True)
+        print(cache.kv_report())
+
+    n_gpu_layers=-1 puts the cache on our device. flash_attn=True is needed as well: with flash attention off llama.cpp stores values
+    transposed, one element at a time; they are then kept plainly in F16, and the report says so. Where the process has a discrete GPU,
+    llama.cpp prefers it over our device: use `bridge.Llama` there.
+
+    model: path of the model, if it is known here; then a profile is checked against it.
+
+    Raises SettingsError, ProfileError, ModelFileError, VersionError.
+    """
+    settings = resolve_kv(kv)
+    file = open_model(model) if model is not None else None
+    if file is not None:
+        check_geometry(file)
+        if settings.profile is not None:
+            check_profile(settings.profile, file)
+    if getattr(_attached, "current", None) is not None:
+        raise SettingsError("This thread is attached already; call detach() first.")
+    attachment = Attachment(_backend().begin(settings, file), settings)
+    _attached.current = attachment
+    return attachment

@@ -1,0 +1,158 @@
+"""The native module: page format, kernels and the handle of the loaded backend.
+
+Arrays are NumPy arrays of exactly the named type; a wrong type, shape or number is a ValueError that says which.
+A page has 128 cells; D and Dv are the key and value head sizes.
+"""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, TypedDict, final, type_check_only
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+PAGE_CELLS: int
+FORMAT_VERSION: int
+
+@final
+class KeyFormat:
+    """How the channels of a key head are split over the tiers (16, 8, 4, 3, 2 bits); group is the tokens per scale."""
+
+    def __init__(self, head_size: int, tiers: Sequence[int], group: int = 128) -> None: ...
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def tiers(self) -> tuple[int, int, int, int, int]: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def record_bytes(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class ValueFormat:
+    """Bits of a value code; group 0 is rotated with one scale per token, else the dimensions per scale and minimum."""
+
+    def __init__(self, head_size: int, bits: int, group: int = 0) -> None: ...
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def record_bytes(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@type_check_only
+class PresetInfo(TypedDict):
+    name: str
+    alias: str
+    description: str
+    default: bool
+    body_bits: float  # at head size 128, as key_tiers
+    key_tiers: list[int]
+    key_group: int
+    value_bits: int
+    value_group: int
+
+def body_bits(key_format: KeyFormat, value_format: ValueFormat) -> float:
+    """Bits per element of a head's records, scales and order included."""
+
+def presets() -> list[PresetInfo]: ...
+def preset(name: str, head_size: int) -> tuple[KeyFormat, ValueFormat]:
+    """The formats of a preset, by name or alias, at a head size."""
+
+def isa() -> str:
+    """The instruction set in use: the best here, or what MIXKVQ_ISA names (RuntimeError if that cannot be had)."""
+
+def isas() -> list[str]:
+    """Every instruction set that is built in and that this CPU has."""
+
+def select_tiers(
+    key_format: KeyFormat,
+    rows: NDArray[np.float16],
+    importance: NDArray[np.float32],
+    valid: NDArray[np.bool_] | None = None,
+    *,
+    isa: str | None = None,
+) -> NDArray[np.uint8]:
+    """The channels of a page [128, D] by falling salience: the order of its record, uint8 [D]."""
+
+def pack_keys(
+    key_format: KeyFormat,
+    rows: NDArray[np.float16],
+    importance: NDArray[np.float32],
+    valid: NDArray[np.bool_] | None = None,
+    *,
+    isa: str | None = None,
+) -> NDArray[np.uint8]:
+    """The record of rows [128, D] as uint8 [record_bytes]; importance [D] is the mean |q| per channel."""
+
+def unpack_keys(key_format: KeyFormat, record: NDArray[np.uint8], *, isa: str | None = None) -> NDArray[np.float16]: ...
+def pack_values(
+    value_format: ValueFormat,
+    rows: NDArray[np.float16],
+    valid: NDArray[np.bool_] | None = None,
+    *,
+    isa: str | None = None,
+) -> NDArray[np.uint8]: ...
+def unpack_values(value_format: ValueFormat, record: NDArray[np.uint8], *, isa: str | None = None) -> NDArray[np.float16]: ...
+def attend(
+    key_format: KeyFormat,
+    value_format: ValueFormat,
+    key_records: NDArray[np.uint8],
+    value_records: NDArray[np.uint8],
+    q: NDArray[np.float32],
+    mask: NDArray[np.float32] | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    sink: NDArray[np.float32] | None = None,
+    *,
+    isa: str | None = None,
+) -> NDArray[np.float32]:
+    """Attention of q [n, D] over P records of one head [P, record_bytes]: float32 [n, Dv].
+
+    mask [n, 128 P] is added to the scores, -inf hides a cell; sink [n] are logits without a value. A query that sees nothing gets zeros.
+    """
+
+@final
+class Session:
+    """The caches of the contexts that one thread creates between begin and end; also a context manager that ends itself."""
+
+    def end(self) -> None: ...
+    def stats(self) -> dict[str, Any]:
+        """The fields of mixkvq_stats; RuntimeError if no cache was created."""
+
+    def layers(self) -> list[dict[str, Any]]:
+        """The fields of mixkvq_layer_stats, one dict per cache tensor."""
+
+    def error(self) -> str:
+        """What a failed allocation said, "" if nothing failed."""
+
+    def __enter__(self) -> Session: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        value: BaseException | None = None,
+        trace: TracebackType | None = None,
+        /,
+    ) -> None: ...
+
+@final
+class Backend:
+    """The loaded ggml backend, by the address that its registry gives for "mixkvq_backend_api"."""
+
+    def __init__(self, address: int) -> None: ...
+    def begin(
+        self,
+        preset: str | None = None,
+        profile: str | None = None,
+        window: int = -1,
+        sinks: int = -1,
+        head_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> Session:
+        """Makes these the settings of the contexts that this thread creates until end(); ValueError with the backend's reason."""

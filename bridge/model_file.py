@@ -1,0 +1,395 @@
+"""What a GGUF file says about a model, without loading it.
+
+The `gguf` package's reader builds an array per string, which takes seconds on a vocabulary of 150k tokens, and fails in many ways on a
+damaged file. Here the header is walked once with bounds checks; type numbers and block sizes come from `gguf`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import re
+import struct
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
+
+from .errors import ModelFileError
+from .memory import format_bytes
+
+MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_STEP = 32, 256, 8
+
+_SCALARS = {
+    GGUFValueType.UINT8: "<B",
+    GGUFValueType.INT8: "<b",
+    GGUFValueType.UINT16: "<H",
+    GGUFValueType.INT16: "<h",
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.BOOL: "<?",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT64: "<q",
+    GGUFValueType.FLOAT64: "<d",
+}
+_MAX_ARRAY_KEPT = 4096  # longer arrays are vocabularies: only their place in the file is kept
+
+
+@dataclass(frozen=True)
+class LongArray:
+    """An array that was not read: its length, and where its bytes lie in the file."""
+
+    length: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape in ggml's order (fastest first), type number, place and size in the file (0 for a type that `gguf` does not know)."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """Key-value pairs and tensor directory of one GGUF file; `end` is where the last tensor ends."""
+
+    path: str
+    size: int
+    values: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    end: int
+
+
+class _Walker:
+    def __init__(self, data: mmap.mmap, path: str):
+        self.data, self.path, self.at, self.size = data, path, 0, len(data)
+
+    def short(self) -> ModelFileError:
+        return ModelFileError(f"{self.path} is truncated: its header does not end within {format_bytes(self.size)}.")
+
+    def scalar(self, fmt: str) -> Any:
+        n = struct.calcsize(fmt)
+        if self.at + n > self.size:
+            raise self.short()
+        value = struct.unpack_from(fmt, self.data, self.at)[0]
+        self.at += n
+        return value
+
+    def string(self) -> str:
+        n = self.scalar("<Q")
+        if n > self.size - self.at:
+            raise self.short()
+        raw = self.data[self.at : self.at + n]
+        self.at += n
+        return raw.decode("utf-8", errors="replace")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind == GGUFValueType.STRING:
+            return self.string()
+        if kind == GGUFValueType.ARRAY:
+            item, n = self.scalar("<I"), self.scalar("<Q")
+            if depth > 2 or n > self.size - self.at:
+                raise self.short()
+            if n <= _MAX_ARRAY_KEPT:
+                return [self.value(item, depth + 1) for _ in range(n)]
+            begin = self.at
+            if item in _SCALARS:
+                self.at += n * struct.calcsize(_SCALARS[GGUFValueType(item)])
+            elif item == GGUFValueType.STRING:
+                self.skip_strings(n)
+            else:
+                raise ModelFileError(f"{self.path} is damaged: it holds an array of unknown type {item}.")
+            if self.at > self.size:
+                raise self.short()
+            return LongArray(n, begin, self.at)
+        if kind not in _SCALARS:
+            raise ModelFileError(f"{self.path} is damaged: it holds a value of unknown type {kind}.")
+        return self.scalar(_SCALARS[GGUFValueType(kind)])
+
+    def skip_strings(self, n: int) -> None:
+        at, unpack, data = self.at, struct.Struct("<Q").unpack_from, self.data
+        try:
+            for _ in range(n):
+                at += 8 + unpack(data, at)[0]
+        except (struct.error, OverflowError):
+            raise self.short() from None
+        self.at = at
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read the key-value pairs and the tensor directory of a GGUF file.
+
+    Raises ModelFileError with one sentence if the file is missing, unreadable, not GGUF, damaged or shorter than its tensors.
+    """
+    path = os.fspath(path)
+    try:
+        if os.path.isdir(path):
+            raise ModelFileError(f"{path} is a directory, not a GGUF file.")
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            if f.read(4) != b"GGUF":
+                what = "is empty" if size == 0 else "is not a GGUF file"
+                raise ModelFileError(f"{path} {what}.")
+            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _walk(_Walker(data, path))
+    except FileNotFoundError:
+        raise ModelFileError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as e:
+        if isinstance(e, ModelFileError):
+            raise
+        raise ModelFileError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}.") from None
+
+
+def _walk(w: _Walker) -> Header:
+    w.at = 4
+    version = w.scalar("<I")
+    if version & 0xFFFF == 0:
+        raise ModelFileError(f"{w.path} is a big-endian GGUF file, which is not supported.")
+    if version not in (2, 3):
+        raise ModelFileError(f"{w.path} is GGUF version {version}; versions 2 and 3 are supported.")
+    n_tensors, n_values = w.scalar("<Q"), w.scalar("<Q")
+
+    values: dict[str, Any] = {}
+    for _ in range(n_values):
+        key = w.string()
+        values[key] = w.value(w.scalar("<I"))
+
+    infos: list[tuple[str, tuple[int, ...], int, int]] = []
+    for _ in range(n_tensors):
+        name, n_dims = w.string(), w.scalar("<I")
+        if n_dims > 4:
+            raise ModelFileError(f"{w.path} is damaged: tensor {name!r} has {n_dims} dimensions.")
+        shape = tuple(w.scalar("<Q") for _ in range(n_dims))
+        infos.append((name, shape, w.scalar("<I"), w.scalar("<Q")))
+
+    align = values.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(align, int) or align <= 0 or align & (align - 1):
+        raise ModelFileError(f"{w.path} is damaged: its alignment is {align!r}.")
+    base = (w.at + align - 1) // align * align
+    tensors: dict[str, TensorInfo] = {}
+    end = w.at
+    for name, shape, kind, offset in infos:
+        n_bytes = _tensor_bytes(shape, kind)
+        tensors[name] = TensorInfo(name, shape, kind, base + offset, n_bytes)
+        end = max(end, base + offset + n_bytes)
+    if end > w.size:
+        raise ModelFileError(f"{w.path} is truncated: its tensors end at byte {end}, the file at byte {w.size}; download or copy it again.")
+    return Header(w.path, w.size, values, tensors, end)
+
+
+def _tensor_bytes(shape: tuple[int, ...], kind: int) -> int:
+    try:
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    except (ValueError, KeyError):
+        return 0  # a type newer than the gguf package: llama.cpp checks it
+    n = 1
+    for extent in shape:
+        n *= extent
+    return n // block * block_bytes
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """The geometry of a model as far as its cache is concerned. Lists are per layer, 0 where a layer has no attention."""
+
+    path: str
+    architecture: str
+    name: str
+    n_ctx_train: int
+    n_embd: int
+    n_vocab: int
+    n_head_kv: list[int] = field(repr=False)
+    head_size_k: list[int] = field(repr=False)
+    head_size_v: list[int] = field(repr=False)
+    window: int = 0  # sliding window, tokens; 0: none
+    windowed: list[bool] | None = field(default=None, repr=False)  # None: the file does not say which layers
+    exact: bool = True  # False: some layers have head sizes that these lists do not show
+    mla: bool = False  # values are a view of the keys
+    attention_every: int = 1  # of a hybrid model: one layer in so many has attention
+    fingerprint: str = ""
+    parts: tuple[str, ...] = ()  # the other files of a model in several files
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.n_head_kv)
+
+    @property
+    def head_sizes(self) -> list[tuple[int, int]] | None:
+        """(key, value) head size per layer, or None if they are not known for certain."""
+        return list(zip(self.head_size_k, self.head_size_v)) if self.exact else None
+
+    def served_layers(self) -> int:
+        """How many layers have a cache that can be packed."""
+
+        def ok(d: int) -> bool:
+            return MIN_HEAD_SIZE <= d <= MAX_HEAD_SIZE and d % HEAD_SIZE_STEP == 0
+
+        if self.mla:
+            return 0
+        return sum(1 for n, k, v in zip(self.n_head_kv, self.head_size_k, self.head_size_v) if n and (ok(k) or ok(v)))
+
+    def cache_elements(self, n_ctx: int, n_ubatch: int = 512) -> int:
+        """Key and value elements of a cache of n_ctx tokens: a lower bound where the file does not say which layers are windowed."""
+        total = 0
+        for i, (n, k, v) in enumerate(zip(self.n_head_kv, self.head_size_k, self.head_size_v)):
+            cells = n_ctx
+            if self.window and (self.windowed is None or self.windowed[i]):
+                cells = min(n_ctx, self.window + n_ubatch)
+            total += cells * n * (k + (0 if self.mla else v))
+        return total // self.attention_every
+
+
+_SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
+
+
+def open_model(path: str | os.PathLike[str]) -> ModelFile:
+    """Check a model file and read its geometry.
+
+    Raises ModelFileError if it is missing, not GGUF, truncated, part of an incomplete set, or not a language model.
+    """
+    path = os.fspath(path)
+    try:
+        stat = os.stat(path)
+    except OSError:
+        read_header(path)  # says what is wrong
+        raise
+    model = _open_model(path, stat.st_mtime_ns, stat.st_size)
+    for part in model.parts:
+        read_header(part)
+    return model
+
+
+@lru_cache(maxsize=16)
+def _open_model(path: str, mtime_ns: int, size: int) -> ModelFile:
+    header = read_header(path)
+    v = header.values
+    kind = v.get("general.type", "model")
+    arch = v.get("general.architecture")
+    if kind in ("adapter", "mmproj", "imatrix", "mixkvq-profile") or arch in ("clip", "imatrix"):
+        raise ModelFileError(f"{path} is not a language model but a GGUF file of type {kind if kind != 'model' else arch!r}.")
+    if not isinstance(arch, str) or not arch:
+        raise ModelFileError(f"{path} does not name its architecture, so it is not a model that llama.cpp can load.")
+    parts = _other_parts(header)
+
+    def number(key: str, default: int = 0) -> int:
+        value = v.get(f"{arch}.{key}", default)
+        return value if isinstance(value, int) and value >= 0 else default
+
+    n_layers = number("block_count")
+    if n_layers > 4096:
+        raise ModelFileError(f"{path} is damaged: it claims {n_layers} layers.")
+
+    def per_layer(key: str, default: list[int]) -> list[int]:
+        value = v.get(f"{arch}.{key}")
+        if isinstance(value, list) and len(value) >= n_layers:
+            return [int(x) for x in value[:n_layers]]
+        return [int(value)] * n_layers if isinstance(value, int) else default
+
+    n_embd = number("embedding_length")
+    n_head = per_layer("attention.head_count", [0] * n_layers)
+    n_head_kv = per_layer("attention.head_count_kv", n_head)
+    default_size = [n_embd // n if n else 0 for n in n_head]
+    size_k = per_layer("attention.key_length", default_size)
+    size_v = per_layer("attention.value_length", default_size)
+    size_k = [k if n else 0 for k, n in zip(size_k, n_head_kv)]
+    size_v = [s if n else 0 for s, n in zip(size_v, n_head_kv)]
+
+    pattern = v.get(f"{arch}.attention.sliding_window_pattern")
+    windowed: list[bool] | None = None
+    if isinstance(pattern, list) and len(pattern) >= n_layers:
+        windowed = [bool(x) for x in pattern[:n_layers]]
+
+    # Newer hybrid models give one head count for all layers although most of them are recurrent.
+    hybrid = number("ssm.state_size") > 0 and isinstance(v.get(f"{arch}.attention.head_count_kv"), int)
+    tokens = v.get("tokenizer.ggml.tokens")
+    n_tokens = tokens.length if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, list) else 0
+    model = ModelFile(
+        path=path,
+        architecture=arch,
+        name=str(v.get("general.name") or Path(path).stem),
+        n_ctx_train=number("context_length"),
+        n_embd=n_embd,
+        n_vocab=number("vocab_size", n_tokens),
+        n_head_kv=n_head_kv,
+        head_size_k=size_k,
+        head_size_v=size_v,
+        window=number("attention.sliding_window"),
+        windowed=windowed,
+        exact=not hybrid and not any(key.startswith(f"{arch}.attention.") and key.endswith("_length_swa") for key in v),
+        mla=number("attention.kv_lora_rank") > 0,
+        attention_every=max(1, number("full_attention_interval", 4)) if hybrid else 1,
+        fingerprint=_fingerprint(header, arch, n_layers, n_head_kv, size_k, size_v, n_embd, n_tokens, tokens),
+        parts=parts,
+    )
+    return model
+
+
+def _fingerprint(
+    header: Header,
+    arch: str,
+    n_layers: int,
+    n_head_kv: list[int],
+    size_k: list[int],
+    size_v: list[int],
+    n_embd: int,
+    n_tokens: int,
+    tokens: Any,
+) -> str:
+    """Says "the same model" across weight quantisations: everything that shapes the cache, and the vocabulary."""
+    digest = hashlib.sha256()
+    for part in (arch, n_layers, n_head_kv, size_k, size_v, n_embd, n_tokens):
+        digest.update(repr(part).encode() + b"\n")
+    base = header.values.get(f"{arch}.rope.freq_base", 10000.0)
+    digest.update(struct.pack("<f", float(base)))
+    if isinstance(tokens, LongArray):
+        with open(header.path, "rb") as f:
+            f.seek(tokens.begin)
+            left = tokens.end - tokens.begin
+            while left > 0:
+                chunk = f.read(min(left, 1 << 20))
+                if not chunk:
+                    break
+                digest.update(chunk)
+                left -= len(chunk)
+    elif isinstance(tokens, list):
+        for token in tokens:
+            raw = str(token).encode("utf-8", errors="replace")
+            digest.update(struct.pack("<Q", len(raw)) + raw)
+    return digest.hexdigest()[:32]
+
+
+def _other_parts(header: Header) -> tuple[str, ...]:
+    """The further files of a model in several files. Raises ModelFileError unless the first one is given."""
+    count, number = header.values.get("split.count", 0), header.values.get("split.no", 0)
+    if not isinstance(count, int) or count <= 1:
+        return ()
+    match = _SPLIT_NAME.match(header.path)
+    if number != 0:
+        first = f"{match[1]}-00001-of-{count:05d}.gguf" if match else "the first file"
+        raise ModelFileError(f"{header.path} is file {number + 1} of {count} of a model; give {first}.")
+    if not match:
+        raise ModelFileError(f"{header.path} is the first of {count} files of a model but its name does not end in -00001-of-{count:05d}.gguf.")
+    return tuple(f"{match[1]}-{i:05d}-of-{count:05d}.gguf" for i in range(2, count + 1))
+
+
+def built_in_model() -> Path:
+    """The path of the model that comes with the repository.
+
+    Raises ModelFileError if this installation has none.
+    """
+    name = "cot-tiny-34m-q8_0.gguf"
+    here = Path(__file__).resolve().parent
+    for folder in (here / "models", here.parent / "models", Path.cwd() / "models"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ModelFileError(f"The built-in model models/{name} is not part of this installation; give the path of a GGUF model.")

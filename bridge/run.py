@@ -1,0 +1,393 @@
+"""`python -m bridge.run`: chat with a GGUF model, or get one answer, on a MixKVQ cache. The answer goes to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from . import session as reports
+from .answer import Answer, Message, Sampling, stream_answer
+from .errors import BridgeError, ContextError, SettingsError
+from .library import native
+from .model_file import built_in_model, open_model
+from .settings import STOCK_TYPES, Kv
+
+if TYPE_CHECKING:
+    from ._llama import Llama
+
+DEFAULT_CONTEXT = 8192
+CHAT_TEMPERATURE = 0.7
+DEMO_PROBLEM = "Compute 48291 * 73."
+
+
+@dataclass
+class Options:
+    """The command line, checked."""
+
+    model: str
+    prompt: str | None  # None: chat
+    raw: bool
+    system: str | None
+    ctx: int | None
+    threads: int | None
+    batch: int
+    sampling: Sampling
+    kv: Kv
+    stock: str | None
+    report: str
+    report_file: str | None
+    verbose: bool
+
+
+def physical_cores() -> int:
+    """Cores this process may use, not counting hyper-threads: the number of threads that is fastest for llama.cpp."""
+    try:
+        cpus = os.sched_getaffinity(0)
+    except AttributeError:
+        return max(1, os.cpu_count() or 1)
+    cores = set()
+    for cpu in cpus:
+        try:
+            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
+def load(options: Options, console: Console) -> Llama:
+    """Load the model with a progress bar. Raises BridgeError."""
+    file = open_model(options.model)
+    ctx = options.ctx
+    if ctx is None:
+        ctx = min(file.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    from . import Llama, _llama
+
+    if not options.verbose:
+        _llama.quiet_log()
+    threads = options.threads or physical_cores()
+    arguments: dict[str, Any] = {
+        "n_ctx": ctx,
+        "n_batch": options.batch,
+        "n_ubatch": options.batch,
+        "n_threads": threads,
+        "n_threads_batch": threads,
+        "verbose": options.verbose,
+    }
+    arguments.update({"stock": options.stock} if options.stock is not None else {"kv": options.kv})
+    if options.verbose or not console.is_terminal:
+        return Llama(options.model, **arguments)
+    with Progress(
+        TextColumn("Loading {task.fields[name]}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ) as progress:
+        task = progress.add_task("", total=1.0, name=Path(options.model).name)
+        return Llama(options.model, on_load=lambda share: progress.update(task, completed=share), **arguments)
+
+
+def print_report(llama: Llama, answer: Answer, options: Options, console: Console) -> None:
+    """The figures of the last answer and of the cache, as the options ask."""
+    stats = llama.kv_stats()
+    speeds = answer.speeds()
+    line = json.dumps(
+        {
+            "model": options.model,
+            "context": llama.n_ctx(),
+            "threads": llama.n_threads,
+            "seed": options.sampling.seed,
+            **speeds,
+            "cache": stats,
+        }
+    )
+    if options.report_file is not None:
+        write_atomically(options.report_file, line + "\n")
+    if options.report == "json":
+        console.file.write(line + "\n")
+        console.file.flush()
+    elif options.report == "text":
+        table = Table(show_header=False, box=None, pad_edge=False)
+        again = speeds["prompt_tokens"] - speeds["read_tokens"]
+        read = f"{speeds['prompt_tokens']} tokens" + (f" ({again} were in the cache)" if again > 0 else "")
+        table.add_row("prompt", f"{read}, {speeds['prompt_tokens_per_second']:.1f} tokens/s")
+        table.add_row("answer", f"{speeds['answer_tokens']} tokens, {speeds['answer_tokens_per_second']:.1f} tokens/s")
+        for name, value in reports.rows(stats):
+            table.add_row(name, value)
+        console.print()
+        console.print(table, markup=False, highlight=False)
+        if answer.finish_reason == "length":
+            console.print("The answer ends here because the context or the limit of tokens is reached (-c, -n).", markup=False)
+
+
+def write_atomically(path: str | os.PathLike[str], text: str, *, overwrite: bool = True) -> None:
+    """Write a text file so that it appears whole or not at all. Raises OSError, and FileExistsError if it must not be replaced."""
+    path = os.path.abspath(os.fspath(path))
+    handle, temporary = tempfile.mkstemp(prefix=".bridge-", dir=os.path.dirname(path))
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes the file private
+        if overwrite:
+            os.replace(temporary, path)
+            return
+        try:
+            os.link(temporary, path)  # unlike a rename, fails if the name is taken
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            if os.path.exists(path):
+                raise FileExistsError(path) from None
+            os.replace(temporary, path)
+            return
+        os.unlink(temporary)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def writer() -> Any:
+    """A function that writes pieces of an answer to stdout at once; control characters do not reach a terminal."""
+    terminal = sys.stdout.isatty()
+
+    def write(piece: str) -> None:
+        if terminal:
+            piece = "".join(c for c in piece if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    return write
+
+
+def answer_once(options: Options, console: Console) -> int:
+    """One prompt, one answer. Returns the exit code."""
+    assert options.prompt is not None
+    llama = load(options, console)
+    try:
+        prompt: str | list[Message]
+        if options.raw:
+            prompt = options.prompt
+        else:
+            note_missing_template(llama, console)
+            prompt = [{"role": "system", "content": options.system}] if options.system else []
+            prompt.append({"role": "user", "content": options.prompt})
+        answer = stream_answer(llama, prompt, options.sampling, writer(), console)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        print_report(llama, answer, options, console)
+        return 130 if answer.finish_reason == "interrupted" else 0
+    finally:
+        llama.close()
+
+
+def note_missing_template(llama: Llama, console: Console) -> None:
+    """A base model answers a chat badly; say so instead of leaving the user to wonder."""
+    if "tokenizer.chat_template" not in llama.metadata:
+        console.print("This model has no chat template, so a generic one is used; --raw sends the text as it is.", markup=False)
+
+
+def list_presets() -> None:
+    """Print the presets to stdout."""
+    for p in native().presets():
+        name = p["name"] + (f" ({p['alias']})" if p["alias"] else "")
+        click.echo(f"{name:<26} {p['body_bits']:5.2f} bits  {p['description']}")
+
+
+class Number(click.ParamType):
+    """A finite number from `low` to `high`."""
+
+    name = "number"
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not self.low <= number <= self.high:
+            self.fail(f"{value!r} is not a number from {self.low:g} to {self.high:g}.", param, ctx)
+        return number
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("model", required=False)
+@click.option("-p", "--prompt", help="Answer this and exit.")
+@click.option("-f", "--file", "prompt_file", help="Answer the text of this file and exit; - is stdin.")
+@click.option("--demo", is_flag=True, help="Solve one built-in problem and exit.")
+@click.option("--raw", is_flag=True, help="Send the prompt as it is, without the model's chat template.")
+@click.option("--system", help="System message.")
+@click.option(
+    "-c",
+    "--ctx",
+    type=click.IntRange(0, 1 << 30),
+    help=f"Context in tokens; 0: the model's own.  [default: that, at most {DEFAULT_CONTEXT}]",
+)
+@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads.  [default: physical cores]")
+@click.option("-b", "--batch", type=click.IntRange(1, 1 << 20), default=512, show_default=True, help="Prompt tokens evaluated at a time.")
+@click.option("-n", "--max-tokens", type=click.IntRange(-1, 1 << 30), default=-1, help="Longest answer.  [default: up to the end of the context]")
+@click.option("--temp", type=Number(0, 100), help=f"Temperature; 0 is greedy.  [default: {CHAT_TEMPERATURE} in a chat, else 0]")
+@click.option("--top-k", type=click.IntRange(0, 1 << 30), default=40, show_default=True, help="Sample from this many tokens; 0: all.")
+@click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True, help="Sample from this share of the probability.")
+@click.option("--min-p", type=Number(0, 1), default=0.05, show_default=True, help="Least probability, relative to the likeliest token.")
+@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), help="Seed of the sampler.  [default: random]")
+@click.option("--preset", "--kv", "preset", help="Preset of the cache.  [default: balanced]")
+@click.option("--profile", help="Profile of the cache (a GGUF file made for this model).")
+@click.option("--window", type=click.IntRange(0, 1 << 20), help="Recent tokens kept in F16.  [default: 128]")
+@click.option("--sinks", type=click.IntRange(0, 1 << 20), help="First tokens kept in F16.  [default: 128]")
+@click.option("--stock", type=click.Choice(list(STOCK_TYPES)), help="Use llama.cpp's own cache of this type instead, to compare.")
+@click.option("--report", type=click.Choice(["text", "json", "none"]), default="text", show_default=True, help="Report at the end, on stderr.")
+@click.option("--report-file", help="Write the report as JSON to this file as well.")
+@click.option("--list-presets", "presets", is_flag=True, help="List the presets and exit.")
+@click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's own log.")
+@click.version_option(package_name="mixkvq", message="%(package)s %(version)s")
+def command(**given: Any) -> int:
+    """Chat with MODEL, a GGUF file (default: the built-in model), on a quantised KV cache.
+
+    Without a prompt on a terminal this is a chat. With --prompt, --file, --demo or piped input the answer goes to stdout and everything
+    else to stderr.
+    """
+    if given["presets"]:
+        list_presets()
+        return 0
+    # llama-cpp-python points file descriptor 2 at /dev/null while it loads; progress must reach the terminal nevertheless.
+    stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace", buffering=1)
+    console = Console(file=stderr, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=stderr, highlight=False, width=200)  # do not wrap what a program reads
+    options = check(given)
+    if options.prompt is not None:
+        try:
+            return answer_once(options, console)
+        except BrokenPipeError:
+            # The reader of our output went away, as `head` does: no error, but Python must not try to flush again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 0
+    from .chat import chat
+
+    return chat(options, console)
+
+
+def check(given: dict[str, Any]) -> Options:
+    """Turn the parsed command line into options. Raises SettingsError for what does not go together."""
+    sources = [name for name, key in (("--prompt", "prompt"), ("--file", "prompt_file"), ("--demo", "demo")) if given[key] not in (None, False)]
+    if len(sources) > 1:
+        raise SettingsError(f"{sources[0]} and {sources[1]} do not go together.")
+    if given["stock"] is not None:
+        for key in ("preset", "profile", "window", "sinks"):
+            if given[key] is not None:
+                raise SettingsError(f"--stock turns MixKVQ off, so it does not go together with --{key}.")
+    if given["preset"] is not None and given["profile"] is not None:
+        raise SettingsError("--profile takes the place of a preset; give one of the two.")
+    if given["raw"] and given["system"] is not None:
+        raise SettingsError("--raw sends no system message, so it does not go together with --system.")
+    if given["report_file"] is not None:
+        folder = os.path.dirname(os.path.abspath(given["report_file"]))
+        if not os.path.isdir(folder) or os.path.isdir(given["report_file"]):
+            raise SettingsError(f"The report cannot be written to {given['report_file']}.")
+    model = given["model"] if given["model"] is not None else str(built_in_model())
+    open_model(model)  # before a prompt is read from stdin
+    prompt = read_prompt(given)
+    if prompt is None and given["raw"]:
+        raise SettingsError("--raw needs a prompt: --prompt, --file or piped input.")
+    temperature = given["temp"]
+    if temperature is None:
+        temperature = CHAT_TEMPERATURE if prompt is None else 0.0
+    sampling = Sampling(temperature, given["top_k"], given["top_p"], given["min_p"], given["max_tokens"])
+    if given["seed"] is not None:
+        sampling.seed = given["seed"]
+    return Options(
+        model=model,
+        prompt=prompt,
+        raw=given["raw"],
+        system=given["system"],
+        ctx=given["ctx"],
+        threads=given["threads"],
+        batch=given["batch"],
+        sampling=sampling,
+        kv=Kv(given["preset"], given["profile"], given["window"], given["sinks"]),
+        stock=given["stock"],
+        report=given["report"],
+        report_file=given["report_file"],
+        verbose=given["verbose"],
+    )
+
+
+def read_prompt(given: dict[str, Any]) -> str | None:
+    """The prompt, or None for a chat."""
+    if given["demo"]:
+        print(f"Problem: {DEMO_PROBLEM}\n", file=sys.stderr)
+        return DEMO_PROBLEM
+    if given["prompt"] is not None:
+        text, source = given["prompt"], "--prompt"
+    elif given["prompt_file"] not in (None, "-"):
+        source = given["prompt_file"]
+        try:
+            text = Path(source).read_bytes().decode("utf-8")
+        except OSError as e:
+            raise SettingsError(f"{source} cannot be read: {e.strerror or e}.") from None
+        except UnicodeDecodeError as e:
+            raise SettingsError(f"{source} is not UTF-8 text (byte {e.start}).") from None
+    elif given["prompt_file"] is None and sys.stdin is not None and sys.stdin.isatty():
+        if not sys.stdout.isatty():
+            raise SettingsError("A chat needs a terminal; give --prompt, --file or piped input for a single answer.")
+        return None
+    else:
+        source = "stdin"
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8") if sys.stdin is not None else ""
+        except UnicodeDecodeError as e:
+            raise SettingsError(f"stdin is not UTF-8 text (byte {e.start}).") from None
+    if not text.strip():
+        raise SettingsError(f"The prompt from {source} is empty.")
+    # A text file ends in a newline that is no part of the question; --raw means every byte.
+    return text if given["raw"] else text.rstrip("\r\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, 2 for a mistake of the user, 1 for a failure, 130 after Ctrl-C."""
+    verbose = any(a in ("-v", "--verbose") for a in (sys.argv[1:] if arguments is None else arguments))
+    try:
+        code = command.main(args=arguments, prog_name="python -m bridge.run", standalone_mode=False)
+        return int(code or 0)
+    except click.ClickException as e:
+        return complain(" ".join(e.format_message().split()), 2)
+    except BridgeError as e:
+        if verbose and isinstance(e, ContextError):
+            traceback.print_exc()
+        return complain(str(e), e.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except Exception as e:  # noqa: BLE001 - a person at a terminal gets a sentence; --verbose shows where it came from
+        if verbose:
+            traceback.print_exc()
+        return complain(f"{type(e).__name__}: {' '.join(str(e).split())}", 1)
+
+
+def complain(sentence: str, code: int) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
