@@ -6,9 +6,11 @@ SINGLE covers single precision. The pages below have logits of order 10. A logit
 rounding errors of 2^-24 are random, on terms that folding scale and minimum into the query makes up to six times as large
 as the products themselves: sqrt(256) * 6 * 2^-24 = 6e-6. A weight is relatively wrong by as much.
 
-The vector kernels also round to integers: queries, with the scale folded in, to 127 steps of the largest in a tier (32767
-beside 8-bit codes), weights to 32767 steps of the largest. Rounding errors are uniform, so they add up like noise of
-1 / sqrt(12) step per term; SIGMAS of it are allowed. A code lies at most (2^bits - 1) / 2 from the middle one.
+The vector kernels also round to integers: queries, with the scale folded in, to 127 steps of the largest in a tier beside 2- and
+3-bit codes and to 32767 beside longer ones; weights to 255 steps of the largest of 32 tokens beside 2- and 3-bit values, where what
+is left of one token passes on to another (so two errors meet in every term), and to 32767 steps of the page's largest otherwise.
+Rounding errors are uniform, so they add up like noise of 1 / sqrt(12) step per term; SIGMAS of it are allowed. A code lies at most
+(2^bits - 1) / 2 from the middle one.
 """
 
 import os
@@ -181,7 +183,7 @@ def packed(key_format, value_format, n_pages, seed):
     return np.stack(keys), np.stack(values)
 
 
-def tolerance(isa, key_format, keys, q, scale):
+def tolerance(isa, key_format, value_format, keys, q, scale):
     if isa == "scalar":
         return SINGLE
     logit_noise = 0.0
@@ -193,10 +195,10 @@ def tolerance(isa, key_format, keys, q, scale):
         for bits, channels in zip(reference.KEY_BITS[1:], tiers[1:], strict=True):
             spread = np.ptp(groups[..., channels], axis=1)  # 2^bits - 1 steps, for every channel fills its range
             largest = np.abs(q[:, None, channels] * spread).max(axis=2, initial=0)
-            steps = 32767 if bits == 8 else 127
+            steps = 127 if bits <= 3 else 32767
             variance += len(channels) * (largest / steps / 2) ** 2 / 12
         logit_noise = max(logit_noise, scale * np.sqrt(variance.max()))
-    weight_noise = np.sqrt(CELLS / 12) / 32767
+    weight_noise = np.sqrt(2 * 32 / 12) / 255 if value_format.bits <= 3 else np.sqrt(CELLS / 12) / 32767
     return SINGLE + SIGMAS * (np.expm1(logit_noise) + weight_noise)
 
 
@@ -207,7 +209,7 @@ def assert_attention_agrees(isa, key_format, value_format, keys, values, q, mask
     assert (got.dtype, got.shape) == (np.float32, want.shape)
     loudness = np.sqrt(np.mean([reference.unpack_values(value_format, r).astype(np.float64) ** 2 for r in values]))
     error = np.abs(got - want).max() / loudness
-    allowed = tolerance(isa, key_format, keys, q, scale)
+    allowed = tolerance(isa, key_format, value_format, keys, q, scale)
     assert error <= allowed, (error, allowed)
 
 
