@@ -1,7 +1,8 @@
 """Resident memory of a process whose context fills up, per cache.
 
 Each cache gets its own process, which reports what the operating system says before the context exists, after it was made, and
-after it was filled with tokens.  The model's weights are mapped from its file, so the context is what grows.
+after it was filled with tokens.  The model's weights are mapped from its file, so the context is what grows: the cache, and the
+buffers for logits and intermediate results, which are the same for every cache.
 
     python bench/memory.py models/cot-tiny-34m-q8_0.gguf --kv f16,q8_0,balanced --ctx 32768
 """
@@ -58,9 +59,9 @@ def measure_here(model: Path, cache: str, ctx: int, n_tokens: int, seed: int, th
     memory["created"] = resident_memory()
     for start in range(0, n_tokens, BATCH):
         llm.eval(tokens[start : start + BATCH])
-        print(f"{cache}: {min(start + BATCH, n_tokens)} of {n_tokens} tokens", end="\r", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"{cache}: {min(start + BATCH, n_tokens)} of {n_tokens} tokens", end=" \r", file=sys.stderr, flush=True)
     memory["filled"] = resident_memory()
-    print(" " * 60, end="\r", file=sys.stderr)
     return {"cache": cache, "resident": memory, "statistics": cache_statistics(llm)}
 
 

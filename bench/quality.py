@@ -4,8 +4,8 @@ Decode-style (the default) feeds every token by itself, so that each prediction 
 chat does.  Prefill-style feeds batches, in which a prompt still sees itself unquantised.  All caches of a run
 walk through the text in lock-step, so no logits are stored.
 
-The arithmetic of llama.cpp depends a little on the size of a batch.  The row "noise floor" is the baseline's own cache fed in
-batches of another size: divergences near it say nothing about the cache.
+llama.cpp rounds a little differently with the size of a batch and, for single tokens, with the number of threads.  The row "noise
+floor" is the baseline's own cache fed in batches of another size: divergences near it say nothing about the cache.
 
     python bench/quality.py models/cot-tiny-34m-q8_0.gguf --text novel.txt --kv q8_0,q4_0,balanced
     python bench/quality.py models/cot-tiny-34m-q8_0.gguf --derivations 14 --kv q8_0,q4_0,balanced
@@ -153,7 +153,8 @@ class Caches:
 
 
 def _other_batch(batch: int) -> int:
-    return 2 if batch == 1 else 8
+    """A size at which the CPU backend takes another path through attention: one query at a time, or a tile of 64."""
+    return 64 if batch == 1 else 8
 
 
 def draw_windows(n_tokens: int, size: int, count: int, seed: int) -> list[int]:

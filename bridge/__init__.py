@@ -23,6 +23,7 @@ from .errors import (
     SettingsError,
     VersionError,
 )
+from .library import llama
 from .settings import Kv
 
 if TYPE_CHECKING:
@@ -47,13 +48,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("Attachment", "Llama", "attach"):
-        try:
-            from . import _llama
-        except ImportError as e:
-            if e.name != "llama_cpp":
-                raise
-            raise VersionError("llama-cpp-python is not installed; install it with: pip install llama-cpp-python==0.3.36") from None
-        return getattr(_llama, name)
+        return getattr(llama(), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

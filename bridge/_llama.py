@@ -197,6 +197,17 @@ class _Log:
         """A load begins in this thread: forget what it logged so far."""
         self._thread.errors, self._thread.caches, self._thread.loading = [], [], True
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[Callable[[], str]]:
+        """What this thread logs meanwhile is not printed, whatever `verbose` says; the value returns the first error among it, or ""."""
+        self.install()
+        before = getattr(self._thread, "errors", [])
+        self._thread.errors, self._thread.kept = [], True
+        try:
+            yield self.first_error
+        finally:
+            self._thread.errors, self._thread.kept = before, False
+
     def _on_line(self, level: int, raw: bytes, _: Any) -> None:
         try:
             text = raw.decode("utf-8", errors="replace")
@@ -209,6 +220,8 @@ class _Log:
                 del errors[:-20]
             elif text.startswith("llama_kv_cache: size ="):
                 self._thread.__dict__.setdefault("caches", []).append(text.strip())
+            if getattr(self._thread, "kept", False):
+                return
             verbose = 0 < llama_logger.logger.level <= 10  # 0: llama-cpp-python has not set it yet
             # What a load says becomes the text of an exception; it need not be said twice.
             if verbose or not (self.quiet or getattr(self._thread, "loading", False)):
@@ -234,15 +247,20 @@ class _Log:
         for text in held:
             print(text, file=sys.stderr)
 
-    def reason(self, what: str) -> str:
-        """`what`, with what this thread's log said about it."""
+    def first_error(self) -> str:
+        """What this thread's log said first about a failure, without a full stop, or ""."""
         for line in getattr(self._thread, "errors", []):
             # "llama_model_load: error loading model: unknown model architecture: 'x'": the last error repeats, the first explains
             text = re.sub(r"^[\w~]+: ", "", line)
             text = re.sub(r"^error loading model: ", "", text)
             if text:
-                return f"{what}: {' '.join(text.split()).rstrip('.')}"
-        return what
+                return " ".join(text.split()).rstrip(".")
+        return ""
+
+    def reason(self, what: str) -> str:
+        """`what`, with what this thread's log said about it."""
+        error = self.first_error()
+        return f"{what}: {error}" if error else what
 
     def caches(self) -> list[str]:
         """llama.cpp's own description of the caches that this thread created last."""

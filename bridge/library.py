@@ -47,3 +47,17 @@ def native() -> ModuleType:
             raise VersionError(f"The native part of MixKVQ is not built: {_REPAIR}.") from None
         raise VersionError(f"The native part of MixKVQ does not load ({e}): {_REPAIR}.") from None
     return _native
+
+
+def llama() -> ModuleType:
+    """The module `bridge._llama`, which imports llama_cpp.
+
+    Raises VersionError if llama-cpp-python is not installed.
+    """
+    try:
+        from . import _llama
+    except ImportError as e:
+        if e.name != "llama_cpp":
+            raise
+        raise VersionError("llama-cpp-python is not installed; install it with: pip install llama-cpp-python==0.3.36") from None
+    return _llama

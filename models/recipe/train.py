@@ -109,7 +109,7 @@ def main() -> None:
     while step < args.max_steps:
         if start is None and step == COMPILE_STEPS:
             start = last_validation = log.seconds()
-        done = 0.0 if start is None else (log.seconds() - start) / (args.budget - start)
+        done = 0.0 if start is None else (log.seconds() - start) / max(1e-9, args.budget - start)
         if done >= 1:
             break
         stage = LONG if done >= args.long_from else MAIN if done >= EARLY_SHARE else EARLY

@@ -253,8 +253,8 @@ def _tensor(header: Header, raw: bytes, name: str, kind: int, dtype: Any) -> npt
     info = header.tensors.get(name)
     if info is None:
         raise ProfileError(f"The profile {header.path} is damaged: the tensor {name} is missing.")
-    if info.type != kind or len(info.shape) > 2:
-        raise ProfileError(f"The profile {header.path} is damaged: the tensor {name} has the wrong type or number of dimensions.")
+    if info.type != kind or len(info.shape) > 2 or 0 in info.shape:
+        raise ProfileError(f"The profile {header.path} is damaged: the tensor {name} has the wrong type or shape.")
     shape = tuple(reversed(info.shape))
     if len(shape) < 2:
         shape = (1,) * (2 - len(shape)) + shape

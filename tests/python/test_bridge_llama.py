@@ -482,6 +482,13 @@ def test_damaged_headers_never_crash(tmp_path):
             assert "\n" not in str(e)
 
 
+@pytest.mark.parametrize("value", [["a", "b", "c", "d"], [-1] * 4, [0.5] * 4, 1 << 31])
+def test_values_of_other_types_than_expected(tmp_path, value):
+    keys = ["attention.head_count_kv", "attention.key_length", "attention.sliding_window_pattern", "rope.freq_base", "vocab_size"]
+    for key in keys:
+        assert open_model(write_model(tmp_path / f"{key}.gguf", values={key: value})).n_layers == 4
+
+
 def test_not_language_models(tmp_path):
     for general in ({"general.type": "mmproj"}, {"general.type": "adapter"}, {"general.type": "mixkvq-profile"}):
         path = write_model(tmp_path / "other.gguf", general=general)
@@ -561,8 +568,8 @@ def test_fingerprint_is_of_the_model_not_of_its_weights(tmp_path):
     assert fingerprint(write_model(tmp_path / "c.gguf", tokens=["a", "b", "d"])) != base
     assert fingerprint(write_model(tmp_path / "d.gguf", values={"attention.head_count_kv": 1})) != base
     assert fingerprint(write_model(tmp_path / "e.gguf", values={"context_length": 1024})) == base
-    # the same bytes are hashed whether a vocabulary is short enough to be kept or not
-    long = [f"t{i}" for i in range(5000)]
+    # a header that takes more than one read
+    long = [f"t{i}" * 100 for i in range(5000)]
     assert fingerprint(write_model(tmp_path / "f.gguf", tokens=long)) == fingerprint(write_model(tmp_path / "g.gguf", tokens=long))
     long[4999] = "x"
     assert fingerprint(write_model(tmp_path / "h.gguf", tokens=long)) != fingerprint(tmp_path / "g.gguf")

@@ -182,8 +182,8 @@ def test_attention_is_that_of_the_module_and_near_the_reference(ffi, lib, head, 
     key_reference = reference.KeyFormat(d, head.key_format.tiers, head.key_format.group)
     value_reference = reference.ValueFormat(dv, head.value_format.bits, head.value_format.group)
     expected = reference.attend(key_reference, value_reference, head.key_records, head.value_records, q, mask, **more)
-    # Integer kernels quantise queries and weights to 8 bits: the error is relative to the size of the values (about 1).
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=0.03)
+    # The values are about 1. Scalar kernels differ by float rounding, 1e-7 here; integer kernels round queries and weights, up to 0.009 here.
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 if _native.isa() == "scalar" else 0.015)
     assert not ours[1].any()
     if "sink" in more:
         assert np.abs(ours[2]).max() < 1e-6  # a sink of 40 takes everything
