@@ -91,11 +91,10 @@ half * PageStore::stage(int stream, int p) {
 }
 
 void PageStore::drop_rows(Page & page, int stream, int p) {
-    uint8_t * rows = reinterpret_cast<uint8_t *>(page.rows);
-    if (rows >= memory_ && rows < memory_ + memory_bytes_) {
-        free_home_.push_back(rows);
+    if (owns(page.rows)) {
+        free_home_.push_back(reinterpret_cast<uint8_t *>(page.rows));
     } else {
-        pool_.put(rows, shape_.page_bytes());
+        pool_.put(page.rows, shape_.page_bytes());
     }
     page.rows = nullptr;
     auto & list = half_pages_[stream];
@@ -172,6 +171,23 @@ void PageStore::settle(int n_threads) {
         }
     }
     if (!places.empty()) pack(places, n_threads);
+    come_home();
+}
+
+// Moves F16 pages from the shared scratch to the store's own memory, as far as packing has made room there: the scratch is for one layer at a time.
+void PageStore::come_home() {
+    for (int s = 0; s < shape_.n_streams; ++s) {
+        for (int p : half_pages_[s]) {
+            if (free_home_.empty()) return;
+            Page & page = at(s, p);
+            if (owns(page.rows)) continue;
+            half * home = reinterpret_cast<half *>(free_home_.back());
+            free_home_.pop_back();
+            std::memcpy(home, page.rows, shape_.page_bytes());
+            pool_.put(page.rows, shape_.page_bytes());
+            page.rows = home;
+        }
+    }
 }
 
 template <class Row> void PageStore::write_rows(int stream, int cell, int n, const Row * rows, size_t stride) {

@@ -9,7 +9,7 @@ const std::vector<Preset> & presets() {
     static const std::vector<Preset> list = {
         {"mix2.4", "tiny", "the smallest: 2-bit values, 1/8 of the key channels above 2 bits", 0, 1 / 32.0, 3 / 32.0, 0, 128, 2, 0},
         {"mix2.5", "small", "2-bit values, half of the key channels at 3 or 4 bits", 0, 0, 4 / 32.0, 12 / 32.0, 128, 2, 0},
-        {"mix3.1", "balanced", "the default: 3-bit values, a third of the key channels at 4 or 8 bits", 0, 1 / 32.0, 10 / 32.0, 0, 128, 3, 0},
+        {"mix3.2", "balanced", "the default: 3-bit values, key channels at 4, 3 and 2 bits", 0, 0, 8 / 32.0, 16 / 32.0, 128, 3, 0},
         {"mix3.8", "careful", "3-bit values, key channels at 4 and 8 bits", 0, 2 / 32.0, 30 / 32.0, 0, 128, 3, 0},
         {"mix4.3", "quality", "4-bit values, key channels at 4 and 8 bits", 0, 2 / 32.0, 30 / 32.0, 0, 128, 4, 0},
         {"mix6.2", "high", "4-bit values, all key channels at 8 bits", 0, 1, 0, 0, 128, 4, 0},

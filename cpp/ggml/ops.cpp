@@ -39,6 +39,13 @@ void learn_geometry(const ggml_tensor * op) {
         if (k && !k->is_value && view->nb[1] == k->row_bytes && view->ne[0] * view->ne[2] * 2 == int64_t(k->row_bytes)) {
             k->decide(int(view->ne[0]), int(view->ne[2]));
         }
+    } else if (op->op == GGML_OP_CONT) {
+        // Attention with a bias per position (T5): the values of all cells, transposed for a matrix product.
+        CacheTensor * v = cache_of(op->src[0]);
+        const ggml_tensor * view = op->src[0];
+        if (v && v->is_value && view->nb[0] == v->row_bytes && view->nb[1] == 2 && view->ne[1] * view->ne[2] * 2 == int64_t(v->row_bytes)) {
+            v->decide(int(view->ne[1]), int(view->ne[2]));
+        }
     } else if (op->op == GGML_OP_ROPE) {
         CacheTensor * k = cache_of(op->src[0]);
         if (k) k->decide(int(op->src[0]->nb[1] / 2), int(op->src[0]->ne[1]));

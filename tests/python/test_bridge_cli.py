@@ -90,7 +90,7 @@ def test_verbose_shows_the_log_of_llama_cpp():
 
 def test_list_presets_and_path():
     code, out, err = run("--list-presets")
-    assert code == 0 and err == "" and "mix3.1 (balanced)" in out and "paper" in out
+    assert code == 0 and err == "" and "mix3.2 (balanced)" in out and "paper" in out
     code, out, err = run(module="bridge.path")
     assert code == 0 and err == "" and Path(out.strip()).is_file() and "ggml-mixkvq" in Path(out.strip()).name
 

@@ -98,6 +98,11 @@ class PageStore {
     half * stage(int stream, int p);  // makes the page F16 and returns its rows
     void drop_rows(Page & page, int stream, int p);
     void drop_records(Page & page);
+    bool owns(const half * rows) const {
+        const uint8_t * at = reinterpret_cast<const uint8_t *>(rows);
+        return at >= memory_ && at < memory_ + memory_bytes_;
+    }
+    void come_home();
     void pack(const std::vector<Place> & places, int n_threads);
     void unpack(const Page & page, half * rows) const;
     template <class Row> void write_rows(int stream, int cell, int n, const Row * rows, size_t stride);
