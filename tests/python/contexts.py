@@ -1,0 +1,229 @@
+"""Contexts of llama.cpp driven through its C functions, on our device or on its own CPU cache, for tests that compare the two."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bridge import Kv
+from bridge import _llama as adapter
+from bridge._llama import C
+from bridge.model_file import open_model
+
+FLASH_AUTO, FLASH_OFF, FLASH_ON = -1, 0, 1
+EXACT = Kv(preset="balanced", sinks=1 << 20)  # every page is a sink page, so all stays F16
+PACKED = Kv(preset="mix8.2", window=0, sinks=0)  # every full page is packed, at 8 bits
+BALANCED = Kv(preset="balanced", window=0, sinks=0)
+
+
+class Model:
+    """A loaded model. `ours`: its caches go to our device."""
+
+    def __init__(self, path: Path | str, ours: bool, no_alloc: bool = False):
+        self.path, self.ours = str(path), ours
+        self.backend = adapter._backend()
+        params = C.llama_model_default_params()
+        self._devices = (ctypes.c_void_p * 2)(self.backend.device if ours else None, None)
+        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
+        params.n_gpu_layers = 999 if ours else 0
+        params.no_alloc = no_alloc
+        self.ptr = C.llama_model_load_from_file(self.path.encode(), params)
+        assert self.ptr, f"{path} does not load"
+        self.n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(self.ptr))
+
+    def close(self) -> None:
+        if self.ptr:
+            C.llama_model_free(self.ptr)
+            self.ptr = None
+
+
+class Context:
+    """One context. Positions follow llama.cpp's own count unless given; every decode returns all logits, [tokens][vocabulary]."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv: Kv = EXACT,
+        *,
+        n_ctx: int = 1024,
+        n_ubatch: int = 512,
+        n_seq: int = 1,
+        unified: bool = False,
+        flash: int = FLASH_ON,
+        n_threads: int = 1,
+        head_sizes_known: bool = True,
+        **params,
+    ):
+        self.model, self.n_seq, self.n_batch = model, n_seq, max(n_ubatch, 512)
+        p = C.llama_context_default_params()
+        p.n_ctx, p.n_batch, p.n_ubatch, p.n_seq_max = n_ctx, self.n_batch, n_ubatch, n_seq
+        p.n_threads = p.n_threads_batch = n_threads
+        p.flash_attn_type, p.kv_unified, p.swa_full = flash, unified, False
+        for name, value in params.items():
+            assert hasattr(p, name), name
+            setattr(p, name, value)
+        self._session = None
+        self._batch = None
+        if model.ours:
+            self._session = model.backend.begin(kv, open_model(model.path) if head_sizes_known else None)
+        try:
+            self.ptr = C.llama_init_from_model(model.ptr, p)
+        finally:
+            if self._session is not None:
+                self._session.end()
+        assert self.ptr, "the context was not created"
+        self.memory = C.llama_get_memory(self.ptr)
+        self._batch = C.llama_batch_init(self.n_batch, 0, n_seq)
+
+    def close(self) -> None:
+        if self._batch is not None:
+            C.llama_batch_free(self._batch)
+            C.llama_free(self.ptr)
+            self._batch = self.ptr = self._session = None
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- decoding ---
+
+    def batch(self, rows: Sequence[tuple[int, int, Sequence[int]]]) -> tuple[int, np.ndarray]:
+        """Decodes (token, position, sequences) rows in one call; llama_decode's result and the logits."""
+        b = self._batch
+        assert 0 < len(rows) <= self.n_batch
+        b.n_tokens = len(rows)
+        for i, (token, pos, seqs) in enumerate(rows):
+            b.token[i], b.pos[i], b.n_seq_id[i], b.logits[i] = int(token), pos, len(seqs), 1
+            for j, s in enumerate(seqs):
+                b.seq_id[i][j] = s
+        code = C.llama_decode(self.ptr, b)
+        if code != 0:
+            return code, np.zeros((0, self.model.n_vocab), np.float32)
+        out = np.ctypeslib.as_array(C.llama_get_logits(self.ptr), (len(rows), self.model.n_vocab))
+        return 0, out.copy()
+
+    def feed(self, tokens: Sequence[int], seq: int = 0, chunk: int | None = None) -> np.ndarray:
+        """Appends tokens to a sequence, in calls of at most `chunk`."""
+        out = []
+        chunk = chunk or self.n_batch
+        for at in range(0, len(tokens), chunk):
+            part = tokens[at : at + chunk]
+            pos = self.pos_max(seq) + 1
+            code, logits = self.batch([(t, pos + i, [seq]) for i, t in enumerate(part)])
+            assert code == 0, f"llama_decode returned {code}"
+            out.append(logits)
+        return np.concatenate(out)
+
+    def encode(self, tokens: Sequence[int]) -> None:
+        """Runs the encoder of an encoder-decoder model."""
+        b = self._batch
+        b.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            b.token[i], b.pos[i], b.n_seq_id[i], b.logits[i] = int(token), i, 1, 1
+            b.seq_id[i][0] = 0
+        assert C.llama_encode(self.ptr, b) == 0
+
+    # --- cache operations ---
+
+    def pos_max(self, seq: int = 0) -> int:
+        return C.llama_memory_seq_pos_max(self.memory, seq)
+
+    def rm(self, seq: int, p0: int = -1, p1: int = -1) -> bool:
+        return C.llama_memory_seq_rm(self.memory, seq, p0, p1)
+
+    def cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
+        C.llama_memory_seq_cp(self.memory, src, dst, p0, p1)
+
+    def keep(self, seq: int) -> None:
+        C.llama_memory_seq_keep(self.memory, seq)
+
+    def add(self, seq: int, p0: int, p1: int, delta: int) -> None:
+        C.llama_memory_seq_add(self.memory, seq, p0, p1, delta)
+
+    def div(self, seq: int, p0: int, p1: int, d: int) -> None:
+        C.llama_memory_seq_div(self.memory, seq, p0, p1, d)
+
+    def clear(self, data: bool = True) -> None:
+        C.llama_memory_clear(self.memory, data)
+
+    def save(self, seq: int | None = None, flags: int = 0) -> bytes:
+        """The state of the whole context, or of one sequence."""
+        if seq is None:
+            size = C.llama_state_get_size(self.ptr)
+            data = (ctypes.c_uint8 * size)()
+            n = C.llama_state_get_data(self.ptr, data, size)
+        else:
+            size = C.llama_state_seq_get_size_ext(self.ptr, seq, flags)
+            data = (ctypes.c_uint8 * size)()
+            n = C.llama_state_seq_get_data_ext(self.ptr, data, size, seq, flags)
+        assert 0 < n <= size
+        return bytes(data[:n])
+
+    def load(self, state: bytes, seq: int | None = None, flags: int = 0) -> int:
+        """0 if llama.cpp does not take the state."""
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if seq is None:
+            return C.llama_state_set_data(self.ptr, data, len(state))
+        return C.llama_state_seq_set_data_ext(self.ptr, data, len(state), seq, flags)
+
+    # --- what our device says ---
+
+    def stats(self) -> dict:
+        return self._session.stats()
+
+    def layers(self) -> list[dict]:
+        return self._session.layers()
+
+    def pages_packed(self) -> int:
+        return sum(layer["pages_packed"] for layer in self.layers())
+
+    def plain(self) -> dict[str, str]:
+        """Cache tensors that are stored plainly, with the reason."""
+        return {layer["name"]: layer["reason"] for layer in self.layers() if layer["kind"] == "plain"}
+
+
+class Pair:
+    """Our context and a stock F16 one that do the same."""
+
+    def __init__(self, ours: Model, stock: Model, kv: Kv = EXACT, **params):
+        self.ours = Context(ours, kv, **params)
+        params.pop("head_sizes_known", None)
+        self.stock = Context(stock, **params)
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ours.close()
+        self.stock.close()
+
+    def __getattr__(self, name: str):
+        def both(*args, **kwargs):
+            return getattr(self.ours, name)(*args, **kwargs), getattr(self.stock, name)(*args, **kwargs)
+
+        return both
+
+
+def random_tokens(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 259, n).tolist()
+
+
+def kl(ours: np.ndarray, stock: np.ndarray) -> np.ndarray:
+    """KL divergence of our next-token distribution from the stock one, per row."""
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    p, q = log_softmax(stock), log_softmax(ours)
+    return (np.exp(p) * (p - q)).sum(axis=-1)
+
+
+def distance(ours: np.ndarray, stock: np.ndarray) -> float:
+    """Largest difference of a logit, in standard deviations of the logits."""
+    return float(np.abs(ours - stock).max() / stock.std())
