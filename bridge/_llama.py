@@ -13,7 +13,6 @@ from typing import Any
 
 import llama_cpp
 from llama_cpp import _logger as llama_logger
-from llama_cpp import _utils as llama_utils
 from llama_cpp import llama_chat_format
 from llama_cpp import llama_cpp as C
 
@@ -38,10 +37,11 @@ from .settings import Kv, KvLike, check_geometry, check_profile, least_bits, res
 LLAMA_CPP_VERSIONS = ((0, 3, 36), (0, 3, 37))  # from, below
 GGML_VERSIONS = ((0, 25, 0), (0, 26, 0))
 DEVICE_NAME = "MIXKVQ-CPU"
+_SETTINGS = ("MIXKVQ_PRESET", "MIXKVQ_PROFILE", "MIXKVQ_WINDOW", "MIXKVQ_SINKS")
 CELLS = 256  # llama.cpp rounds a context up to this many cells
 
 _GPU = 1  # enum ggml_backend_dev_type
-_WARN, _ERROR = 3, 4  # enum ggml_log_level; llama_cpp._logger still has the numbers of an older ggml
+_ERROR = 4  # enum ggml_log_level; llama_cpp._logger still has the numbers of an older ggml
 
 _load_lock = threading.RLock()
 
@@ -93,13 +93,27 @@ def check_versions() -> None:
         raise VersionError(f"ggml {ggml} is not supported (this backend was built for {low} up to {below}); {_install_hint()}.")
 
 
+@contextlib.contextmanager
+def _without_settings() -> Iterator[None]:
+    """The backend's environment variables are for programs that cannot say otherwise what they want; here `kv` says it."""
+    hidden = {name: os.environ.pop(name) for name in _SETTINGS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
 class _Backend:
     """The loaded ggml backend: its device, and the native handle that starts sessions."""
 
     def __init__(self) -> None:
         check_versions()
         module = native()
-        # GGML_BACKEND_PATH may have brought it in already; a second registration would list every device twice.
+        try:
+            module.isa()
+        except ValueError as e:
+            raise SettingsError(_sentence(str(e))) from None
+        # A llama.cpp that loads its backends from files has read GGML_BACKEND_PATH; a second registration would list the device twice.
         by_name = _function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)
         C.llama_backend_init()
         self.device = by_name(DEVICE_NAME.encode())
@@ -107,7 +121,8 @@ class _Backend:
             registry = _function("ggml_backend_dev_backend_reg", ctypes.c_void_p, ctypes.c_void_p)(self.device)
         else:
             path = library_path()
-            registry = _function("ggml_backend_load", ctypes.c_void_p, ctypes.c_char_p)(os.fsencode(path))
+            with _without_settings():
+                registry = _function("ggml_backend_load", ctypes.c_void_p, ctypes.c_char_p)(os.fsencode(path))
             if not registry:
                 raise VersionError(_log.reason(f"llama.cpp did not accept the backend {path}") + f"; {_install_hint()}.")
             self.device = by_name(DEVICE_NAME.encode())
@@ -146,7 +161,7 @@ def _backend() -> _Backend:
             try:
                 _backend_instance = _Backend()
             finally:
-                _log.flush()
+                _log.end()
         return _backend_instance
 
 
@@ -173,8 +188,8 @@ def _sentence(text: str) -> str:
 class _Log:
     """Stands between llama.cpp's log and llama-cpp-python's printer.
 
-    The printer decides by `verbose` as before. Besides, warnings of our backend always reach stderr, each text once, and the last errors of
-    each thread are kept to explain a failure that llama-cpp-python reports without a reason.
+    The printer decides by `verbose` as before. Besides, the last errors of each thread are kept to explain a failure that
+    llama-cpp-python reports without a reason.
     """
 
     def __init__(self) -> None:
@@ -183,8 +198,7 @@ class _Log:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._callback))
         self._installed = False
         self._thread = threading.local()
-        self._shown: set[str] = set()
-        self._held: list[str] = []
+        self._said: set[str] = set()
         self._lock = threading.Lock()
         self.quiet = False  # True: llama.cpp's own errors go into our exceptions only
 
@@ -211,9 +225,6 @@ class _Log:
     def _on_line(self, level: int, raw: bytes, _: Any) -> None:
         try:
             text = raw.decode("utf-8", errors="replace")
-            if level in (_WARN, _ERROR) and text.lower().startswith("mixkvq"):
-                self._show(text.strip())
-                return
             if level == _ERROR:
                 errors = self._thread.__dict__.setdefault("errors", [])
                 errors.append(text.strip())
@@ -229,23 +240,17 @@ class _Log:
         except Exception:  # noqa: BLE001 - nothing may escape into C
             pass
 
-    def _show(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A warning on stderr, each text once in a process."""
         with self._lock:
-            if text in self._shown:
+            if text in self._said:
                 return
-            self._shown.add(text)
-            if sys.stderr is llama_utils.errnull_file:  # llama-cpp-python has turned stderr off while it loads
-                self._held.append(text)
-                return
+            self._said.add(text)
         print(text, file=sys.stderr)
 
-    def flush(self) -> None:
-        """The load has ended: print the warnings that came while stderr was turned off."""
+    def end(self) -> None:
+        """The load has ended: errors are printed again as `verbose` says."""
         self._thread.loading = False
-        with self._lock:
-            held, self._held = self._held, []
-        for text in held:
-            print(text, file=sys.stderr)
 
     def first_error(self) -> str:
         """What this thread's log said first about a failure, without a full stop, or ""."""
@@ -368,7 +373,7 @@ class Llama(llama_cpp.Llama):
             finally:
                 if self._session is not None:
                     self._session.end()
-                _log.flush()
+                _log.end()
         try:
             self._verify()
         except BaseException:
@@ -426,6 +431,9 @@ class Llama(llama_cpp.Llama):
                 _sentence(why) if why else f"llama.cpp did not put the cache of {self._file.path} on {DEVICE_NAME}, so MixKVQ is not in use."
             ) from None
         _check_memory(self.n_ctx(), stats["bytes"])
+        if not self.verbose:  # the backend said it, but llama-cpp-python turns stderr off while it loads
+            for reason in sorted({layer["reason"] for layer in self._session.layers() if layer["kind"] == "plain"}):
+                _log.say(f"mixkvq: some layers are stored plainly: {reason}")
 
     def _explain(self, e: BaseException) -> BaseException:
         """llama-cpp-python's error as one of ours."""

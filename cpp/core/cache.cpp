@@ -287,7 +287,7 @@ bool PageStore::same_layout(const PageStore & other) const {
            configured_ == other.configured_ && record_offset_ == other.record_offset_ && records_bytes_ == other.records_bytes_;
 }
 
-void PageStore::copy_stream_from(const PageStore & other, int from, int to) {
+void PageStore::copy_stream(const PageStore & other, int from, int to) {
     if (&other == this && from == to) return;
     for (int p = 0; p < shape_.n_pages(); ++p) {
         Page & page = at(to, p);
@@ -314,8 +314,6 @@ void PageStore::copy_stream_from(const PageStore & other, int from, int to) {
     clock_[to] = other.clock_[from];
     newest_[to] = other.newest_[from];
 }
-
-void PageStore::copy_stream(int from, int to) { copy_stream_from(*this, from, to); }
 
 void PageStore::clear() {
     for (int s = 0; s < shape_.n_streams; ++s) {

@@ -118,8 +118,12 @@ void CacheTensor::decide(int heads_size, int heads) {
     if (mode != Mode::undecided) return;
     head_size = heads_size;
     n_heads = heads;
-    if (head_size < kMinHeadSize || head_size > kMaxHeadSize || head_size % 8 || head_size * n_heads != store->shape().row) {
+    if (head_size < kMinHeadSize || head_size > kMaxHeadSize || head_size % 8) {
         make_plain("its head size " + std::to_string(head_size) + " is not a multiple of 8 from 32 to 256");
+        return;
+    }
+    if (head_size * n_heads != store->shape().row) {
+        make_plain("its cells do not divide into " + std::to_string(n_heads) + " heads of " + std::to_string(head_size));
         return;
     }
     std::string error;
@@ -284,23 +288,34 @@ ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
     return GGML_STATUS_SUCCESS;
 }
 
+// ggml cannot be told that such a call failed.
+template <class F> void guarded(F && f) {
+    try {
+        f();
+    } catch (const std::bad_alloc &) {
+        warn_once("out of memory while llama.cpp copied into or out of the cache: what it copied is incomplete, reset the context");
+    }
+}
+
 void memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
     CacheTensor * cache = cache_of(t);
     get(buffer).touched = true;
     if (!cache) {
         std::memset(static_cast<char *>(t->data) + offset, value, size);
     } else if (value == 0) {
-        cache->erase(offset_in_cache(t) + offset, size);
+        guarded([&] { cache->erase(offset_in_cache(t) + offset, size); });
     } else {
-        const std::vector<uint8_t> data(size, value);
-        cache->write(offset_in_cache(t) + offset, data.data(), size, 1);
+        guarded([&] {
+            const std::vector<uint8_t> data(size, value);
+            cache->write(offset_in_cache(t) + offset, data.data(), size, 1);
+        });
     }
 }
 
 void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data, size_t offset, size_t size) {
     get(buffer).touched = true;
     if (CacheTensor * cache = cache_of(t)) {
-        cache->write(offset_in_cache(t) + offset, data, size, get(buffer).session->n_threads);
+        guarded([&] { cache->write(offset_in_cache(t) + offset, data, size, get(buffer).session->n_threads); });
     } else {
         std::memcpy(static_cast<char *>(t->data) + offset, data, size);
     }
@@ -308,7 +323,7 @@ void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data
 
 void get_tensor(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
     if (const CacheTensor * cache = cache_of(t)) {
-        cache->read(offset_in_cache(t) + offset, data, size);
+        guarded([&] { cache->read(offset_in_cache(t) + offset, data, size); });
     } else {
         std::memcpy(data, static_cast<const char *>(t->data) + offset, size);
     }
@@ -323,7 +338,7 @@ bool cpy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * src, ggml_tens
     const size_t a = offset_in_cache(src), b = offset_in_cache(dst);
     if (a % stream_bytes || b % stream_bytes || ggml_nbytes(src) != stream_bytes) return false;
     get(buffer).touched = true;
-    to->store->copy_stream_from(*from->store, int(a / stream_bytes), int(b / stream_bytes));
+    guarded([&] { to->store->copy_stream(*from->store, int(a / stream_bytes), int(b / stream_bytes)); });
     return true;
 }
 

@@ -7,6 +7,8 @@
 #include <dlfcn.h>
 #endif
 
+#include <new>
+
 #include "glue.h"
 
 namespace mixkvq::glue {
@@ -39,7 +41,12 @@ bool is_layout_op(ggml_op op) {
 }
 
 bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
-    if (!touches_cache(op)) return false;
+    try {
+        if (!touches_cache(op)) return false;
+    } catch (const std::bad_alloc &) {
+        warn_once("out of memory for a cache that has to be stored plainly");
+        return false;
+    }
     return is_layout_op(op->op) || ggml_backend_dev_supports_op(inner, op);
 }
 

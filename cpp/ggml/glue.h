@@ -1,6 +1,7 @@
 // What the parts of the ggml backend share: settings and sessions, buffers and the cache tensors in them.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -45,7 +46,7 @@ struct Session {
     std::mutex mutex;
     std::vector<std::weak_ptr<Buffer>> buffers;
     std::string error;
-    int n_threads = 1;
+    std::atomic<int> n_threads{1};
 };
 
 // The session of this thread: the one between begin and end, else the process's, which follows the environment.
@@ -85,7 +86,6 @@ struct CacheTensor {
     void write(size_t offset, const void * data, size_t size, int n_threads);
     void erase(size_t offset, size_t size);
     void clear();
-    bool has_stream_layout(const CacheTensor & other) const;
 };
 
 struct Buffer {
@@ -109,7 +109,6 @@ struct BackendContext {
     ggml_backend_t inner = nullptr;
     int n_threads = 1;
     AttentionWorkspace workspace;
-    std::vector<uint8_t> bytes;
 };
 
 extern ggml_guid backend_guid;

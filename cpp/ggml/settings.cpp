@@ -114,8 +114,6 @@ bool load_profile(const std::string & path, Profile & profile, std::string & err
     if (window >= 0) profile.window = gguf_get_val_i32(file.get(), window);
     if (sinks >= 0) profile.sinks = gguf_get_val_i32(file.get(), sinks);
     profile.path = path;
-    const int64_t fingerprint = key("mixkvq.profile.fingerprint", GGUF_TYPE_STRING);
-    if (fingerprint >= 0) profile.fingerprint = gguf_get_val_str(file.get(), fingerprint);
 
     const uint32_t n_layers = gguf_get_val_u32(file.get(), layers);
     if (n_layers > 4096) {

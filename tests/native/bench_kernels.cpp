@@ -39,7 +39,7 @@ struct ValueCase { const char * name; ValueFormat format; };
 
 int main(int argc, char ** argv) {
     const int d = argc > 1 ? std::atoi(argv[1]) : 128;
-    const int n8 = 4, n4 = d / 16 * 5, counts[] = {1, 4, 8, 64};
+    const int n8 = 4, n4 = d * 5 / 16 / 4 * 4, counts[] = {1, 4, 8, 64};
     const KeyCase keys[] = {
         {"keys 8@4 4@5/16 2@rest", {d, 0, n8, n4, 0, d - n8 - n4, 128}},
         {"keys the same, groups of 32", {d, 0, n8, n4, 0, d - n8 - n4, 32}},

@@ -29,7 +29,6 @@ class AttentionWorkspace {
   public:
     ~AttentionWorkspace();
     float * get(size_t floats);
-    size_t bytes() const { return capacity_ * sizeof(float); }
 
   private:
     float * data_ = nullptr;

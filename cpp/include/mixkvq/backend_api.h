@@ -1,6 +1,6 @@
 /* How a program talks to the loaded ggml backend about its caches: settings in, statistics out. Plain C.
  * The pointer comes from ggml_backend_reg_get_proc_address(reg, "mixkvq_backend_api"). Strings that a call returns belong to the
- * backend and live until the next call in the same thread (layer names and reasons: as long as the session). */
+ * backend and live until the next call in the same thread (layer names and reasons: as long as the context). */
 #pragma once
 
 #include <stddef.h>
@@ -12,7 +12,7 @@ extern "C" {
 
 #define MIXKVQ_BACKEND_API_VERSION 1
 
-/* What a context's cache should be. Zero-initialise; see the defaults. */
+/* What a context's cache should be. A zero is a value, not a default: start from {NULL, NULL, -1, -1, 0, NULL, NULL}. */
 typedef struct mixkvq_settings {
     const char *    preset;      /* name or alias; NULL: the default preset */
     const char *    profile;     /* path of a profile (GGUF); overrides preset; NULL: none */
@@ -27,7 +27,7 @@ typedef struct mixkvq_settings {
 typedef struct mixkvq_session mixkvq_session;
 
 typedef struct mixkvq_stats {
-    uint64_t bytes;          /* everything allocated for the caches now: records, F16 pages, scratch, tables, plain layers */
+    uint64_t bytes;          /* allocated for the caches now: records, F16 pages, their scratch, tables, plain tensors; not the buffers of one attention call */
     uint64_t bytes_peak;     /* the most there ever was, with the scratch of long prompts */
     uint64_t bytes_f16;      /* what an F16 cache of the same cells would take */
     uint64_t bytes_used;     /* of the cells written so far: records in use and F16 pages in use */
@@ -36,7 +36,7 @@ typedef struct mixkvq_stats {
     double   total_bits;     /* 8 * bytes / elements */
     int32_t  n_cells;        /* of the largest layer, all streams */
     int32_t  n_layers;       /* layers with a cache */
-    int32_t  n_plain_layers; /* of these, how many hold a key or value cache that is stored plainly */
+    int32_t  n_plain_layers; /* key and value tensors that are stored plainly */
     int32_t  n_threads;
     const char * isa;
 } mixkvq_stats;

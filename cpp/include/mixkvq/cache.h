@@ -80,9 +80,9 @@ class PageStore {
     // Mean |q_d| per channel, [head][channel]; ones before any query without a prior.
     std::vector<float> importance() const;
 
-    void copy_stream(int from, int to);
     bool same_layout(const PageStore & other) const;
-    void copy_stream_from(const PageStore & other, int from, int to);
+    // Makes a stream equal to one of a store with the same layout (this one included); packed pages are copied as they are.
+    void copy_stream(const PageStore & other, int from, int to);
     void clear();  // keeps the query statistics: they belong to the model
 
     size_t records_per_page() const { return records_bytes_; }

@@ -1,4 +1,4 @@
-// Which instruction set the kernels use. Chosen once; MIXKVQ_ISA overrides it.
+// Which instruction set the kernels use. A program asks once and keeps the answer; MIXKVQ_ISA overrides it.
 #pragma once
 
 #include <string>

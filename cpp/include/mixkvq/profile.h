@@ -37,8 +37,7 @@ struct LayerProfile {
 };
 
 struct Profile {
-    std::string path;         // for messages
-    std::string fingerprint;  // of the model it was made for
+    std::string path;  // for messages
     int window = -1, sinks = -1;  // -1: not said
     std::vector<LayerProfile> layers;  // by layer index; empty entries have no cache
 };
