@@ -125,11 +125,12 @@ void attend(BackendContext & backend, CacheTensor & k, CacheTensor & v, ggml_ten
     attention(kernels(), *k.store, *v.store, c, backend.n_threads, backend.workspace);
 }
 
-// After the attention of a batch its older pages can go; a small batch also gives back the pages that a long one borrowed.
-void settle_after(BackendContext & backend, CacheTensor * t, int64_t n_tokens) {
+// After the attention of a batch its older pages can go, and the scratch that a long batch borrowed goes back to the system: next to the
+// batch itself that costs nothing, and what stays allocated is what the cache needs.
+void settle_after(BackendContext & backend, CacheTensor * t) {
     if (!t || t->mode != CacheTensor::Mode::packed) return;
     t->store->settle(backend.n_threads);
-    if (n_tokens <= 8) t->owner->pool.trim();
+    t->owner->pool.trim();
 }
 
 // ---- anything else: the inner backend on F16 copies ----
@@ -268,8 +269,8 @@ ggml_status compute(BackendContext & backend, ggml_tensor * op) {
             }
             status = run_on_copies(backend, op);
         }
-        settle_after(backend, k, op->src[0]->ne[1]);
-        settle_after(backend, v, op->src[0]->ne[1]);
+        settle_after(backend, k);
+        settle_after(backend, v);
         return status;
     }
     if (to && op->op == GGML_OP_ROPE && is_shift(*to, op)) return shift(backend, *to, op);

@@ -343,7 +343,7 @@ def _run(program: list[tuple[str, str, int | str | None]], listing: list[str]) -
     while True:
         operation, target, operand = program[counter]
         old = value.get(target, 0)
-        amount = value[operand] if isinstance(operand, str) else operand
+        amount = value[operand] if isinstance(operand, str) else operand or 0
         if operation in ("set", "mov"):
             new = amount
             shown = f"{new}"
@@ -361,7 +361,7 @@ def _run(program: list[tuple[str, str, int | str | None]], listing: list[str]) -
         if operation == "out":
             return trace, new
         value[target] = new
-        counter = operand if operation == "loop" and new else counter + 1
+        counter = amount if operation == "loop" and new else counter + 1
 
 
 # ---- path: follow pointers through a cycle ---------------------------------------------------------------
