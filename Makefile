@@ -1,6 +1,7 @@
 # Everything a newcomer types:
 #   make run [MODEL=path.gguf] [PROMPT="..."]   chat with a model, or see the built-in one solve a problem
 #   make test     all tests            make bench    the native benchmarks
+#   make sanitize the native tests again, with the address and undefined-behaviour sanitizers
 #   make lint     style and types      make clean    removes what was built (not .venv)
 # The first call sets everything up in .venv; later ones only rebuild what has changed.
 
@@ -16,9 +17,11 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 override export MODEL := $(value MODEL)
 override export PROMPT := $(value PROMPT)
 
+SANITIZE := build/sanitize
+
 SOURCES := $(shell find cpp -name '*.cpp' -o -name '*.h') CMakeLists.txt
 
-.PHONY: run test bench lint clean
+.PHONY: run test sanitize bench lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/.installed
@@ -35,6 +38,12 @@ test: .venv/.installed $(NATIVE)/.built
 	@ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error
 	@echo "== Python tests"
 	@$(PY) -m pytest
+
+sanitize: .venv/.tools
+	@echo "== Native tests with sanitizers: about a minute the first time"
+	@cmake --preset asan -B $(SANITIZE) -G Ninja -DMIXKVQ_GGML=OFF >/dev/null
+	@cmake --build $(SANITIZE)
+	@ctest --test-dir $(SANITIZE) --output-on-failure --no-tests=error
 
 bench: $(NATIVE)/.built
 	@for bench in $(NATIVE)/bench_*; do [ ! -x "$$bench" ] || { echo "== $${bench##*/}"; "$$bench" || exit 1; }; done

@@ -111,7 +111,7 @@ class _Backend:
         module = native()
         try:
             module.isa()
-        except ValueError as e:
+        except RuntimeError as e:
             raise SettingsError(_sentence(str(e))) from None
         # A llama.cpp that loads its backends from files has read GGML_BACKEND_PATH; a second registration would list the device twice.
         by_name = _function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)

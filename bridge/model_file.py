@@ -15,6 +15,7 @@ from ._gguf import Header, ParseError, parse
 from .errors import ModelFileError
 
 MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_STEP = 32, 256, 8
+MAX_COUNT = 1 << 31
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -70,7 +71,8 @@ class ModelFile:
     window: int = 0  # sliding window, tokens; 0: none
     windowed: list[bool] | None = field(default=None, repr=False)  # None: the file does not say which layers
     exact: bool = True  # False: some layers have head sizes that these lists do not show
-    mla: bool = False  # values are a view of the keys
+    mla: bool = False  # latent attention: values are a view of the keys
+    windowed_sizes: tuple[int, int] | None = None  # head sizes of windowed layers where the file does not say which these are
     attention_every: int = 1  # of a hybrid model: one layer in so many has attention
     fingerprint: str = ""
     parts: tuple[str, ...] = ()  # the other files of a model in several files
@@ -92,13 +94,15 @@ class ModelFile:
 
         if self.mla:
             return 0
-        return sum(1 for n, k, v in zip(self.n_head_kv, self.head_size_k, self.head_size_v) if n and (ok(k) or ok(v)))
+        others = self.windowed_sizes or (0, 0)
+        return sum(1 for n, *sizes in zip(self.n_head_kv, self.head_size_k, self.head_size_v) if n and any(map(ok, (*sizes, *others))))
 
     def cache_elements(self, n_ctx: int, n_ubatch: int = 512) -> int:
         """Key and value elements of a cache of n_ctx tokens: a lower bound where the file does not say which layers are windowed."""
         total = 0
+        least_k, least_v = self.windowed_sizes or (MAX_COUNT, MAX_COUNT)
         for i, (n, k, v) in enumerate(zip(self.n_head_kv, self.head_size_k, self.head_size_v)):
-            cells = n_ctx
+            cells, k, v = n_ctx, min(k, least_k), min(v, least_v)
             if self.window and (self.windowed is None or self.windowed[i]):
                 cells = min(n_ctx, self.window + n_ubatch)
             total += cells * n * (k + (0 if self.mla else v))
@@ -160,13 +164,22 @@ def _open_model(path: str, mtime_ns: int, size: int) -> ModelFile:
     default_size = [n_embd // n if n else 0 for n in n_head]
     size_k = per_layer("attention.key_length", default_size)
     size_v = per_layer("attention.value_length", default_size)
-    size_k = [k if n else 0 for k, n in zip(size_k, n_head_kv)]
-    size_v = [s if n else 0 for s, n in zip(size_v, n_head_kv)]
 
     pattern = v.get(f"{arch}.attention.sliding_window_pattern")
     windowed: list[bool] | None = None
     if isinstance(pattern, list) and len(pattern) >= n_layers:
         windowed = [bool(x) for x in pattern[:n_layers]]
+
+    # Windowed layers may have head sizes of their own, and the last layers may read the cache of earlier ones (gemma4 does both).
+    k_swa, v_swa = number("attention.key_length_swa"), number("attention.value_length_swa")
+    if windowed is not None:
+        size_k = [k_swa if k_swa and w else k for k, w in zip(size_k, windowed)]
+        size_v = [v_swa if v_swa and w else s for s, w in zip(size_v, windowed)]
+    windowed_sizes = (k_swa or max(size_k, default=0), v_swa or max(size_v, default=0)) if windowed is None and (k_swa or v_swa) else None
+    shared = min(number("attention.shared_kv_layers"), n_layers)
+    n_head_kv = [n if i < n_layers - shared else 0 for i, n in enumerate(n_head_kv)]
+    size_k = [k if n else 0 for k, n in zip(size_k, n_head_kv)]
+    size_v = [s if n else 0 for s, n in zip(size_v, n_head_kv)]
 
     # Newer hybrid models give one head count for all layers although most of them are recurrent.
     hybrid = number("ssm.state_size") > 0 and isinstance(v.get(f"{arch}.attention.head_count_kv"), int)
@@ -184,8 +197,10 @@ def _open_model(path: str, mtime_ns: int, size: int) -> ModelFile:
         head_size_v=size_v,
         window=number("attention.sliding_window"),
         windowed=windowed,
-        exact=not hybrid and not any(key.startswith(f"{arch}.attention.") and key.endswith("_length_swa") for key in v),
-        mla=number("attention.kv_lora_rank") > 0,
+        exact=not hybrid and windowed_sizes is None,
+        # llama.cpp's own rule. A rank alone (minicpm3, plm, older files of deepseek2) means an ordinary cache.
+        mla=number("attention.key_length_mla") > 0 and number("attention.value_length_mla") > 0,
+        windowed_sizes=windowed_sizes,
         attention_every=max(1, number("full_attention_interval", 4)) if hybrid else 1,
         fingerprint=_fingerprint(header, arch, n_layers, n_head_kv, size_k, size_v, n_embd, tokens),
         parts=parts,

@@ -72,7 +72,8 @@ void attention(const Kernels & kernels, PageStore & keys, PageStore & values, co
     const size_t rows = plan.rows;
     const size_t row_k = keys.shape().row, row_v = values.shape().row;
 
-    parallel_for(n_threads, plan.n_kv_heads, [&](int kv, int) {
+    // Counting a few queries is done before another thread would wake up.
+    parallel_for(c.n_tokens >= 16 ? n_threads : 1, plan.n_kv_heads, [&](int kv, int) {
         for (int s = 0; s < c.n_streams; ++s) {
             for (int g = 0; g < plan.group; ++g) {
                 keys.observe(kv, c.q + s * c.q_stream + (size_t(kv) * plan.group + g) * c.q_head, c.q_token, c.n_tokens);

@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+#include <cpuid.h>
+#endif
+
 namespace mixkvq {
 
 const Kernels & scalar_kernels();
@@ -16,13 +20,21 @@ namespace {
 
 constexpr Isa kAll[] = {Isa::scalar, Isa::neon, Isa::avx2, Isa::avx512};  // rising preference
 
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+// Clang up to 14 does not know "f16c" in __builtin_cpu_supports.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 bool cpu_has(Isa isa) {
     switch (isa) {
         case Isa::scalar: return true;
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
         case Isa::avx2:
             __builtin_cpu_init();
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
         default: return false;
     }
@@ -63,17 +75,18 @@ Isa select_isa(std::string & error) {
         }
         return best;
     }
+    std::string usable;
+    for (Isa isa : kAll) {
+        if (isa_supported(isa)) usable += std::string(usable.empty() ? " " : ", ") + isa_name(isa);
+    }
     for (Isa isa : kAll) {
         if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
         if (isa_supported(isa)) return isa;
-        error = std::string("MIXKVQ_ISA=") + wanted +
-                (isa_built(isa) ? ": this CPU does not have it" : ": these kernels are not built into this library");
+        error = std::string("MIXKVQ_ISA=\"") + wanted + "\": " +
+                (isa_built(isa) ? "this CPU does not have it" : "these kernels are not built into this library") + "; use one of" + usable;
         return Isa::scalar;
     }
-    error = std::string("MIXKVQ_ISA=") + wanted + ": unknown; use one of";
-    for (Isa isa : kAll) {
-        if (isa_supported(isa)) error += std::string(" ") + isa_name(isa);
-    }
+    error = std::string("MIXKVQ_ISA=\"") + wanted + "\" is not an instruction set; use one of" + usable;
     return Isa::scalar;
 }
 

@@ -140,11 +140,12 @@ void CacheTensor::decide(int heads_size, int heads) {
     if (error.empty()) {
         mode = Mode::packed;
     } else {
-        make_plain(error);
+        const auto & profile = owner->session->settings.profile;
+        make_plain(error, profile ? profile->path : "");  // one line for a profile, not one for every layer
     }
 }
 
-void CacheTensor::make_plain(const std::string & why) {
+void CacheTensor::make_plain(const std::string & why, const std::string & topic) {
     if (mode == Mode::plain) return;
     const StoreShape & shape = store->shape();
     Region region(nominal_bytes);
@@ -161,7 +162,7 @@ void CacheTensor::make_plain(const std::string & why) {
     plain_data = plain_region.data();
     mode = Mode::plain;
     reason = why;
-    warn_once(std::string(is_value ? "values" : "keys") + " of some layers are stored plainly in F16: " + why);
+    warn_once(std::string(is_value ? "values" : "keys") + " of some layers are stored plainly in F16: " + why, topic);
 }
 
 void CacheTensor::read(size_t offset, void * data, size_t size) const {

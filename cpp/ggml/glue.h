@@ -34,8 +34,8 @@ bool key_formats(const Settings & s, int layer, int n_heads, int head_size, std:
                  std::string & error);
 bool value_formats(const Settings & s, int layer, int n_heads, int head_size, std::vector<ValueFormat> & formats, std::string & error);
 
-// One line on stderr, "mixkvq: ...". The same line is not repeated in a process.
-void warn_once(const std::string & sentence);
+// One line on stderr, "mixkvq: ...". The same line, or another on the same topic, is not repeated in a process.
+void warn_once(const std::string & sentence, const std::string & topic = "");
 
 // ---- session.cpp ----
 
@@ -80,7 +80,7 @@ struct CacheTensor {
 
     // The first reader says how a cell is divided into heads.
     void decide(int head_size, int n_heads);
-    void make_plain(const std::string & reason);
+    void make_plain(const std::string & reason, const std::string & topic = "");
     // Byte ranges in nominal layout.
     void read(size_t offset, void * data, size_t size) const;
     void write(size_t offset, const void * data, size_t size, int n_threads);

@@ -1,6 +1,7 @@
 // The entry point that ggml calls when it loads the library.
 
 #include <cstring>
+#include <exception>
 
 #include "glue.h"
 
@@ -39,7 +40,11 @@ std::string start(void * return_address) {
                "; install llama-cpp-python==" + kLlamaCppPythonSupported + " or a mixkvq made for that ggml";
     }
     std::string error;
-    if (find_inner_device(return_address, error) && init_kernels(error)) init_default_session(error);
+    try {
+        if (find_inner_device(return_address, error) && init_kernels(error)) init_default_session(error);
+    } catch (const std::exception & e) {
+        return std::string("this library cannot start: ") + e.what();
+    }
     return error;
 }
 

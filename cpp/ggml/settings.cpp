@@ -1,7 +1,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <set>
 
 #include "gguf.h"
@@ -9,11 +8,11 @@
 
 namespace mixkvq::glue {
 
-void warn_once(const std::string & sentence) {
+void warn_once(const std::string & sentence, const std::string & topic) {
     static std::mutex mutex;
     static std::set<std::string> said;
     std::lock_guard<std::mutex> lock(mutex);
-    if (said.insert(sentence).second) std::fprintf(stderr, "mixkvq: %s\n", sentence.c_str());
+    if (said.insert(topic.empty() ? sentence : topic).second) std::fprintf(stderr, "mixkvq: %s\n", sentence.c_str());
 }
 
 namespace {
@@ -77,13 +76,17 @@ const void * profile_tensor(gguf_context * file, const std::vector<uint8_t> & da
 }  // namespace
 
 bool load_profile(const std::string & path, Profile & profile, std::string & error) {
-    std::ifstream in(path, std::ios::binary);
-    const std::vector<uint8_t> data((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
-    if (!in) {
+    struct FileCloser {
+        void operator()(std::FILE * f) const { std::fclose(f); }
+    };
+    std::unique_ptr<std::FILE, FileCloser> in(std::fopen(path.c_str(), "rb"));
+    char magic[4] = {};
+    const size_t n_magic = in ? std::fread(magic, 1, sizeof(magic), in.get()) : 0;
+    if (!in || std::ferror(in.get())) {  // a directory can be opened but not read
         error = "the profile " + path + " cannot be read";
         return false;
     }
-    if (data.size() < 4 || std::memcmp(data.data(), "GGUF", 4) != 0) {
+    if (n_magic < sizeof(magic) || std::memcmp(magic, "GGUF", sizeof(magic)) != 0) {
         error = "the profile " + path + " is not a GGUF file";
         return false;
     }
@@ -108,6 +111,19 @@ bool load_profile(const std::string & path, Profile & profile, std::string & err
     const uint32_t v = gguf_get_val_u32(file.get(), version);
     if (v != 1) {
         error = "the profile " + path + " has version " + std::to_string(v) + ", this library reads version 1; install a newer mixkvq";
+        return false;
+    }
+    // The tensors' bytes; a file that is no profile, a model perhaps, was not read so far.
+    std::vector<uint8_t> data;
+    std::rewind(in.get());
+    for (size_t n = 1; n > 0;) {
+        const size_t at = data.size();
+        data.resize(at + (size_t(1) << 20));
+        n = std::fread(data.data() + at, 1, data.size() - at, in.get());
+        data.resize(at + n);
+    }
+    if (std::ferror(in.get())) {
+        error = "the profile " + path + " cannot be read";
         return false;
     }
     const int64_t window = key("mixkvq.profile.window", GGUF_TYPE_INT32), sinks = key("mixkvq.profile.sinks", GGUF_TYPE_INT32);

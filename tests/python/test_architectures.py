@@ -222,3 +222,28 @@ def test_the_library_serves_the_rest(models, name):
     assert stats["n_plain_layers"] == 0 and stats["plain_layers"] == []
     assert 0 < stats["body_bits"] < 4 and stats["bytes"] < stats["bytes_f16"]
     llama.close()
+
+
+def test_a_model_with_some_layers_to_pack_is_served(models):
+    """gemma4: windowed layers are packed, the others have heads that are too large; the last two of the six read the cache of earlier ones."""
+    name = "gemma4"
+    batch, single, ours = run(models(name, tiny_models.gemma4), EXACT)
+    with ours:
+        assert sorted(layer["name"] for layer in ours.layers()) == sorted(f"cache_{kind}_l{i}" for kind in "kv" for i in range(4))
+        assert sorted(ours.plain()) == ["cache_k_l1", "cache_k_l3", "cache_v_l1", "cache_v_l3"]
+        assert distance(*batch) < EXACT_BATCH
+        assert distance(*single) < EXACT_TOKEN
+    batch, single, ours = run(models(name, tiny_models.gemma4), PACKED)
+    with ours:
+        assert all((layer["kind"] == "plain") != (layer["pages_packed"] > 0) for layer in ours.layers())
+        for side in (batch, single):
+            assert 1e-9 < kl(*side).mean() < 4 * EIGHT_BIT
+
+    path = models(name, tiny_models.gemma4)[0].path
+    llama = bridge.Llama(path, n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
+    llama.eval(random_tokens(600))
+    llama.eval([5])
+    stats, report = llama.kv_stats(), llama.kv_report()
+    assert stats["n_plain_layers"] == 4 and 0 < stats["body_bits"] < 4 and stats["bytes"] < stats["bytes_f16"]
+    assert "cache_k_l1, cache_v_l1, cache_k_l3, cache_v_l3: its head size 320 is not a multiple of 8 from 32 to 256" in report
+    llama.close()

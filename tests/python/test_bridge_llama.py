@@ -529,8 +529,26 @@ def test_geometry(tmp_path):
         )
     )
     assert windowed.cache_elements(4096, 512) == 2 * 128 * (2 * 4096 + 2 * 640)
-    latent = open_model(write_model(tmp_path / "c.gguf", values={"attention.kv_lora_rank": 32, "attention.key_length": 64}))
-    assert latent.served_layers() == 0
+    latent = {"attention.kv_lora_rank": 32, "attention.key_length_mla": 96, "attention.value_length_mla": 64}
+    assert open_model(write_model(tmp_path / "c.gguf", values=latent)).served_layers() == 0
+    for missing in ("attention.key_length_mla", "attention.value_length_mla"):  # an older file: an ordinary cache
+        values = {key: value for key, value in latent.items() if key != missing}
+        assert open_model(write_model(tmp_path / "d.gguf", values=values)).served_layers() == 4
+
+
+def test_geometry_of_windowed_layers(tmp_path):
+    sizes = {"attention.key_length": 512, "attention.value_length": 512, "attention.key_length_swa": 128, "attention.value_length_swa": 96}
+    window = {"attention.sliding_window": 128, "attention.sliding_window_pattern": [True, False, True, False]}
+    m = open_model(write_model(tmp_path / "a.gguf", values={**sizes, **window}))
+    assert m.head_sizes == [(128, 96), (512, 512)] * 2 and m.served_layers() == 2
+    assert m.cache_elements(4096, 512) == 2 * 2 * (2 * 512 * 4096 + (128 + 96) * 640)
+    # The file does not say which layers these are: some may be served, and the memory is a lower bound.
+    m = open_model(write_model(tmp_path / "b.gguf", values={**sizes, "attention.sliding_window": 128}))
+    assert m.head_sizes is None and m.served_layers() > 0
+    assert m.cache_elements(4096, 512) == 4 * 2 * (128 + 96) * 640
+    # The last layers read the cache of earlier ones.
+    m = open_model(write_model(tmp_path / "c.gguf", values={**sizes, **window, "attention.shared_kv_layers": 2}))
+    assert m.head_sizes == [(128, 96), (512, 512), (0, 0), (0, 0)] and m.served_layers() == 1
 
 
 @pytest.mark.parametrize(
@@ -539,7 +557,7 @@ def test_geometry(tmp_path):
         ({"attention.key_length": 512, "attention.value_length": 512}, "512/512"),
         ({"attention.key_length": 20, "attention.value_length": 20}, "20/20"),
         ({"attention.head_count": 0, "attention.head_count_kv": 0}, "no attention layers"),
-        ({"attention.kv_lora_rank": 512}, "latent"),
+        ({"attention.key_length_mla": 192, "attention.value_length_mla": 128}, "latent"),
     ],
 )
 def test_geometry_that_is_not_served(tmp_path, values, words):

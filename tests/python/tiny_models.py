@@ -133,6 +133,43 @@ def gemma2(path: Path, head_size: int = 64, window: int = 150) -> Path:
     return _save(path, "gemma2", values, t)
 
 
+def gemma4(path: Path, head_size: int = 64, full_size: int = 320, window: int = 150) -> Path:
+    """Windowed layers have a head size of their own; that of the other layers is too large for the page format. The last two layers have no cache
+    and read that of earlier ones."""
+    n_head, n_kv, windowed = 2, 1, [True, False, True, False, True, False]
+    t = _Tensors(9)
+    t.normal("token_embd.weight", N_VOCAB, EMBD, scale=0.05)
+    t.ones("output_norm.weight", EMBD, 6.0)  # the output matrix is the embedding
+    t.ones("rope_freqs.weight", full_size // 2)
+    for i, w in enumerate(windowed):
+        p, d = f"blk.{i}.", head_size if w else full_size
+        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
+            t.ones(p + name + ".weight", EMBD)
+        _attention(t, p, n_head, n_kv, d)
+        for name in ("attn_q_norm", "attn_k_norm"):
+            t.ones(p + name + ".weight", d, 1.2 / d**0.25)  # gemma4 does not scale its scores
+        _gated_ffn(t, p, 2 * EMBD)
+    values = {
+        "block_count": len(windowed),
+        "embedding_length": EMBD,
+        "embedding_length_per_layer_input": 0,
+        "feed_forward_length": 2 * EMBD,
+        "attention.head_count": n_head,
+        "attention.head_count_kv": n_kv,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.key_length": full_size,
+        "attention.value_length": full_size,
+        "attention.key_length_swa": head_size,
+        "attention.value_length_swa": head_size,
+        "attention.sliding_window": window,
+        "attention.sliding_window_pattern": windowed,
+        "attention.shared_kv_layers": 2,
+        "rope.dimension_count": full_size,
+        "rope.dimension_count_swa": head_size,
+    }
+    return _save(path, "gemma4", values, t)
+
+
 def bloom(path: Path, head_size: int = 64, n_head: int = 3) -> Path:
     """ALiBi. Three heads: the slopes of a number that is no power of two come from two series."""
     d = head_size * n_head

@@ -1,0 +1,350 @@
+"""Programs that know nothing of `bridge`: GGML_BACKEND_PATH=$(python -m bridge.path) alone gives them a MixKVQ cache, MIXKVQ_* variables say which.
+
+The first part is a Python program on llama-cpp-python. Its llama.cpp has the CPU backend linked in and so does not look for others by itself: the
+program calls ggml_backend_load_all(), as llama.cpp's own tools do. The second part runs those tools; LLAMA_CPP_BIN names the folder they are in.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from gguf import GGUFWriter
+
+from bridge.model_file import built_in_model, open_model
+from mixkvq.profile import LayerProfile, uniform_profile, write_profile
+
+PROGRAM = """
+import json, sys
+import llama_cpp
+from llama_cpp import llama_cpp as C
+
+C._lib.ggml_backend_load_all()
+job = json.loads(sys.argv[1])
+try:
+    llama = llama_cpp.Llama(job["model"], n_gpu_layers=-1, seed=1, n_threads=1, n_threads_batch=1, **job["arguments"])
+except ValueError as e:
+    print(json.dumps({"error": str(e)}))
+    sys.exit(0)
+tokens = llama.tokenize(job["prompt"].encode())
+answer = []
+for token in llama.generate(tokens, temp=0.0):
+    answer.append(token)
+    if len(answer) == job["tokens"]:
+        break
+print(json.dumps({"answer": answer}))
+"""
+
+MODEL = str(built_in_model())
+PROMPT = (
+    "The mill stood on the left bank of the river, a little below the bridge, and its wheel had not turned for many years. The children of the "
+    "village played there in summer, when the water was low and the stones were dry. " * 12
+)
+BINARIES = os.environ.get("LLAMA_CPP_BIN", "")
+
+
+@functools.lru_cache
+def backend_path() -> str:
+    done = subprocess.run([sys.executable, "-m", "bridge.path"], capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1 and Path(done.stdout.strip()).is_file()
+    return done.stdout.strip()
+
+
+def environment(ours: bool = True, **variables: str) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MIXKVQ_", "GGML_BACKEND_PATH"))}
+    if ours:
+        clean["GGML_BACKEND_PATH"] = backend_path()
+    return {**clean, **variables}
+
+
+class Result:
+    """What a stock program answered, and what the log says about its cache."""
+
+    def __init__(self, done: subprocess.CompletedProcess[str]):
+        self.log = done.stderr
+        assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-4000:]}"
+        self.out = json.loads(done.stdout.splitlines()[-1])
+        self.answer = self.out.get("answer")
+        self.error = self.out.get("error")
+        self.said = [line for line in done.stderr.splitlines() if line.startswith("mixkvq: ")]
+        buffers = re.findall(r"(\S+) KV buffer size = +([\d.]+) MiB", done.stderr)
+        self.devices = {name for name, _ in buffers}
+        self.mib = sum(float(size) for _, size in buffers)
+
+
+def stock(model: str = MODEL, prompt: str = PROMPT, tokens: int = 24, ours: bool = True, arguments: dict | None = None, **variables: str) -> Result:
+    job = {"model": model, "prompt": prompt, "tokens": tokens, "arguments": {"n_ctx": 2048, "flash_attn": True, "verbose": True, **(arguments or {})}}
+    command = [sys.executable, "-c", PROGRAM, json.dumps(job)]
+    return Result(subprocess.run(command, env=environment(ours, **variables), capture_output=True, text=True, timeout=120, check=False))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return str(tiny_models.llama(tmp_path_factory.mktemp("stock") / "tiny.gguf"))
+
+
+def on_tiny(tiny: str, **options) -> Result:
+    return stock(tiny, prompt="abc" * 100, tokens=2, **options)
+
+
+# --- the cache is ours ---
+
+
+def test_the_cache_is_on_our_device_and_the_answer_is_that_of_stock():
+    theirs = stock(ours=False)
+    assert theirs.devices == {"CPU"} and theirs.mib == pytest.approx(2048 * 10 * 512 * 2 / 2**20)
+    ours = stock(MIXKVQ_PRESET="mix8.2")
+    assert ours.devices == {"MIXKVQ-CPU"} and ours.said == []
+    assert "using device MIXKVQ-CPU (CPU with a MixKVQ cache)" in ours.log
+    assert len(ours.answer) == 24 and ours.answer == theirs.answer
+    assert ours.mib < 0.75 * theirs.mib
+
+
+def test_without_the_variable_nothing_changes(tiny):
+    result = on_tiny(tiny, ours=False, MIXKVQ_PRESET="nonesuch")
+    assert result.devices == {"CPU"} and result.said == [] and "MIXKVQ" not in result.log
+
+
+def test_the_size_follows_the_variables(tiny, tmp_path):
+    def mib(**variables: str) -> float:
+        result = on_tiny(tiny, arguments={"n_ctx": 8192}, **variables)
+        assert result.devices == {"MIXKVQ-CPU"} and result.said == []
+        return result.mib
+
+    sizes = [mib(MIXKVQ_PRESET=name) for name in ("mix2.4", "balanced", "mix4.3", "mix8.2")]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4
+    default = mib()
+    assert default == sizes[1] == mib(MIXKVQ_PRESET="mix3.2") == mib(MIXKVQ_PRESET="", MIXKVQ_WINDOW="", MIXKVQ_PROFILE="")
+    # The F16 pages: those of the first tokens, of the recent ones, and the one being filled. A page of this model has 128 * 2 * 2 * 128 numbers.
+    page = 128 * 512 * 2 / 2**20
+    assert mib(MIXKVQ_WINDOW="1024") == pytest.approx(default + 7 * page, abs=0.02)
+    assert mib(MIXKVQ_WINDOW="0") == pytest.approx(default - page, abs=0.02)
+    fewer_records = page * (default - 3 * page) / (8192 / 128 - 2) / page
+    assert mib(MIXKVQ_SINKS="1024") == pytest.approx(default + 7 * (page - fewer_records), abs=0.02)
+
+    model = open_model(tiny)
+    for name, same_as, window in (("mix8.2", sizes[3], None), ("mix2.4", sizes[0], None), ("mix2.4", sizes[0] + 7 * page, 1024)):
+        profile = uniform_profile(tiny, name)
+        path = tmp_path / f"{name}.gguf"
+        write_profile(path, profile.layers, model.fingerprint, window=window)
+        # A profile takes the place of the preset; its window is the default and the variable overrides it.
+        assert mib(MIXKVQ_PROFILE=str(path), MIXKVQ_PRESET="paper") == pytest.approx(same_as, abs=0.02)
+        if window:
+            assert mib(MIXKVQ_PROFILE=str(path), MIXKVQ_WINDOW="128") == pytest.approx(sizes[0], abs=0.02)
+
+
+def test_flash_attention_off_keeps_values_plain():
+    theirs = stock(ours=False, arguments={"flash_attn": False})
+    ours = stock(arguments={"flash_attn": False}, MIXKVQ_PRESET="mix8.2")
+    assert ours.devices == {"MIXKVQ-CPU"} and ours.answer == theirs.answer
+    assert len(ours.said) == 1 and re.fullmatch(r"mixkvq: values of some layers are stored plainly in F16: flash attention is off.*", ours.said[0])
+
+
+def test_a_cache_type_of_llama_cpp_is_left_as_it_is(tiny):
+    q8 = 8
+    theirs = on_tiny(tiny, ours=False, arguments={"type_k": q8, "type_v": q8})
+    ours = on_tiny(tiny, arguments={"type_k": q8, "type_v": q8})
+    assert ours.answer == theirs.answer
+    assert ours.said and all("plainly" in line and "q8_0" in line for line in ours.said) and len(ours.said) <= 2
+
+
+# --- bad values: one sentence, and llama.cpp's own cache ---
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("MIXKVQ_PRESET", "nonesuch", r'MIXKVQ_PRESET: there is no preset "nonesuch"; the presets are mix2\.4.*paper'),
+        ("MIXKVQ_PRESET", "q8_0", r'there is no preset "q8_0"'),
+        ("MIXKVQ_WINDOW", "many", r'MIXKVQ_WINDOW="many" is not a number of tokens from 0 to 1048576'),
+        ("MIXKVQ_WINDOW", "-1", r'MIXKVQ_WINDOW="-1" is not'),
+        ("MIXKVQ_WINDOW", "128x", r'MIXKVQ_WINDOW="128x" is not'),
+        ("MIXKVQ_WINDOW", " ", r'MIXKVQ_WINDOW=" " is not'),
+        ("MIXKVQ_SINKS", "99999999999999999999999", r'MIXKVQ_SINKS="9+" is not'),
+        ("MIXKVQ_SINKS", "1.5", r'MIXKVQ_SINKS="1\.5" is not'),
+        ("MIXKVQ_PROFILE", "/nonesuch.gguf", r"MIXKVQ_PROFILE: the profile /nonesuch\.gguf cannot be read"),
+        ("MIXKVQ_PROFILE", "FOLDER", r"MIXKVQ_PROFILE: the profile .* cannot be read"),
+        ("MIXKVQ_PROFILE", "EMPTY", r"MIXKVQ_PROFILE: the profile .* is not a GGUF file"),
+        ("MIXKVQ_PROFILE", "TEXT", r"MIXKVQ_PROFILE: the profile .* is not a GGUF file"),
+        ("MIXKVQ_PROFILE", "TRUNCATED", r"MIXKVQ_PROFILE: the profile .* (damaged|is a damaged GGUF file)"),
+        ("MIXKVQ_PROFILE", "MODEL", r"MIXKVQ_PROFILE: .* is not a MixKVQ profile"),
+        ("MIXKVQ_PROFILE", "NEWER", r"MIXKVQ_PROFILE: the profile .* has version 2, this library reads version 1; install a newer mixkvq"),
+        ("MIXKVQ_ISA", "mmx", r'MIXKVQ_ISA="mmx" is not an instruction set; use one of scalar'),
+    ],
+)
+def test_a_bad_value_is_one_sentence(tiny, tmp_path, variable, value, words):
+    if value in ("FOLDER", "EMPTY", "TEXT", "TRUNCATED", "MODEL", "NEWER"):
+        value = bad_profile(value, tiny, tmp_path)
+    result = on_tiny(tiny, **{variable: value})
+    assert len(result.said) == 1, result.said
+    assert re.match("mixkvq: .*" + words, result.said[0])
+    # The device is absent; the program runs on its own cache.
+    assert result.devices == {"CPU"} and len(result.answer) == 2 and result.log.count("mixkvq: ") == 1
+
+
+def bad_profile(kind: str, tiny: str, folder: Path) -> str:
+    path = folder / f"{kind.lower()}.gguf"
+    if kind == "FOLDER":
+        return str(folder)
+    if kind == "MODEL":
+        return tiny
+    if kind == "EMPTY":
+        path.write_bytes(b"")
+    elif kind == "TEXT":
+        path.write_text("window: 128\n")
+    elif kind == "TRUNCATED":
+        write_profile(path, uniform_profile(tiny, "mix3.2").layers, open_model(tiny).fingerprint)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "NEWER":
+        writer = GGUFWriter(path, "mixkvq")
+        writer.add_string("general.type", "mixkvq-profile")
+        writer.add_uint32("mixkvq.profile.version", 2)
+        writer.add_uint32("mixkvq.profile.layer_count", 2)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return str(path)
+
+
+@pytest.mark.parametrize("change", ["layers", "heads", "head size"])
+def test_a_profile_for_another_model_is_one_sentence(tiny, tmp_path, change):
+    """Known only when the cache is made: then llama.cpp cannot create the context, and the program gets its error."""
+    n, d = {"layers": (2, 64), "heads": (4, 32), "head size": (1, 64)}[change]
+    tiers = np.tile(np.array([[0, 0, 0, d, 0, 128]], np.int32), (n, 1))
+    layer = LayerProfile(tiers, np.tile(np.array([[3, 0]], np.int32), (n, 1)))
+    path = tmp_path / "other.gguf"
+    write_profile(path, [layer] * (1 if change == "layers" else 2), "0" * 32)
+    result = on_tiny(tiny, MIXKVQ_PROFILE=str(path))
+    assert len(result.said) == 1, result.said
+    assert f"the profile {path} is for another model" in result.said[0]
+    if result.error is None:  # the same cells, divided otherwise: the layers that do not fit are stored plainly
+        assert change == "heads" and "stored plainly" in result.said[0] and len(result.answer) == 2
+    else:
+        assert result.error == "Failed to create llama_context"
+
+
+# --- llama.cpp's own programs ---
+
+
+def tool(name: str) -> str:
+    if not BINARIES:
+        pytest.skip("LLAMA_CPP_BIN does not name a folder with llama.cpp's programs")
+    path = Path(BINARIES) / name
+    if not path.is_file():
+        pytest.skip(f"there is no {name} in {BINARIES}")
+    return str(path)
+
+
+def run_tool(name: str, *arguments: str, ours: bool = True, **variables: str) -> str:
+    """stdout and stderr of one of llama.cpp's programs."""
+    command = [tool(name), *arguments]
+    done = subprocess.run(
+        command, env=environment(ours, **variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+OFFLOADED = ["-m", MODEL, "-ngl", "99", "-fa", "on", "-dev", "MIXKVQ-CPU", "-t", "2"]
+
+
+def test_llama_bench_lists_our_device():
+    assert re.search(r"^ *MIXKVQ-CPU: CPU with a MixKVQ cache \(\d+ MiB, \d+ MiB free\)$", run_tool("llama-bench", "--list-devices"), re.MULTILINE)
+    assert "MIXKVQ" not in run_tool("llama-bench", "--list-devices", ours=False)
+
+
+def test_llama_bench_runs_on_it():
+    out = run_tool("llama-bench", "-m", MODEL, "-dev", "MIXKVQ-CPU", "-ngl", "99", "-fa", "1", "-p", "256", "-n", "16", "-r", "1", "-t", "2", "-o", "json")
+    runs = json.loads(out[out.index("[") : out.rindex("]") + 1])
+    assert len(runs) == 2
+    for result in runs:
+        assert "MIXKVQ" in result["backends"] and result["devices"] == "MIXKVQ-CPU" and result["avg_ts"] > 0
+    log = run_tool("llama-bench", "-m", MODEL, "-dev", "MIXKVQ-CPU", "-ngl", "99", "-fa", "1", "-p", "64", "-n", "0", "-r", "1", "-t", "2", "-v")
+    assert re.search(r"MIXKVQ-CPU KV buffer size", log)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    """Prose with its own repetitions taken out, for perplexity: the licence and the documents of the repository."""
+    root = Path(__file__).resolve().parents[2]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(file.read_text() for file in [root / "LICENSE", *sorted((root / "docs").glob("*.md"))])[:24000])
+    return str(path)
+
+
+def test_llama_perplexity_is_that_of_stock(text):
+    def perplexity(*options: str, **settings) -> float:
+        out = run_tool("llama-perplexity", "-m", MODEL, "-f", text, "-c", "1024", "--chunks", "4", "-t", "2", "-fa", "on", *options, **settings)
+        assert ("MIXKVQ-CPU KV buffer size" in out) == bool(options)
+        return float(re.search(r"Final estimate: PPL = ([\d.]+)", out)[1])
+
+    theirs = perplexity(ours=False)
+    ours = perplexity("-ngl", "99", "-dev", "MIXKVQ-CPU", "-lv", "4", MIXKVQ_PRESET="mix8.2", MIXKVQ_WINDOW="0", MIXKVQ_SINKS="0")
+    assert ours == pytest.approx(theirs, rel=0.02) and ours != theirs
+    rough = perplexity("-ngl", "99", "-dev", "MIXKVQ-CPU", "-lv", "4", MIXKVQ_PRESET="mix2.4", MIXKVQ_WINDOW="0", MIXKVQ_SINKS="0")
+    assert abs(rough - theirs) > abs(ours - theirs)
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_llama_batched_bench_with_four_sequences(unified):
+    options = ["-kvu"] if unified else []
+    out = run_tool("llama-batched-bench", *OFFLOADED, "-c", "4096", "-npp", "300", "-ntg", "16", "-npl", "1,4", *options, "-lv", "4")
+    assert "MIXKVQ-CPU KV buffer size" in out
+    rows = re.findall(r"^\| +300 \| +16 \| +(\d) \| +(\d+) \|(.*)$", out, re.MULTILINE)
+    assert [(int(n), int(kv)) for n, kv, _ in rows] == [(1, 316), (4, 1264)]
+    for *_, figures in rows:
+        assert all(float(x) > 0 for x in figures.split("|") if x.strip())
+
+
+def test_llama_server_answers(tmp_path):
+    program = tool("llama-server")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    log = tmp_path / "log"
+    # A problem that the model is sure about: stock llama.cpp itself answers others differently when it finds the prompt in its cache.
+    prompt = "<|im_start|>user\nCompute 48291 * 73.<|im_end|>\n<|im_start|>assistant\n"
+    request = json.dumps({"prompt": prompt, "n_predict": 200, "temperature": 0.0, "return_tokens": True}).encode()
+
+    def ask(*options: str, **settings) -> tuple[list[int], str]:
+        with open(log, "w") as out:
+            command = [program, "-m", MODEL, "-c", "4096", "-np", "2", "-t", "2", "-fa", "on", "--host", "127.0.0.1", "--port", str(port), *options]
+            server = subprocess.Popen(command, env=environment(**settings), stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            end = time.monotonic() + 120
+            while True:
+                assert server.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                        break
+                except OSError:
+                    time.sleep(0.2)
+            headers = {"Content-Type": "application/json"}
+            answers = []
+            for _ in range(2):  # the second reuses the prompt in the cache
+                with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/completion", request, headers), timeout=120) as reply:
+                    answers.append(json.load(reply)["tokens"])
+            assert answers[0] == answers[1] and len(answers[0]) == 200
+        finally:
+            server.terminate()
+            code = server.wait(60)
+        text = log.read_text()
+        assert code == 0, text[-4000:]
+        return answers[0], text
+
+    theirs, _ = ask(ours=False)
+    ours, said = ask("-ngl", "99", "-dev", "MIXKVQ-CPU", "-lv", "4", MIXKVQ_PRESET="mix8.2")
+    assert "MIXKVQ-CPU KV buffer size" in said
+    assert ours == theirs
