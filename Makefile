@@ -40,7 +40,7 @@ test: .venv/.installed $(NATIVE)/.built
 	@$(PY) -m pytest
 
 sanitize: .venv/.tools
-	@echo "== Native tests with sanitizers: about a minute the first time"
+	@echo "== Native tests with sanitizers: about two minutes the first time"
 	@cmake --preset asan -B $(SANITIZE) -G Ninja -DMIXKVQ_GGML=OFF >/dev/null
 	@cmake --build $(SANITIZE)
 	@ctest --test-dir $(SANITIZE) --output-on-failure --no-tests=error

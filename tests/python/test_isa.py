@@ -1,4 +1,4 @@
-"""MIXKVQ_ISA, in processes of their own: it takes effect in the Python module, in the backend and in the numbers, and a wrong name is one sentence."""
+"""MIXKVQ_ISA, in processes of their own: it takes effect in the module, in the backend and in the numbers, and a wrong name is one sentence."""
 
 from __future__ import annotations
 
