@@ -35,40 +35,30 @@ PageStore::PageStore(const StoreShape & shape, const Kernels & kernels, uint8_t 
 
 PageStore::~PageStore() { clear(); }
 
-// Behind the F16 pages the memory holds records. Free lists are in falling order: low addresses are taken first.
-void PageStore::lay_out_records(size_t records_bytes) {
-    records_bytes_ = records_bytes;
+// The heads of a cell and their records, which lie behind the F16 pages. Free lists are in falling order: low addresses are taken first.
+template <class Format> void PageStore::lay_out(const std::vector<Format> & formats) {
+    n_heads_ = int(formats.size());
+    head_size_ = formats[0].head_size;
+    for (const Format & f : formats) {
+        record_offset_.push_back(records_bytes_);
+        records_bytes_ += f.record_bytes();
+    }
     const size_t home_bytes = size_t(shape_.home_pages()) * shape_.n_streams * shape_.page_bytes();
-    const size_t n = std::min((memory_bytes_ - home_bytes) / records_bytes, size_t(shape_.record_pages()) * shape_.n_streams);
-    for (size_t i = n; i-- > 0;) free_records_.push_back(memory_ + home_bytes + i * records_bytes);
+    const size_t n = std::min((memory_bytes_ - home_bytes) / records_bytes_, size_t(shape_.record_pages()) * shape_.n_streams);
+    for (size_t i = n; i-- > 0;) free_records_.push_back(memory_ + home_bytes + i * records_bytes_);
+    configured_ = true;
 }
 
 void PageStore::set_formats(std::vector<KeyFormat> formats, std::vector<float> query_prior) {
     keys_ = std::move(formats);
-    n_heads_ = int(keys_.size());
-    head_size_ = keys_[0].head_size;
-    size_t bytes = 0;
-    for (const KeyFormat & f : keys_) {
-        record_offset_.push_back(bytes);
-        bytes += f.record_bytes();
-    }
+    lay_out(keys_);
     q_prior_ = std::move(query_prior);
     q_sum_.assign(size_t(n_heads_) * head_size_, 0.0f);
-    configured_ = true;
-    lay_out_records(bytes);
 }
 
 void PageStore::set_formats(std::vector<ValueFormat> formats) {
     values_ = std::move(formats);
-    n_heads_ = int(values_.size());
-    head_size_ = values_[0].head_size;
-    size_t bytes = 0;
-    for (const ValueFormat & f : values_) {
-        record_offset_.push_back(bytes);
-        bytes += f.record_bytes();
-    }
-    configured_ = true;
-    lay_out_records(bytes);
+    lay_out(values_);
 }
 
 half * PageStore::stage(int stream, int p) {

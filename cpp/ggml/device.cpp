@@ -36,10 +36,6 @@ void get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
 ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) { return make_backend(dev); }
 ggml_backend_buffer_type_t get_buffer_type(ggml_backend_dev_t) { return cpu_buffer_type(); }
 
-bool is_layout_op(ggml_op op) {
-    return op == GGML_OP_NONE || op == GGML_OP_VIEW || op == GGML_OP_RESHAPE || op == GGML_OP_PERMUTE || op == GGML_OP_TRANSPOSE;
-}
-
 bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     try {
         if (!touches_cache(op)) return false;
@@ -47,7 +43,7 @@ bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
         warn_once("out of memory for a cache that has to be stored plainly");
         return false;
     }
-    return is_layout_op(op->op) || ggml_backend_dev_supports_op(inner, op);
+    return is_view(op->op) || ggml_backend_dev_supports_op(inner, op);
 }
 
 bool supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t type) { return type == cpu_buffer_type() || ggml_backend_buft_is_host(type); }

@@ -123,6 +123,9 @@ bool init_kernels(std::string & error);
 
 // ---- ops.cpp ----
 
+// Operations that compute nothing.
+bool is_view(ggml_op op);
+
 // Whether `op` reads or writes a cache of ours. Learns head sizes on the way.
 bool touches_cache(const ggml_tensor * op);
 ggml_status compute(BackendContext & backend, ggml_tensor * op);

@@ -13,10 +13,6 @@ namespace {
 constexpr const char * kTransposed = "flash attention is off, so llama.cpp stores the values transposed; turn flash attention on";
 constexpr const char * kLatent = "the values are a part of the keys (latent attention)";
 
-bool is_view(ggml_op op) {
-    return op == GGML_OP_NONE || op == GGML_OP_VIEW || op == GGML_OP_RESHAPE || op == GGML_OP_PERMUTE || op == GGML_OP_TRANSPOSE;
-}
-
 // Learns from an operation how the cells of its cache tensors are divided into heads.
 void learn_geometry(const ggml_tensor * op) {
     if (op->op == GGML_OP_FLASH_ATTN_EXT) {
@@ -238,6 +234,10 @@ ggml_status shift(BackendContext & backend, CacheTensor & t, ggml_tensor * op) {
 }
 
 }  // namespace
+
+bool is_view(ggml_op op) {
+    return op == GGML_OP_NONE || op == GGML_OP_VIEW || op == GGML_OP_RESHAPE || op == GGML_OP_PERMUTE || op == GGML_OP_TRANSPOSE;
+}
 
 bool touches_cache(const ggml_tensor * op) {
     bool touches = is_in_memory_of_llama(op);

@@ -106,7 +106,7 @@ class PageStore {
     void pack(const std::vector<Place> & places, int n_threads);
     void unpack(const Page & page, half * rows) const;
     template <class Row> void write_rows(int stream, int cell, int n, const Row * rows, size_t stride);
-    void lay_out_records(size_t records_bytes);
+    template <class Format> void lay_out(const std::vector<Format> & formats);
 
     StoreShape shape_;
     const Kernels & k_;
