@@ -1,6 +1,6 @@
 # Everything a newcomer types:
 #   make run [MODEL=path.gguf] [PROMPT="..."]   chat with a model, or see the built-in one solve a problem
-#   make test     all tests            make bench    the native benchmarks
+#   make test     all tests            make bench    the benchmarks of speed [DEPTHS=0,2048,8192]
 #   make sanitize the native tests again, with the address and undefined-behaviour sanitizers
 #   make lint     style and types      make clean    removes what was built (not .venv)
 # The first call sets everything up in .venv; later ones only rebuild what has changed.
@@ -18,6 +18,9 @@ override export MODEL := $(value MODEL)
 override export PROMPT := $(value PROMPT)
 
 SANITIZE := build/sanitize
+BENCH := build/bench
+# Tokens in the context when `make bench` measures.
+DEPTHS ?= 0,2048,4096,8192,16384,32768
 
 SOURCES := $(shell find cpp -name '*.cpp' -o -name '*.h') CMakeLists.txt
 
@@ -45,8 +48,17 @@ sanitize: .venv/.tools
 	@cmake --build $(SANITIZE)
 	@ctest --test-dir $(SANITIZE) --output-on-failure --no-tests=error
 
-bench: $(NATIVE)/.built
+bench: $(NATIVE)/.built .venv/.bench $(BENCH)/8b-2layers.gguf
 	@for bench in $(NATIVE)/bench_*; do [ ! -x "$$bench" ] || { echo "== $${bench##*/}"; "$$bench" || exit 1; }; done
+	@echo "== Speed in llama.cpp: this takes a while, less with DEPTHS=0,2048,8192; results go to $(BENCH)"
+	@$(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --depths "$(DEPTHS)" --rounds 5 --out $(BENCH)/speed-builtin.json
+	@$(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --depths "$(DEPTHS)" --tokens 8 --rounds 5 --out $(BENCH)/speed-8b-2layers.json
+	@$(PY) bench/plot.py $(BENCH)/speed-builtin.json $(BENCH)/speed-8b-2layers.json --out $(BENCH)/speed.svg
+
+# The geometry of an 8B model with random weights; it need not be written anew when MixKVQ is.
+$(BENCH)/8b-2layers.gguf: bench/random_model.py | .venv/.installed
+	@mkdir -p $(BENCH)
+	@$(PY) bench/random_model.py $@ --layers 2
 
 lint: .venv/.dev
 	@$(PY) -m ruff check .
@@ -84,6 +96,10 @@ clean:
 
 .venv/.dev: .venv/.installed
 	@$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+.venv/.bench: .venv/.installed
+	@$(PIP) install --quiet --no-build-isolation --editable '.[bench]'
 	@touch $@
 
 $(NATIVE)/.built: .venv/.llama .venv/.tools $(SOURCES) $(wildcard tests/native tests/native/*)

@@ -11,7 +11,9 @@ import math
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +44,13 @@ def is_stock(cache: str) -> bool:
     return cache.removesuffix(NO_ROTATION) in STOCK_TYPES
 
 
-def open_model(model: str | Path, cache: str, **options: Any) -> Llama:
+def open_model(model: str | Path, cache: str, kind: type[Llama] = Llama, **options: Any) -> Llama:
     """Load `model` with the named cache.  `options` are those of llama_cpp.Llama."""
     options = {"verbose": False, **options}
     if not is_stock(cache):
-        return Llama(str(model), kv=cache, **options)
+        return kind(str(model), kv=cache, **options)
     with _rotation_disabled(cache.endswith(NO_ROTATION)):
-        return Llama(str(model), stock=cache.removesuffix(NO_ROTATION), **options)
+        return kind(str(model), stock=cache.removesuffix(NO_ROTATION), **options)
 
 
 @contextlib.contextmanager
@@ -111,6 +113,23 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def read_bandwidth(threads: int, passes: int = 7) -> dict[str, Any]:
+    """How fast this machine reads memory: numpy combines a buffer far larger than the caches, a part per thread; the best pass counts."""
+    cache = 0
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        cache = max(0, os.sysconf("SC_LEVEL3_CACHE_SIZE"))
+    n_bytes = round_up(max(256 << 20, 8 * cache), 1 << 20)
+    buffer = np.ones(n_bytes // 8, np.uint64)  # ones, because the system does not map zeros before they are written
+    parts = np.array_split(buffer, threads)
+    seconds = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(passes):
+            begin = time.perf_counter()
+            list(pool.map(np.bitwise_or.reduce, parts))  # of the reductions that were tried the quickest with one thread
+            seconds.append(time.perf_counter() - begin)
+    return {"bytes_per_second": n_bytes / min(seconds), "bytes": n_bytes, "threads": threads, "passes": passes}
 
 
 def wide_console() -> Console:

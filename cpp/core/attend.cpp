@@ -9,6 +9,7 @@ namespace mixkvq {
 namespace {
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
+constexpr float kNegligible = 25;  // a page of weights below e^-25 of the largest is 1.8e-9 of the sum at most
 
 // Floats of a scratch section, rounded up so that the next section is aligned too.
 constexpr size_t padded(size_t n) { return (n + 15) / 16 * 16; }
@@ -28,19 +29,10 @@ bool softmax_page(const Kernels & kernels, const SoftmaxParams & params, float *
     bool seen = false;
     for (int i = 0; i < n; ++i) {
         float * s = scores + size_t(i) * kPageCells;
-        kernels.scale(s, n_cells, params.softcap > 0 ? params.scale / params.softcap : params.scale);
-        if (params.softcap > 0) {
-            for (int t = 0; t < n_cells; ++t) s[t] = params.softcap * std::tanh(s[t]);
-        }
-        if (mask) {
-            const float * m = mask + i * mask_stride;
-            for (int t = 0; t < n_cells; ++t) s[t] += m[t];
-        }
+        const float page_max = kernels.logits(s, n_cells, params.scale, params.softcap, mask ? mask + i * mask_stride : nullptr, params.slope);
         std::fill(s + n_cells, s + kPageCells, 0.0f);
         factor[i] = 1.0f;
-
-        const float page_max = n_cells > 0 ? *std::max_element(s, s + n_cells) : kHidden;
-        if (page_max == kHidden) {
+        if (page_max == kHidden || page_max < max[i] - kNegligible) {
             std::fill(s, s + n_cells, 0.0f);
             continue;
         }
@@ -86,12 +78,13 @@ void attend_records(const Kernels & kernels, const KeyFormat & key_format, const
     for (int p = 0; p < n_pages; ++p) {
         const float * page_mask = mask ? mask + size_t(p) * kPageCells : nullptr;
         if (page_mask && hidden(page_mask, n, mask_stride)) continue;
-        kernels.scores_packed(key_format, k[p], q, n, scores, kernel_scratch);
+        const bool more = p + 1 < n_pages;
+        kernels.scores_packed(key_format, k[p], more ? k[p + 1] : nullptr, q, n, scores, kernel_scratch);
         if (!softmax_page(kernels, params, scores, n, kPageCells, page_mask, mask_stride, max, sum, factor)) continue;
         for (int i = 0; i < n; ++i) {
             if (factor[i] != 1.0f) kernels.scale(out + size_t(i) * dv, dv, factor[i]);
         }
-        kernels.values_packed(value_format, v[p], scores, n, out, kernel_scratch);
+        kernels.values_packed(value_format, v[p], more ? v[p + 1] : nullptr, scores, n, out, kernel_scratch);
     }
 
     for (int i = 0; i < n; ++i) {

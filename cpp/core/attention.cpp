@@ -29,6 +29,31 @@ float alibi_slope(const AttentionCall & c, int head) {
     return std::pow(std::exp2(-c.max_bias / 2 / power), float(2 * (head - power) + 1));
 }
 
+// How much of a page the masks of a block of tokens let through. `all`: the masks are zero.
+enum class Sight { none, some, all };
+
+Sight sight_of(const half * mask, size_t stride, int n_tokens, int n_cells) {
+    bool none = true, all = true;
+    for (int i = 0; i < n_tokens; ++i, mask += stride) {
+        half different = 0, bits = 0;
+        for (int t = 0; t < n_cells; ++t) {
+            different |= mask[t] ^ kHalfHidden;
+            bits |= mask[t];
+        }
+        none = none && different == 0;
+        all = all && bits == 0;
+        if (!none && !all) break;
+    }
+    return none ? Sight::none : all ? Sight::all : Sight::some;
+}
+
+// The record of the head in the page after p, if it is packed.
+const uint8_t * next_record(const PageStore & store, int stream, int p, int last, int head) {
+    if (p + 1 >= last) return nullptr;
+    const PageStore::Page & next = store.page(stream, p + 1);
+    return next.records ? store.record(next, head) : nullptr;
+}
+
 // How the call is cut: items of (stream, KV head, block of tokens, split of the pages).
 struct Plan {
     int n_kv_heads, group, block_tokens, n_blocks, n_splits, n_pages, rows;
@@ -84,8 +109,8 @@ void attention(const Kernels & kernels, PageStore & keys, PageStore & values, co
 
     // Results of the items, then each thread's own scratch.
     const size_t result_floats = padded(rows * dv) + 2 * padded(rows);
-    const size_t block_floats = padded(rows * d) + padded(rows * dv) + rows * kPageCells + padded(rows) +
-                                2 * size_t(plan.block_tokens) * kPageCells;
+    const size_t block_floats =
+        padded(rows * d) + padded(rows * dv) + rows * kPageCells + padded(rows) + size_t(plan.block_tokens) * kPageCells + padded(plan.group);
     const size_t thread_floats = block_floats + scratch_floats(std::max(d, dv));
     float * base = workspace.get(n_items * result_floats + std::max(1, n_threads) * thread_floats);
     float * threads = base + n_items * result_floats;
@@ -107,10 +132,11 @@ void attention(const Kernels & kernels, PageStore & keys, PageStore & values, co
         float * scores = rotated + padded(rows * dv);
         float * factor = scores + rows * kPageCells;
         float * mask = factor + padded(rows);
-        float * biased = mask + size_t(plan.block_tokens) * kPageCells;
-        float * scratch = biased + size_t(plan.block_tokens) * kPageCells;
+        float * slope = mask + size_t(plan.block_tokens) * kPageCells;
+        float * scratch = slope + padded(plan.group);
 
         for (int g = 0; g < plan.group; ++g) {
+            slope[g] = alibi_slope(c, kv * plan.group + g);
             for (int t = 0; t < n_tokens; ++t) {
                 std::memcpy(q + size_t(g * n_tokens + t) * d,
                             c.q + s * c.q_stream + (size_t(kv) * plan.group + g) * c.q_head + (token0 + t) * c.q_token, sizeof(float) * d);
@@ -131,36 +157,35 @@ void attention(const Kernels & kernels, PageStore & keys, PageStore & values, co
             if (kp.empty() || vp.empty()) continue;
             const int n_cells = std::min(kPageCells, c.n_kv - p * kPageCells);
 
-            // Masks differ by head only where the model says so; one conversion serves the group otherwise.
-            auto load_mask = [&](int head) {
-                bool seen = false;
-                for (int t = 0; t < n_tokens; ++t) {
-                    const half * from = c.mask + s * c.mask_stream + head * c.mask_head + (token0 + t) * c.mask_token + size_t(p) * kPageCells;
-                    seen = seen || std::any_of(from, from + n_cells, [](half m) { return m != kHalfHidden; });
-                    kernels.from_half(from, mask + size_t(t) * kPageCells, n_cells);
+            // Masks differ by head only where the model says so; one look serves the group otherwise.
+            auto look = [&](int head) {
+                const half * from = c.mask + s * c.mask_stream + head * c.mask_head + token0 * c.mask_token + size_t(p) * kPageCells;
+                const Sight sight = sight_of(from, c.mask_token, n_tokens, n_cells);
+                for (int t = 0; t < n_tokens && sight == Sight::some; ++t) {
+                    kernels.from_half(from + t * c.mask_token, mask + size_t(t) * kPageCells, n_cells);
                 }
-                return seen;
+                return sight;
             };
-            if (c.mask && c.mask_head == 0 && !load_mask(0)) continue;
+            Sight sight = Sight::all;
+            if (c.mask && c.mask_head == 0) sight = look(0);
+            if (sight == Sight::none) continue;
 
             if (kp.records) {
-                kernels.scores_packed(keys.key_format(kv), keys.record(kp, kv), q, n, scores, scratch);
+                kernels.scores_packed(keys.key_format(kv), keys.record(kp, kv), next_record(keys, c.first_stream + s, p, last, kv), q, n, scores, scratch);
             } else {
                 kernels.scores_half(d, kp.rows + kv * d, row_k, n_cells, q, n, scores, scratch);
             }
             bool seen = false;
             for (int g = 0; g < plan.group; ++g) {
-                const int head = kv * plan.group + g;
-                if (c.mask && c.mask_head != 0) load_mask(head);
-                const float * added = c.mask ? mask : nullptr;
-                const float slope = alibi_slope(c, head);
-                if (added && slope != 1.0f) {
-                    for (int i = 0; i < n_tokens * kPageCells; ++i) biased[i] = slope * mask[i];
-                    added = biased;
+                const int head = kv * plan.group + g, r = g * n_tokens;
+                if (c.mask && c.mask_head != 0) sight = look(head);
+                if (sight == Sight::none) {
+                    std::fill_n(scores + size_t(r) * kPageCells, size_t(n_tokens) * kPageCells, 0.0f);
+                    std::fill_n(factor + r, n_tokens, 1.0f);
+                    continue;
                 }
-                const int r = g * n_tokens;
-                seen |= softmax_page(kernels, {c.scale, c.softcap}, scores + size_t(r) * kPageCells, n_tokens, n_cells, added, kPageCells,
-                                     max + r, sum + r, factor + r);
+                seen |= softmax_page(kernels, {c.scale, c.softcap, slope[g]}, scores + size_t(r) * kPageCells, n_tokens, n_cells,
+                                     sight == Sight::some ? mask : nullptr, kPageCells, max + r, sum + r, factor + r);
             }
             if (!seen) continue;
             for (int i = 0; i < n; ++i) {
@@ -170,7 +195,8 @@ void attention(const Kernels & kernels, PageStore & keys, PageStore & values, co
             }
             if (vp.records) {
                 any_rotated |= format->rotated();
-                kernels.values_packed(*format, values.record(vp, kv), scores, n, format->rotated() ? rotated : acc, scratch);
+                kernels.values_packed(*format, values.record(vp, kv), next_record(values, c.first_stream + s, p, last, kv), scores, n,
+                                      format->rotated() ? rotated : acc, scratch);
             } else {
                 kernels.values_half(dv, vp.rows + kv * dv, row_v, n_cells, scores, n, acc, scratch);
             }

@@ -3,6 +3,8 @@
 
 #include "vec_avx2.h"
 
+#include "pair.h"
+
 #include "body.h"
 
 namespace mixkvq {

@@ -1,4 +1,5 @@
-// The vector kernels, written once. An instruction set includes its vec_*.h, then this file, and offers kernel_table().
+// The vector kernels, written once. An instruction set includes its primitives (vec_*.h), pairs of registers (pair.h or its own), then this
+// file, and offers kernel_table().
 //
 // Pack and unpack give the bytes of scalar.cpp: the same operations in the same order, none fused. Attention does its sums in
 // integers: queries and weights are rounded to a grid per page, so fine that the codes' own rounding stays far larger
@@ -8,26 +9,18 @@
 // linked into code for lesser CPUs.
 #pragma once
 
+#include <cmath>
 #include <cstring>
-#include <utility>
 
+#include "codes.h"
 #include "mixkvq/kernels.h"
 
 namespace mixkvq {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kPair = 16;    // lanes of the inner loops
 constexpr int kQueries = 4;  // queries that share one pass over the codes
-
-// Calls body(0), ... body(n - 1) with compile-time indices.
-template <class Body, int... i>
-inline __attribute__((always_inline)) void unroll(Body && body, std::integer_sequence<int, i...>) {
-    (body(std::integral_constant<int, i>()), ...);
-}
-template <int n, class Body>
-inline __attribute__((always_inline)) void unroll(Body && body) {
-    unroll(body, std::make_integer_sequence<int, n>());
-}
 
 // --- conversion -----------------------------------------------------------------------------------------------
 
@@ -54,39 +47,6 @@ void from_half(const half * src, float * dst, int n) {
 }
 
 // --- codes ----------------------------------------------------------------------------------------------------
-
-// A chunk is eight registers of code bytes: 64 tokens of a key quad (`row` = 32 bytes) or 32 tokens of eight value dimensions
-// (`row` = 4 Dv bytes). `high` is the chunk's register of top bits, for 3 bits only.
-template <int bits, int k>
-inline B load_codes(const uint8_t * low, size_t row, const uint8_t * high) {
-    if constexpr (bits == 8) return load_bytes(low + k * row);
-    if constexpr (bits == 4) return bits_and(shift_right<k % 2 * 4>(load_bytes(low + k / 2 * row)), splat_byte(15));
-    const B code = bits_and(shift_right<k % 4 * 2>(load_bytes(low + k / 4 * row)), splat_byte(3));
-    if constexpr (bits == 2) return code;
-    const B top = load_bytes(high);
-    return bits_or(code, bits_and(k < 2 ? shift_left<(k < 2 ? 2 - k : 0)>(top) : shift_right<(k < 2 ? 0 : k - 2)>(top), splat_byte(4)));
-}
-
-template <int bits>
-inline void store_codes(const B code[8], uint8_t * low, size_t row, uint8_t * high) {
-    if constexpr (bits == 8) {
-        for (int k = 0; k < 8; ++k) store_bytes(low + k * row, code[k]);
-    } else if constexpr (bits == 4) {
-        for (int k = 0; k < 8; k += 2) store_bytes(low + k / 2 * row, bits_or(code[k], shift_left<4>(code[k + 1])));
-    } else {
-        const B two = splat_byte(3);
-        for (int k = 0; k < 8; k += 4) {
-            const B a = bits_or(bits_and(code[k], two), shift_left<2>(bits_and(code[k + 1], two)));
-            const B b = bits_or(bits_and(code[k + 2], two), shift_left<2>(bits_and(code[k + 3], two)));
-            store_bytes(low + k / 4 * row, bits_or(a, shift_left<4>(b)));
-        }
-        if constexpr (bits == 3) {
-            B top = zero_bytes();
-            unroll<8>([&](auto k) { top = bits_or(top, shift_left<k>(bits_and(shift_right<2>(code[k]), splat_byte(1)))); });
-            store_bytes(high, top);
-        }
-    }
-}
 
 // Calls f(integral constant bits) for run-time bits.
 template <class Function>
@@ -532,76 +492,88 @@ void fold_queries(const KeyFormat & f, const float * q, const float * scale, con
     store_low(w.bias, add(bias, swap_halves(bias)));
 }
 
-// Adds one tier's share to the scores of 16 tokens, registers k and k + 1 of a chunk, for m queries. Not inline, so that the
-// scores wait in memory: every register is needed for sums, codes and weights.
-template <int bits, int m, int k>
+// Adds one tier's share to the scores of 16 * pairs tokens, from register k of a chunk, for m queries. Not inline, so that the scores wait in
+// memory: every register is needed for sums, codes and weights.
+template <int bits, int m, int k, int pairs>
 __attribute__((noinline)) void add_tier(const uint8_t * low, const uint8_t * high, int n_quads, const QueryWeights & w, int first_quad, int segment,
-                     F (*score)[2]) {
+                     F2 (*score)[pairs]) {
     constexpr size_t quad_bytes = size_t(64) * bits;
-    auto add_sums = [&](int i, I a, I b) {
-        const F factor = splat(w.factor[segment][i]);
-        score[i][0] = fma(to_float(a), factor, score[i][0]);
-        score[i][1] = fma(to_float(b), factor, score[i][1]);
-    };
     if constexpr (wide_weights(bits)) {
-        I sum[m][2];
-        for (int i = 0; i < m; ++i) sum[i][0] = sum[i][1] = zero_int();
+        WideSum2 sum[m][pairs];
+        for (int i = 0; i < m; ++i) {
+            for (int p = 0; p < pairs; ++p) sum[i][p] = wide_zero2();
+        }
         for (int quad = 0; quad < n_quads; ++quad, low += quad_bytes) {
-            const Wide a = split(load_codes<bits, k>(low, 32, high)), b = split(load_codes<bits, k + 1>(low, 32, high));
+            Wide2 codes[pairs];
+            unroll<pairs>([&](auto p) { codes[p] = split(load_codes_along<bits, k + 2 * p>(low, 32, high)); });
             const int32_t * weight = w.wide[first_quad + quad];
             for (int i = 0; i < m; ++i) {
-                const I even = splat_int(weight[i]), odd = splat_int(weight[kQueries + i]);
-                sum[i][0] = dot_wide(sum[i][0], a, even, odd);
-                sum[i][1] = dot_wide(sum[i][1], b, even, odd);
+                const Weight even = weight_of(weight[i]), odd = weight_of(weight[kQueries + i]);
+                for (int p = 0; p < pairs; ++p) sum[i][p] = dot_wide(sum[i][p], codes[p], even, odd);
             }
         }
-        for (int i = 0; i < m; ++i) add_sums(i, sum[i][0], sum[i][1]);
+        for (int i = 0; i < m; ++i) {
+            for (int p = 0; p < pairs; ++p) score[i][p] = fma(to_float(widen(sum[i][p])), splat2(w.factor[segment][i]), score[i][p]);
+        }
     } else {
         static_assert(narrow_limit(bits) >= kSegmentQuads, "a segment fits a narrow sum");
         for (int quad = 0; quad < n_quads; ++segment) {
-            Narrow part[m][2];
-            for (int i = 0; i < m; ++i) part[i][0] = part[i][1] = narrow_zero();
+            Narrow2 sum[m][pairs];
+            for (int i = 0; i < m; ++i) {
+                for (int p = 0; p < pairs; ++p) sum[i][p] = narrow_zero2();
+            }
             const int end = quad + kSegmentQuads < n_quads ? quad + kSegmentQuads : n_quads;
             for (; quad < end; ++quad, low += quad_bytes, high += quad_bytes) {
-                const B a = load_codes<bits, k>(low, 32, high), b = load_codes<bits, k + 1>(low, 32, high);
+                B2 codes[pairs];
+                unroll<pairs>([&](auto p) { codes[p] = load_codes_along<bits, k + 2 * p>(low, 32, high); });
                 for (int i = 0; i < m; ++i) {
-                    const I weight = splat_int(w.narrow[first_quad + quad][i]);
-                    part[i][0] = dot_narrow(part[i][0], a, weight);
-                    part[i][1] = dot_narrow(part[i][1], b, weight);
+                    const Weight weight = weight_of(w.narrow[first_quad + quad][i]);
+                    for (int p = 0; p < pairs; ++p) sum[i][p] = dot_narrow(sum[i][p], codes[p], weight);
                 }
             }
-            for (int i = 0; i < m; ++i) add_sums(i, widen(part[i][0]), widen(part[i][1]));
+            for (int i = 0; i < m; ++i) {
+                for (int p = 0; p < pairs; ++p) score[i][p] = fma(to_float(widen(sum[i][p])), splat2(w.factor[segment][i]), score[i][p]);
+            }
         }
     }
 }
 
-// Scores of the 16 tokens from t = 64 chunk + 8 k.
+// Scores of the 16 * kScorePairs tokens from t = 64 chunk + 8 k.
 template <int m, int k>
 void score_tokens(const KeyFormat & f, const uint8_t * record, int chunk, const float * q16, const QueryWeights & w, float * scores) {
+    constexpr int pairs = kScorePairs;
     const int t = 64 * chunk + 8 * k;
-    F score[m][2];
-    for (int i = 0; i < m; ++i) score[i][0] = score[i][1] = splat(w.bias[i]);
+    F2 score[m][pairs];
+    for (int i = 0; i < m; ++i) {
+        for (int p = 0; p < pairs; ++p) score[i][p] = splat2(w.bias[i]);
+    }
     const half * row = reinterpret_cast<const half *>(record) + t;
     for (int r = 0; r < f.n16; ++r, row += kPageCells) {
-        const F a = load_half(row), b = load_half(row + kLanes);
-        for (int i = 0; i < m; ++i) {
-            score[i][0] = fma(a, splat(q16[4 * r + i]), score[i][0]);
-            score[i][1] = fma(b, splat(q16[4 * r + i]), score[i][1]);
+        for (int p = 0; p < pairs; ++p) {
+            const F2 x = load_half2(row + p * kPair);
+            for (int i = 0; i < m; ++i) score[i][p] = fma(x, splat2(q16[4 * r + i]), score[i][p]);
         }
     }
     const uint8_t * at3 = record + f.offset3() + 64 * chunk;
     const uint8_t * at2 = record + f.offset2() + 64 * chunk;
-    if (f.n8 > 0) add_tier<8, m, k>(record + f.offset8() + 256 * chunk, nullptr, f.n8 / 4, w, 0, 0, score);
-    if (f.n4 > 0) add_tier<4, m, k>(record + f.offset4() + 128 * chunk, nullptr, f.n4 / 4, w, f.n8 / 4, 1, score);
-    if (f.n3 > 0) add_tier<3, m, k>(at3, at3 + 128 - 32 * chunk, f.n3 / 4, w, 0, 2, score);
-    if (f.n2 > 0) add_tier<2, m, k>(at2, at2, f.n2 / 4, w, f.n3 / 4, 2 + segments(f.n3), score);
+    if (f.n8 > 0) add_tier<8, m, k, pairs>(record + f.offset8() + 256 * chunk, nullptr, f.n8 / 4, w, 0, 0, score);
+    if (f.n4 > 0) add_tier<4, m, k, pairs>(record + f.offset4() + 128 * chunk, nullptr, f.n4 / 4, w, f.n8 / 4, 1, score);
+    if (f.n3 > 0) add_tier<3, m, k, pairs>(at3, at3 + 128 - 32 * chunk, f.n3 / 4, w, 0, 2, score);
+    if (f.n2 > 0) add_tier<2, m, k, pairs>(at2, at2, f.n2 / 4, w, f.n3 / 4, 2 + segments(f.n3), score);
     for (int i = 0; i < m; ++i) {
-        store(scores + i * kPageCells + t, score[i][0]);
-        store(scores + i * kPageCells + t + kLanes, score[i][1]);
+        for (int p = 0; p < pairs; ++p) store(scores + i * kPageCells + t + p * kPair, score[i][p]);
     }
 }
 
-void scores_packed(const KeyFormat & f, const uint8_t * record, const float * q, int n, float * scores, float *) {
+// Asks for part `step` of `steps` of the record that comes next, so that it is in the second-level cache when its turn comes.
+inline void prefetch(const uint8_t * record, size_t bytes, int step, int steps) {
+    if (!record) return;
+    const size_t lines = (bytes + 63) / 64;
+    const uint8_t * end = record + lines * (step + 1) / steps * 64;
+    for (const uint8_t * at = record + lines * step / steps * 64; at < end; at += 64) __builtin_prefetch(at, 0, 2);
+}
+
+void scores_packed(const KeyFormat & f, const uint8_t * record, const uint8_t * next, const float * q, int n, float * scores, float *) {
     const uint8_t * order = record + f.offset_order();
     const int d = f.head_size;
     KeyTables tables;
@@ -621,9 +593,12 @@ void scores_packed(const KeyFormat & f, const uint8_t * record, const float * q,
         for (int g = 0; g < f.n_groups(); ++g) {
             fold_queries(f, sorted + 4 * f.n16, tables.scale + g * f.n_coded(), tables.middle + g * f.n_coded(), w);
             for (int chunk = 0; chunk < 2; ++chunk) {
-                unroll<4>([&](auto i) {
-                    constexpr int k = 2 * i;
-                    if ((64 * chunk + 8 * k) / f.group == g) score_tokens<m, k>(f, record, chunk, sorted, w, out);
+                unroll<4 / kScorePairs>([&](auto i) {
+                    constexpr int k = 2 * kScorePairs * i;
+                    const int t = 64 * chunk + 8 * k;
+                    if (t / f.group != g) return;
+                    if (first == 0) prefetch(next, f.record_bytes(), t / (kPair * kScorePairs), kPageCells / (kPair * kScorePairs));
+                    score_tokens<m, k>(f, record, chunk, sorted, w, out);
                 });
             }
         }
@@ -713,60 +688,62 @@ void fold_weights(const float * weight, const float * scale, const float * min, 
     }
 }
 
-// acc += the weighted sum of `blocks` times eight dimensions from dimension d.
-template <int bits, int m, int blocks>
+// acc += the weighted sum of 16 * pairs dimensions from dimension d, or of eight.
+template <int bits, int m, int pairs, bool both = true>
 inline void add_values(const ValueFormat & f, const uint8_t * record, int d, const TokenWeights * w, float * acc) {
     constexpr int low_bits = bits == 3 ? 2 : bits;
     const size_t row = size_t(4) * f.head_size;
     const uint8_t * low = record + 4 * d;
     const uint8_t * high = low + f.offset_high();
-    F total[m][blocks];
+    F2 total[m][pairs];
     for (int i = 0; i < m; ++i) {
-        for (int b = 0; b < blocks; ++b) total[i][b] = splat(w[i].bias);
+        for (int p = 0; p < pairs; ++p) total[i][p] = splat2(w[i].bias);
     }
     if constexpr (wide_weights(bits)) {
-        I sum[m][blocks];
+        WideSum2 sum[m][pairs];
         for (int i = 0; i < m; ++i) {
-            for (int b = 0; b < blocks; ++b) sum[i][b] = zero_int();
+            for (int p = 0; p < pairs; ++p) sum[i][p] = wide_zero2();
         }
         for (int c = 0; c < kChunks; ++c, low += row * low_bits) {
             unroll<8>([&](auto k) {
-                Wide codes[blocks];
-                for (int b = 0; b < blocks; ++b) codes[b] = split(load_codes<bits, k>(low + 32 * b, row, nullptr));
+                Wide2 codes[pairs];
+                for (int p = 0; p < pairs; ++p) codes[p] = split(load_codes_beside<bits, k, both>(low + 64 * p, row, nullptr));
                 for (int i = 0; i < m; ++i) {
-                    const I even = splat_int(w[i].wide[c * 8 + k][0]), odd = splat_int(w[i].wide[c * 8 + k][1]);
-                    for (int b = 0; b < blocks; ++b) sum[i][b] = dot_wide(sum[i][b], codes[b], even, odd);
+                    const Weight even = weight_of(w[i].wide[c * 8 + k][0]), odd = weight_of(w[i].wide[c * 8 + k][1]);
+                    for (int p = 0; p < pairs; ++p) sum[i][p] = dot_wide(sum[i][p], codes[p], even, odd);
                 }
             });
         }
         for (int i = 0; i < m; ++i) {
-            for (int b = 0; b < blocks; ++b) total[i][b] = fma(to_float(sum[i][b]), splat(w[i].factor[0]), total[i][b]);
+            for (int p = 0; p < pairs; ++p) total[i][p] = fma(to_float(widen(sum[i][p])), splat2(w[i].factor[0]), total[i][p]);
         }
     } else {
         static_assert(narrow_limit(bits) / 2 >= 8, "a chunk fits a narrow sum");
         for (int c = 0; c < kChunks; ++c, low += row * low_bits, high += row) {
-            Narrow sum[m][blocks];
+            Narrow2 sum[m][pairs];
             for (int i = 0; i < m; ++i) {
-                for (int b = 0; b < blocks; ++b) sum[i][b] = narrow_zero();
+                for (int p = 0; p < pairs; ++p) sum[i][p] = narrow_zero2();
             }
             unroll<8>([&](auto k) {
-                B codes[blocks];
-                for (int b = 0; b < blocks; ++b) codes[b] = load_codes<bits, k>(low + 32 * b, row, high + 32 * b);
+                B2 codes[pairs];
+                for (int p = 0; p < pairs; ++p) codes[p] = load_codes_beside<bits, k, both>(low + 64 * p, row, high + 64 * p);
                 for (int i = 0; i < m; ++i) {
-                    const I weight = splat_int(w[i].narrow[c * 8 + k]);
-                    for (int b = 0; b < blocks; ++b) sum[i][b] = dot_unsigned(sum[i][b], codes[b], weight);
+                    const Weight weight = weight_of(w[i].narrow[c * 8 + k]);
+                    for (int p = 0; p < pairs; ++p) sum[i][p] = dot_unsigned(sum[i][p], codes[p], weight);
                 }
             });
             for (int i = 0; i < m; ++i) {
-                for (int b = 0; b < blocks; ++b) total[i][b] = fma(to_float(widen(sum[i][b])), splat(w[i].factor[c]), total[i][b]);
+                for (int p = 0; p < pairs; ++p) total[i][p] = fma(to_float(widen(sum[i][p])), splat2(w[i].factor[c]), total[i][p]);
             }
         }
     }
     for (int i = 0; i < m; ++i) {
-        for (int b = 0; b < blocks; ++b) {
-            float * at = acc + i * f.head_size + d + b * kLanes;
-            store(at, add(load(at), total[i][b]));
+        float * at = acc + i * f.head_size + d;
+        if constexpr (!both) {
+            store(at, add(load(at), mixkvq::first(total[i][0])));
+            continue;
         }
+        for (int p = 0; p < pairs; ++p) store(at + p * kPair, add(load2(at + p * kPair), total[i][p]));
     }
 }
 
@@ -776,7 +753,7 @@ bool all_zero(const float * x, int n) {
     return !(highest(top) > 0);
 }
 
-void values_packed(const ValueFormat & f, const uint8_t * record, const float * weight, int n, float * acc, float *) {
+void values_packed(const ValueFormat & f, const uint8_t * record, const uint8_t * next, const float * weight, int n, float * acc, float *) {
     if (all_zero(weight, n * kPageCells)) return;
     const int groups = f.n_groups(), width = f.rotated() ? f.head_size : f.group;
     // Scales and minima, group by group.
@@ -800,8 +777,12 @@ void values_packed(const ValueFormat & f, const uint8_t * record, const float * 
             const int end = (g + 1) * width < f.head_size ? (g + 1) * width : f.head_size;
             with_bits(f.bits, [&](auto bits) {
                 int d = g * width;
-                for (; d + 2 * kLanes <= end; d += 2 * kLanes) add_values<bits, m, 2>(f, record, d, w, out);
-                if (d < end) add_values<bits, m, 1>(f, record, d, w, out);
+                for (; d + kPair * kValuePairs <= end; d += kPair * kValuePairs) {
+                    if (first == 0) prefetch(next, f.record_bytes(), d / (kPair * kValuePairs), f.head_size / (kPair * kValuePairs));
+                    add_values<bits, m, kValuePairs>(f, record, d, w, out);
+                }
+                if (kValuePairs > 1 && d + kPair <= end) add_values<bits, m, 1>(f, record, d, w, out), d += kPair;
+                if (d < end) add_values<bits, m, 1, false>(f, record, d, w, out);
             });
         }
     });
@@ -843,35 +824,73 @@ void values_half(int head_size, const half * rows, size_t stride, int n_cells, c
 
 // --- softmax --------------------------------------------------------------------------------------------------
 
+inline F like(F, float x) { return splat(x); }
+inline F2 like(F2, float x) { return splat2(x); }
+
 // e^x: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for e^r. 0 below -87, where the result would be subnormal.
-inline F exp(F x) {
-    const F limit = splat(-87.0f);
-    const F y = min(max(x, limit), splat(88.0f));
-    const F n = round(mul(y, splat(1.44269504f)));
-    F r = fma(n, splat(-0.693359375f), y);  // ln 2 in two parts, the first exact times n
-    r = fma(n, splat(2.12194440e-4f), r);
-    F p = splat(1.9875691500e-4f);
-    p = fma(p, r, splat(1.3981999507e-3f));
-    p = fma(p, r, splat(8.3334519073e-3f));
-    p = fma(p, r, splat(4.1665795894e-2f));
-    p = fma(p, r, splat(1.6666665459e-1f));
-    p = fma(p, r, splat(5.0000001201e-1f));
-    p = add(fma(mul(r, r), p, r), splat(1.0f));
-    return zero_below(mul(p, exp2_whole(n)), x, limit);
+template <class T>
+inline T exp(T x) {
+    auto c = [&](float value) { return like(x, value); };
+    const T y = min(max(x, c(-87.0f)), c(88.0f));
+    const T n = round(mul(y, c(1.44269504f)));
+    T r = fma(n, c(-0.693359375f), y);  // ln 2 in two parts, the first exact times n
+    r = fma(n, c(2.12194440e-4f), r);
+    T p = c(1.9875691500e-4f);
+    p = fma(p, r, c(1.3981999507e-3f));
+    p = fma(p, r, c(8.3334519073e-3f));
+    p = fma(p, r, c(4.1665795894e-2f));
+    p = fma(p, r, c(1.6666665459e-1f));
+    p = fma(p, r, c(5.0000001201e-1f));
+    p = add(fma(mul(r, r), p, r), c(1.0f));
+    return zero_below(mul(p, exp2_whole(n)), x, c(-87.0f));
+}
+
+// tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|).
+template <class T>
+inline T tanh(T x) {
+    const T one = like(x, 1.0f), e = exp(mul(abs(x), like(x, -2.0f)));
+    return with_sign(div(sub(one, e), add(one, e)), x);
+}
+
+float logits(float * x, int n, float scale, float softcap, const float * mask, float slope) {
+    F2 top = splat2(-INFINITY);
+    auto one = [&](F2 s, F2 bias) {
+        s = mul(s, splat2(softcap > 0 ? scale / softcap : scale));
+        if (softcap > 0) s = mul(tanh(s), splat2(softcap));
+        return fma(bias, splat2(slope), s);
+    };
+    int i = 0;
+    for (; i + kPair <= n; i += kPair) {
+        const F2 s = one(load2(x + i), mask ? load2(mask + i) : splat2(0.0f));
+        store(x + i, s);
+        top = max(top, s);
+    }
+    if (i < n) {
+        float s[kPair], bias[kPair];
+        for (int j = 0; j < kPair; ++j) {
+            s[j] = i + j < n ? x[i + j] : 0.0f;
+            bias[j] = i + j >= n ? -INFINITY : mask ? mask[i + j] : 0.0f;
+        }
+        const F2 y = one(load2(s), load2(bias));
+        store(s, y);
+        top = max(top, y);
+        for (int j = i; j < n; ++j) x[j] = s[j - i];
+    }
+    return highest(top);
 }
 
 float exp_sum(float * x, int n, float max) {
-    F total = splat(0.0f);
+    F2 total = splat2(0.0f);
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        const F y = exp(sub(load(x + i), splat(max)));
+    for (; i + kPair <= n; i += kPair) {
+        const F2 y = exp(sub(load2(x + i), splat2(max)));
         store(x + i, y);
         total = add(total, y);
     }
     if (i < n) {
-        float rest[kLanes];
-        for (int j = 0; j < kLanes; ++j) rest[j] = i + j < n ? x[i + j] - max : -1000.0f;
-        const F y = exp(load(rest));
+        float rest[kPair];
+        for (int j = 0; j < kPair; ++j) rest[j] = i + j < n ? x[i + j] : -INFINITY;
+        const F2 y = exp(sub(load2(rest), splat2(max)));
         store(rest, y);
         total = add(total, y);
         for (int j = i; j < n; ++j) x[j] = rest[j - i];
@@ -882,7 +901,7 @@ float exp_sum(float * x, int n, float max) {
 constexpr Kernels kernel_table(Isa isa) {
     return {
         isa,           to_half,     from_half,     pack_keys,   unpack_keys, pack_values, unpack_values,
-        scores_packed, scores_half, values_packed, values_half, exp_sum,     scale,       rotate,
+        scores_packed, scores_half, values_packed, values_half, logits,      exp_sum,     scale,       rotate,
     };
 }
 

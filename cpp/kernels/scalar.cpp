@@ -310,7 +310,7 @@ void unpack_values(const ValueFormat & f, const uint8_t * record, half * rows, s
 
 // --- attention ------------------------------------------------------------------------------------------------
 
-void scores_packed(const KeyFormat & f, const uint8_t * record, const float * q, int n, float * scores, float * scratch) {
+void scores_packed(const KeyFormat & f, const uint8_t * record, const uint8_t *, const float * q, int n, float * scores, float * scratch) {
     decode_keys(f, record, [&](int d, int t, float x) { scratch[d * kPageCells + t] = x; });
     for (int i = 0; i < n; ++i) {
         double sum[kPageCells] = {};
@@ -345,7 +345,7 @@ void add_weighted(const float * tile, int head_size, int n_cells, const float * 
     for (int d = 0; d < head_size; ++d) acc[d] += float(sum[d]);
 }
 
-void values_packed(const ValueFormat & f, const uint8_t * record, const float * weight, int n, float * acc, float * scratch) {
+void values_packed(const ValueFormat & f, const uint8_t * record, const uint8_t *, const float * weight, int n, float * acc, float * scratch) {
     for (int t = 0; t < kPageCells; ++t) decode_value(f, record, t, scratch + t * f.head_size);
     for (int i = 0; i < n; ++i) add_weighted(scratch, f.head_size, kPageCells, weight + i * kPageCells, acc + i * f.head_size);
 }
@@ -353,6 +353,16 @@ void values_packed(const ValueFormat & f, const uint8_t * record, const float * 
 void values_half(int head_size, const half * rows, size_t stride, int n_cells, const float * weight, int n, float * acc, float * scratch) {
     for (int t = 0; t < n_cells; ++t) from_half(rows + t * stride, scratch + t * head_size, head_size);
     for (int i = 0; i < n; ++i) add_weighted(scratch, head_size, n_cells, weight + i * kPageCells, acc + i * head_size);
+}
+
+float logits(float * x, int n, float scale, float softcap, const float * mask, float slope) {
+    float top = -INFINITY;
+    for (int i = 0; i < n; ++i) {
+        x[i] = softcap > 0 ? softcap * std::tanh(x[i] * (scale / softcap)) : x[i] * scale;
+        if (mask) x[i] += slope * mask[i];
+        top = std::max(top, x[i]);
+    }
+    return top;
 }
 
 float exp_sum(float * x, int n, float max) {
@@ -369,7 +379,7 @@ float exp_sum(float * x, int n, float max) {
 const Kernels & scalar_kernels() {
     static const Kernels table = {
         Isa::scalar,   to_half,     from_half,     pack_keys,   unpack_keys, pack_values, unpack_values,
-        scores_packed, scores_half, values_packed, values_half, exp_sum,     scale,       rotate,
+        scores_packed, scores_half, values_packed, values_half, logits,      exp_sum,     scale,       rotate,
     };
     return table;
 }

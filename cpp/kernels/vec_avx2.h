@@ -39,6 +39,9 @@ inline F to_float(I x) { return _mm256_cvtepi32_ps(x); }
 // x where probe >= limit, else 0.
 inline F zero_below(F x, F probe, F limit) { return _mm256_and_ps(x, _mm256_cmp_ps(probe, limit, _CMP_GE_OQ)); }
 
+// |x| with the sign of another.
+inline F with_sign(F x, F sign) { return _mm256_or_ps(abs(x), _mm256_and_ps(sign, _mm256_set1_ps(-0.0f))); }
+
 // p[0] over four lanes, p[1] over the others; and the halves exchanged.
 inline F pair(const float * p) {
     long long both;
@@ -173,23 +176,55 @@ inline __m256i settled(__m256i x) {
     return x;
 }
 
-// Bytes times bytes, for codes of 2 and 3 bits. A sum holds narrow_limit(bits) products of codes and weights of -127 to 127
-// before it must be widened: 16-bit sums of two products of at most 127 (2^bits - 1).
+inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
+
+#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#define MIXKVQ_VNNI 1
+inline I dot_bytes(I s, I u, I i) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return settled(_mm256_dpbusd_epi32(s, u, i));
+#else
+    return settled(_mm256_dpbusd_avx_epi32(s, u, i));
+#endif
+}
+inline I dot_words(I s, I a, I b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return settled(_mm256_dpwssd_epi32(s, a, b));
+#else
+    return settled(_mm256_dpwssd_avx_epi32(s, a, b));
+#endif
+}
+#endif
+
+// Bytes times bytes, for codes of 2 and 3 bits. A sum holds narrow_limit(bits) products of codes and weights of -127 to 127, and half as
+// many with weights of 0 to 255, before it must be widened. Without VNNI: 16-bit sums of two products of at most 127 (2^bits - 1).
 using Narrow = __m256i;
-constexpr int narrow_limit(int bits) { return bits == 3 ? 18 : 42; }
 inline Narrow narrow_zero() { return _mm256_setzero_si256(); }
+#if MIXKVQ_VNNI
+constexpr int narrow_limit(int) { return 1 << 16; }
+inline Narrow dot_narrow(Narrow s, B codes, I weights) { return dot_bytes(s, codes, weights); }
+inline Narrow dot_unsigned(Narrow s, B codes, I weights) { return dot_bytes(s, weights, codes); }
+inline I widen(Narrow s) { return s; }
+#else
+constexpr int narrow_limit(int bits) { return bits == 3 ? 18 : 42; }
 inline Narrow dot_narrow(Narrow s, B codes, I weights) { return settled(_mm256_add_epi16(s, _mm256_maddubs_epi16(codes, weights))); }
-// The same with weights of 0 to 255, half as many products.
 inline Narrow dot_unsigned(Narrow s, B codes, I weights) { return settled(_mm256_add_epi16(s, _mm256_maddubs_epi16(weights, codes))); }
 inline I widen(Narrow s) { return _mm256_madd_epi16(s, _mm256_set1_epi16(1)); }
-inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
+#endif
 
 // Bytes times 16-bit weights: the codes split into even and odd bytes, the weights as (0, 2) and (1, 3).
 struct Wide { __m256i even, odd; };
+using WideSum = __m256i;
+inline WideSum wide_zero() { return _mm256_setzero_si256(); }
 inline Wide split(B codes) { return {_mm256_and_si256(codes, _mm256_set1_epi16(255)), _mm256_srli_epi16(codes, 8)}; }
-inline I dot_wide(I s, Wide codes, I even, I odd) {
+inline WideSum dot_wide(WideSum s, Wide codes, I even, I odd) {
+#if MIXKVQ_VNNI
+    return dot_words(dot_words(s, codes.even, even), codes.odd, odd);
+#else
     return settled(_mm256_add_epi32(s, _mm256_add_epi32(_mm256_madd_epi16(codes.even, even), _mm256_madd_epi16(codes.odd, odd))));
+#endif
 }
+inline I total(WideSum s) { return s; }
 
 // Weights of one key quad for four queries: a = channels 0 | 1, b = channels 2 | 3, four queries each.
 inline void store_narrow_weights(int32_t * w, I a, I b) {

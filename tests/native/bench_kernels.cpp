@@ -91,7 +91,7 @@ int main(int argc, char ** argv) {
             once(c.name, "pack", [&] { k.pack_keys(c.format, rows.data(), stride, CellMask::all(), importance.data(), record); });
             once(c.name, "unpack", [&] { k.unpack_keys(c.format, record, back.data(), stride); });
             new_queries();
-            row(c.name, "scores", [&](int n) { k.scores_packed(c.format, record, q, n, scores, scratch); });
+            row(c.name, "scores", [&](int n) { k.scores_packed(c.format, record, nullptr, q, n, scores, scratch); });
         }
         new_queries();
         row("F16 rows", "scores", [&](int n) { k.scores_half(d, rows.data(), stride, kPageCells, q, n, scores, scratch); });
@@ -99,9 +99,12 @@ int main(int argc, char ** argv) {
             once(c.name, "pack", [&] { k.pack_values(c.format, rows.data(), stride, CellMask::all(), record); });
             once(c.name, "unpack", [&] { k.unpack_values(c.format, record, back.data(), stride); });
             new_weights();
-            row(c.name, "values", [&](int n) { k.values_packed(c.format, record, scores, n, acc, scratch); });
+            row(c.name, "values", [&](int n) { k.values_packed(c.format, record, nullptr, scores, n, acc, scratch); });
         }
         row("F16 rows", "values", [&](int n) { k.values_half(d, rows.data(), stride, kPageCells, scores, n, acc, scratch); });
+        row("softmax", "logits", [&](int n) {
+            for (int i = 0; i < n; ++i) scores[0] += k.logits(scores + 128 * i, kPageCells, 0.9f, 0.0f, nullptr, 1.0f);
+        });
         row("softmax", "exp_sum", [&](int n) {
             for (int i = 0; i < n; ++i) {
                 for (int t = 0; t < kPageCells; ++t) scores[t] = -0.01f * float(t);

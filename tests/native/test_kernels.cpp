@@ -314,8 +314,8 @@ double score_ratio(const Kernels & a, const Kernels & b, const KeyFormat & f, co
     const int d = f.head_size;
     Aligned<float> scratch(scratch_floats(d));
     std::vector<float> sa(n * kPageCells), sb(n * kPageCells + 1, 9.0f);
-    a.scores_packed(f, record, q.data(), n, sa.data(), scratch.data());
-    b.scores_packed(f, record, q.data(), n, sb.data(), scratch.data());
+    a.scores_packed(f, record, nullptr, q.data(), n, sa.data(), scratch.data());
+    b.scores_packed(f, record, nullptr, q.data(), n, sb.data(), scratch.data());
     CHECK(sb.back() == 9.0f, "scores_packed %s n=%d wrote too far", describe(f).c_str(), n);
     double worst = 0;
     for (int i = 0; i < n; ++i) {
@@ -394,8 +394,8 @@ void test_packed_values(const Kernels & a, const Kernels & b, Worst & worst) {
                 }
                 if (n == 8) std::fill(weight.begin() + kPageCells, weight.begin() + 2 * kPageCells, 0.0f);
                 std::vector<float> va(n * d, 1.0f), vb(n * d + 1, 1.0f);
-                a.values_packed(f, record.data(), weight.data(), n, va.data(), scratch.data());
-                b.values_packed(f, record.data(), weight.data(), n, vb.data(), scratch.data());
+                a.values_packed(f, record.data(), nullptr, weight.data(), n, va.data(), scratch.data());
+                b.values_packed(f, record.data(), nullptr, weight.data(), n, vb.data(), scratch.data());
                 CHECK(vb.back() == 1.0f, "values_packed %s n=%d wrote too far", describe(f).c_str(), n);
                 for (int i = 0; i < n; ++i) {
                     double noise = 0, added = 0, size = 0;
@@ -427,7 +427,7 @@ void test_extremes(const Kernels & a, const Kernels & b) {
             for (float size : {0.0f, 1e-38f, 1e-20f, 1.0f, 1e6f}) {
                 std::vector<float> q(4 * d), s(4 * kPageCells);
                 for (float & v : q) v = size * gauss();
-                b.scores_packed(f, record.data(), q.data(), 4, s.data(), scratch.data());
+                b.scores_packed(f, record.data(), nullptr, q.data(), 4, s.data(), scratch.data());
                 for (float v : s) CHECK(std::isfinite(v), "%s %s, queries of %g: %g", describe(f).c_str(), data_name(Data(data)), size, v);
             }
         }
@@ -437,7 +437,7 @@ void test_extremes(const Kernels & a, const Kernels & b) {
             for (float size : {0.0f, 1e-38f, 1e-20f, 1.0f}) {
                 std::vector<float> w(4 * kPageCells), acc(4 * d);
                 for (float & v : w) v = size * std::fabs(gauss());
-                b.values_packed(f, record.data(), w.data(), 4, acc.data(), scratch.data());
+                b.values_packed(f, record.data(), nullptr, w.data(), 4, acc.data(), scratch.data());
                 for (float v : acc) CHECK(std::isfinite(v), "%s %s, weights of %g: %g", describe(f).c_str(), data_name(Data(data)), size, v);
             }
         }

@@ -6,18 +6,20 @@
 
 namespace mixkvq {
 
-// What happens between scores and weights. s = score * scale, then softcap * tanh(s / softcap) if softcap > 0, then the mask is added.
+// What happens between scores and weights. s = score * scale, then softcap * tanh(s / softcap) if softcap > 0, then slope * mask is added.
 struct SoftmaxParams {
     float scale = 1.0f;
     float softcap = 0.0f;
+    float slope = 1.0f;  // of ALiBi
 };
 
 // The running softmax of n queries. Start with max = -inf and sum = 0.
 //
 // Turns the scores of one page (scores[i * 128 + t], the first n_cells of them valid) into weights >= 0, in place; cells from n_cells to
-// 128 get weight 0. mask[i * mask_stride + t] is added to the score, -inf hides a cell; nullptr: nothing is hidden.
+// 128 get weight 0. mask[i * mask_stride + t] is what `slope` multiplies, -inf hides a cell; nullptr: nothing is hidden.
 // factor[i] is what the accumulators of query i must be multiplied by before the page is added (1 in most pages).
-// Returns false if no query sees a cell of the page: the page can be left out.
+// Returns false if the page has no weight for any query, because nothing of it is seen or its share is below what a float can tell: it can
+// be left out.
 bool softmax_page(const Kernels & kernels, const SoftmaxParams & params, float * scores, int n, int n_cells, const float * mask,
                   size_t mask_stride, float * max, float * sum, float * factor);
 

@@ -27,15 +27,20 @@ struct Kernels {
     void (*unpack_values)(const ValueFormat & f, const uint8_t * record, half * rows, size_t stride);
 
     // scores[i * 128 + t] = <q_i, key t> for n queries q_i = q + i * head_size and the 128 cells of a page.
-    // `scratch` has scratch_floats(head_size) floats, 64-byte aligned.
-    void (*scores_packed)(const KeyFormat & f, const uint8_t * record, const float * q, int n, float * scores, float * scratch);
+    // `scratch` has scratch_floats(head_size) floats, 64-byte aligned. `next` is the record of the same format that will be read after this
+    // one, or nullptr: its bytes are fetched meanwhile.
+    void (*scores_packed)(const KeyFormat & f, const uint8_t * record, const uint8_t * next, const float * q, int n, float * scores, float * scratch);
     // The same over F16 rows; only the first n_cells scores are written.
     void (*scores_half)(int head_size, const half * rows, size_t stride, int n_cells, const float * q, int n, float * scores, float * scratch);
 
     // acc[i * head_size + d] += sum over t of weight[i * 128 + t] * value(t, d), in the rotated basis if the format is
     // rotated (the caller applies `rotate` once at the end). Weights are >= 0.
-    void (*values_packed)(const ValueFormat & f, const uint8_t * record, const float * weight, int n, float * acc, float * scratch);
+    void (*values_packed)(const ValueFormat & f, const uint8_t * record, const uint8_t * next, const float * weight, int n, float * acc, float * scratch);
     void (*values_half)(int head_size, const half * rows, size_t stride, int n_cells, const float * weight, int n, float * acc, float * scratch);
+
+    // Scores to logits, in place: x = x * scale, then softcap * tanh(x / softcap) if softcap > 0, then + slope * mask (slope > 0; -inf hides a
+    // cell; nullptr: no mask). Returns the largest, -inf if there is none.
+    float (*logits)(float * x, int n, float scale, float softcap, const float * mask, float slope);
 
     // x[0..n): in place exp(x[i] - max) (0 where x is -inf); returns the sum. max is finite.
     float (*exp_sum)(float * x, int n, float max);

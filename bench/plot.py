@@ -1,0 +1,57 @@
+"""Draw tokens per second over depth from the JSON of bench/speed.py, a panel per file.
+
+    python bench/plot.py bench/results/speed-*.json --out speed.svg
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def heading(result: dict[str, Any]) -> str:
+    return f"{result['model']['name']} on {result['machine']['cpu']}, threads: {result['settings']['threads']}"
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise click.ClickException("Plots need matplotlib: pip install 'mixkvq[bench]'.") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "mixkvq"  # the same figures give the same file
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(results), figsize=(6.4 * len(results), 4.2), squeeze=False, layout="constrained")
+    for panel, result in zip(panels[0], results):
+        depths = [row["depth"] for row in result["depths"]]
+        for cache in result["settings"]["caches"]:
+            speeds = [row["caches"][cache]["tokens_per_second"] for row in result["depths"]]
+            panel.plot(depths, speeds, marker="o", label=cache)
+        # Every doubling takes the same room, and so does the way from 0 to the first depth.
+        panel.set_xscale("symlog", base=2, linthresh=min(filter(None, depths), default=1), linscale=0.5)
+        panel.set_xticks(depths, [str(depth) for depth in depths])
+        panel.minorticks_off()
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("tokens in the context")
+        panel.set_ylabel("decoded tokens/s")
+        panel.set_title(heading(result), fontsize="medium")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.argument("results", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The picture: .svg or .png.")
+def main(results: tuple[Path, ...], out: Path) -> None:
+    draw([json.loads(path.read_text(encoding="utf-8")) for path in results], out)
+
+
+if __name__ == "__main__":
+    main()
