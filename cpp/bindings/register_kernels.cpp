@@ -17,7 +17,6 @@ namespace {
 using OptionalArray = std::optional<py::array>;
 using OptionalName = std::optional<std::string>;
 
-constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::neon};
 
 std::vector<std::string> isas() {
     std::vector<std::string> names;

@@ -8,23 +8,51 @@
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
 #include <cpuid.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace mixkvq {
 
 const Kernels & scalar_kernels();
-#if MIXKVQ_HAVE_AVX2
+const Kernels & neon_kernels();
+const Kernels & neon_dotprod_kernels();
 const Kernels & avx2_kernels();
-#endif
+const Kernels & avx2_vnni_kernels();
+const Kernels & avx512_kernels();
+const Kernels & avx512_vnni_kernels();
 
 namespace {
 
-constexpr Isa kAll[] = {Isa::scalar, Isa::neon, Isa::avx2, Isa::avx512};  // rising preference
-
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
-// Clang up to 14 does not know "f16c" in __builtin_cpu_supports.
+// Asked of the processor: not every compiler's __builtin_cpu_supports knows these names.
 bool has_f16c() {
     unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
+}
+bool has_avx_vnni() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+}
+bool has_avx2() {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+}
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+#if defined(__aarch64__)
+bool has_dotprod() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & (1ul << 20);  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+    return true;  // every Apple processor of this architecture since the first Mac
+#else
+    return false;
+#endif
 }
 #endif
 
@@ -32,9 +60,14 @@ bool cpu_has(Isa isa) {
     switch (isa) {
         case Isa::scalar: return true;
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
-        case Isa::avx2:
-            __builtin_cpu_init();
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+        case Isa::avx2: return has_avx2();
+        case Isa::avx2_vnni: return has_avx2() && has_avx_vnni();
+        case Isa::avx512: return has_avx512();
+        case Isa::avx512_vnni: return has_avx512() && __builtin_cpu_supports("avx512vnni");
+#endif
+#if defined(__aarch64__)
+        case Isa::neon: return true;
+        case Isa::neon_dotprod: return has_dotprod();
 #endif
         default: return false;
     }
@@ -45,9 +78,12 @@ bool cpu_has(Isa isa) {
 const char * isa_name(Isa isa) {
     switch (isa) {
         case Isa::scalar: return "scalar";
-        case Isa::avx2:   return "avx2";
+        case Isa::neon: return "neon";
+        case Isa::neon_dotprod: return "neon_dotprod";
+        case Isa::avx2: return "avx2";
+        case Isa::avx2_vnni: return "avx2_vnni";
         case Isa::avx512: return "avx512";
-        case Isa::neon:   return "neon";
+        case Isa::avx512_vnni: return "avx512_vnni";
     }
     return "unknown";
 }
@@ -55,10 +91,25 @@ const char * isa_name(Isa isa) {
 const Kernels * kernels_for(Isa isa) {
     switch (isa) {
         case Isa::scalar: return &scalar_kernels();
-#if MIXKVQ_HAVE_AVX2
-        case Isa::avx2:   return &avx2_kernels();
+#if MIXKVQ_HAVE_NEON
+        case Isa::neon: return &neon_kernels();
 #endif
-        default:          return nullptr;
+#if MIXKVQ_HAVE_NEON_DOTPROD
+        case Isa::neon_dotprod: return &neon_dotprod_kernels();
+#endif
+#if MIXKVQ_HAVE_AVX2
+        case Isa::avx2: return &avx2_kernels();
+#endif
+#if MIXKVQ_HAVE_AVX2_VNNI
+        case Isa::avx2_vnni: return &avx2_vnni_kernels();
+#endif
+#if MIXKVQ_HAVE_AVX512
+        case Isa::avx512: return &avx512_kernels();
+#endif
+#if MIXKVQ_HAVE_AVX512_VNNI
+        case Isa::avx512_vnni: return &avx512_vnni_kernels();
+#endif
+        default: return nullptr;
     }
 }
 
@@ -70,16 +121,16 @@ Isa select_isa(std::string & error) {
     const char * wanted = std::getenv("MIXKVQ_ISA");
     if (wanted == nullptr || *wanted == '\0') {
         Isa best = Isa::scalar;
-        for (Isa isa : kAll) {
+        for (Isa isa : kIsas) {
             if (isa_supported(isa)) best = isa;
         }
         return best;
     }
     std::string usable;
-    for (Isa isa : kAll) {
+    for (Isa isa : kIsas) {
         if (isa_supported(isa)) usable += std::string(usable.empty() ? " " : ", ") + isa_name(isa);
     }
-    for (Isa isa : kAll) {
+    for (Isa isa : kIsas) {
         if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
         if (isa_supported(isa)) return isa;
         error = std::string("MIXKVQ_ISA=\"") + wanted + "\": " +

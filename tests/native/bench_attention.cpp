@@ -69,7 +69,7 @@ int main(int argc, char ** argv) {
     for (float & x : rows) x = gauss(rng);
     for (float & x : q) x = gauss(rng) * 0.3f;
 
-    for (Isa isa : {Isa::scalar, Isa::neon, Isa::avx2, Isa::avx512}) {
+    for (Isa isa : kIsas) {
         if (!isa_supported(isa) || (isa == Isa::scalar && argc > 1)) continue;
         const Kernels & k = *kernels_for(isa);
         for (const std::string & name : names) {

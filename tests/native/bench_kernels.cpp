@@ -66,7 +66,7 @@ int main(int argc, char ** argv) {
     float * scratch = aligned(memory[3], scratch_floats(d));
     uint8_t * record = reinterpret_cast<uint8_t *>(aligned(memory[4], kPageCells * d));
 
-    for (Isa isa : {Isa::scalar, Isa::neon, Isa::avx2, Isa::avx512}) {
+    for (Isa isa : kIsas) {
         if (!isa_supported(isa)) continue;
         const Kernels & k = *kernels_for(isa);
         std::printf("\n%s, head size %d, ns per page and head %33s", isa_name(isa), d, "");

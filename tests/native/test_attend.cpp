@@ -105,7 +105,7 @@ int main() {
         {"sink", {1, 0}, {128, 77}, 2, false, true},
         {"everything", {0.5f, 8}, {128, 128, 128, 50}, 9, true, true},
     };
-    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::neon}) {
+    for (Isa isa : kIsas) {
         if (!isa_supported(isa)) continue;
         for (const Case & c : cases) run(*kernels_for(isa), c);
     }

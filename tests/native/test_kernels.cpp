@@ -477,7 +477,7 @@ int main() {
     test_formats();
     test_dispatch();
     const Kernels & scalar = *kernels_for(Isa::scalar);
-    for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::neon}) {
+    for (Isa isa : kIsas) {
         if (!isa_supported(isa)) continue;
         const Kernels & k = *kernels_for(isa);
         CHECK(k.isa == isa, "the table of %s", isa_name(isa));

@@ -5,7 +5,10 @@
 
 namespace mixkvq {
 
-enum class Isa { scalar = 0, avx2, avx512, neon };
+enum class Isa { scalar = 0, neon, neon_dotprod, avx2, avx2_vnni, avx512, avx512_vnni };
+
+// All of them, in rising preference.
+constexpr Isa kIsas[] = {Isa::scalar, Isa::neon, Isa::neon_dotprod, Isa::avx2, Isa::avx2_vnni, Isa::avx512, Isa::avx512_vnni};
 
 const char * isa_name(Isa isa);
 bool isa_built(Isa isa);      // compiled into this library
