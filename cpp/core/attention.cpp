@@ -29,22 +29,27 @@ float alibi_slope(const AttentionCall & c, int head) {
     return std::pow(std::exp2(-c.max_bias / 2 / power), float(2 * (head - power) + 1));
 }
 
-// How much of a page the masks of a block of tokens let through. `all`: the masks are zero.
-enum class Sight { none, some, all };
+// What the masks of a block of tokens let through of a page: nothing behind its first n_cells; `open`: those without a bias, for every token.
+struct Sight {
+    int n_cells = 0;
+    bool open = true;
+};
 
 Sight sight_of(const half * mask, size_t stride, int n_tokens, int n_cells) {
-    bool none = true, all = true;
-    for (int i = 0; i < n_tokens; ++i, mask += stride) {
-        half different = 0, bits = 0;
-        for (int t = 0; t < n_cells; ++t) {
-            different |= mask[t] ^ kHalfHidden;
-            bits |= mask[t];
-        }
-        none = none && different == 0;
-        all = all && bits == 0;
-        if (!none && !all) break;
+    Sight sight;
+    for (int i = 0; i < n_tokens; ++i) {
+        const half * row = mask + i * stride;
+        int n = n_cells;
+        while (n > sight.n_cells && row[n - 1] == kHalfHidden) --n;
+        sight.n_cells = std::max(sight.n_cells, n);
     }
-    return none ? Sight::none : all ? Sight::all : Sight::some;
+    for (int i = 0; i < n_tokens && sight.open; ++i) {
+        const half * row = mask + i * stride;
+        half bits = 0;
+        for (int t = 0; t < sight.n_cells; ++t) bits |= row[t];
+        sight.open = bits == 0;
+    }
+    return sight;
 }
 
 // The record of the head in the page after p, if it is packed.
@@ -115,7 +120,8 @@ void attention(const Kernels & kernels, PageStore & keys, PageStore & values, co
     float * base = workspace.get(n_items * result_floats + std::max(1, n_threads) * thread_floats);
     float * threads = base + n_items * result_floats;
 
-    parallel_for(n_threads, n_items, [&](int item, int thread) {
+    const bool tiny = int64_t(c.n_tokens) * c.n_heads * c.n_kv <= 4096;
+    parallel_for(tiny ? 1 : n_threads, n_items, [&](int item, int thread) {
         const int split = item % plan.n_splits;
         const int block = item / plan.n_splits % plan.n_blocks;
         const int kv = item / plan.n_splits / plan.n_blocks % plan.n_kv_heads;
@@ -161,31 +167,27 @@ void attention(const Kernels & kernels, PageStore & keys, PageStore & values, co
             auto look = [&](int head) {
                 const half * from = c.mask + s * c.mask_stream + head * c.mask_head + token0 * c.mask_token + size_t(p) * kPageCells;
                 const Sight sight = sight_of(from, c.mask_token, n_tokens, n_cells);
-                for (int t = 0; t < n_tokens && sight == Sight::some; ++t) {
-                    kernels.from_half(from + t * c.mask_token, mask + size_t(t) * kPageCells, n_cells);
+                for (int t = 0; t < n_tokens && !sight.open; ++t) {
+                    kernels.from_half(from + t * c.mask_token, mask + size_t(t) * kPageCells, sight.n_cells);
                 }
                 return sight;
             };
-            Sight sight = Sight::all;
+            Sight sight = {n_cells, true};
             if (c.mask && c.mask_head == 0) sight = look(0);
-            if (sight == Sight::none) continue;
+            if (sight.n_cells == 0) continue;
+            const int n_rows = sight.n_cells;  // F16 rows worth reading
 
             if (kp.records) {
                 kernels.scores_packed(keys.key_format(kv), keys.record(kp, kv), next_record(keys, c.first_stream + s, p, last, kv), q, n, scores, scratch);
             } else {
-                kernels.scores_half(d, kp.rows + kv * d, row_k, n_cells, q, n, scores, scratch);
+                kernels.scores_half(d, kp.rows + kv * d, row_k, n_rows, q, n, scores, scratch);
             }
             bool seen = false;
             for (int g = 0; g < plan.group; ++g) {
                 const int head = kv * plan.group + g, r = g * n_tokens;
                 if (c.mask && c.mask_head != 0) sight = look(head);
-                if (sight == Sight::none) {
-                    std::fill_n(scores + size_t(r) * kPageCells, size_t(n_tokens) * kPageCells, 0.0f);
-                    std::fill_n(factor + r, n_tokens, 1.0f);
-                    continue;
-                }
-                seen |= softmax_page(kernels, {c.scale, c.softcap, slope[g]}, scores + size_t(r) * kPageCells, n_tokens, n_cells,
-                                     sight == Sight::some ? mask : nullptr, kPageCells, max + r, sum + r, factor + r);
+                seen |= softmax_page(kernels, {c.scale, c.softcap, slope[g]}, scores + size_t(r) * kPageCells, n_tokens, sight.n_cells,
+                                     sight.open ? nullptr : mask, kPageCells, max + r, sum + r, factor + r);
             }
             if (!seen) continue;
             for (int i = 0; i < n; ++i) {
@@ -198,7 +200,7 @@ void attention(const Kernels & kernels, PageStore & keys, PageStore & values, co
                 kernels.values_packed(*format, values.record(vp, kv), next_record(values, c.first_stream + s, p, last, kv), scores, n,
                                       format->rotated() ? rotated : acc, scratch);
             } else {
-                kernels.values_half(dv, vp.rows + kv * dv, row_v, n_cells, scores, n, acc, scratch);
+                kernels.values_half(dv, vp.rows + kv * dv, row_v, n_rows, scores, n, acc, scratch);
             }
         }
         if (any_rotated) {
@@ -212,7 +214,7 @@ void attention(const Kernels & kernels, PageStore & keys, PageStore & values, co
 
     // Joins the splits: each is a softmax over its pages with its own maximum.
     const int n_groups = n_items / plan.n_splits;
-    parallel_for(n_items >= 4 * n_threads ? n_threads : 1, n_groups, [&](int i, int) {
+    parallel_for(n_groups * plan.rows >= 512 ? n_threads : 1, n_groups, [&](int i, int) {
         const int block = i % plan.n_blocks;
         const int kv = i / plan.n_blocks % plan.n_kv_heads;
         const int s = i / plan.n_blocks / plan.n_kv_heads;

@@ -109,7 +109,7 @@ void PageStore::unpack(const Page & page, half * rows) const {
 }
 
 void PageStore::pack(const std::vector<Place> & places, int n_threads) {
-    const std::vector<float> importance = shape_.is_value ? std::vector<float>() : this->importance();
+    if (!shape_.is_value) read_importance(importance_);
     for (const Place & place : places) {
         Page & page = at(place.stream, place.page);
         page.records = free_records_.back();
@@ -124,7 +124,7 @@ void PageStore::pack(const std::vector<Place> & places, int n_threads) {
         if (shape_.is_value) {
             k_.pack_values(values_[h], rows, shape_.row, page.valid, record);
         } else {
-            k_.pack_keys(keys_[h], rows, shape_.row, page.valid, importance.data() + h * head_size_, record);
+            k_.pack_keys(keys_[h], rows, shape_.row, page.valid, importance_.data() + h * head_size_, record);
         }
     });
     for (const Place & place : places) drop_rows(at(place.stream, place.page), place.stream, place.page);
@@ -134,33 +134,30 @@ void PageStore::pack(const std::vector<Place> & places, int n_threads) {
 
 void PageStore::settle(int n_threads) {
     if (!configured_) return;
-    std::vector<Place> places;
+    ready_.clear();
     for (int s = 0; s < shape_.n_streams; ++s) {
-        std::vector<int> ready;
         int staying = 0;
-        std::vector<int> others;
+        waiting_.clear();
         for (int p : half_pages_[s]) {
             const Page & page = at(s, p);
             const bool may = p >= shape_.sink_pages() && p != newest_[s];
             if (may && page.valid.full() && clock_[s] - page.written >= uint64_t(shape_.window)) {
-                ready.push_back(p);
+                ready_.push_back({s, p});
             } else {
                 ++staying;
-                if (may) others.push_back(p);
+                if (may) waiting_.push_back({s, p});
             }
         }
         // Holes that nobody fills would keep pages in F16 for ever: no stream holds more than it owns.
         const int over = staying - shape_.home_pages();
         if (over > 0) {
-            std::sort(others.begin(), others.end(), [&](int a, int b) { return at(s, a).written < at(s, b).written; });
-            others.resize(std::min<size_t>(others.size(), over));
-            ready.insert(ready.end(), others.begin(), others.end());
+            std::sort(waiting_.begin(), waiting_.end(), [&](Place a, Place b) { return at(s, a.page).written < at(s, b.page).written; });
+            waiting_.resize(std::min<size_t>(waiting_.size(), over));
+            ready_.insert(ready_.end(), waiting_.begin(), waiting_.end());
         }
-        for (int p : ready) {
-            if (places.size() < free_records_.size()) places.push_back({s, p});
-        }
+        if (ready_.size() > free_records_.size()) ready_.resize(free_records_.size());
     }
-    if (!places.empty()) pack(places, n_threads);
+    if (!ready_.empty()) pack(ready_, n_threads);
     come_home();
 }
 
@@ -263,13 +260,15 @@ void PageStore::end_observation() {
     }
 }
 
-std::vector<float> PageStore::importance() const {
+void PageStore::read_importance(std::vector<float> & mean) const {
     if (q_count_ > 0) {
-        std::vector<float> mean = q_sum_;
+        mean = q_sum_;
         for (float & x : mean) x = float(x / q_count_);
-        return mean;
+    } else if (q_prior_.empty()) {
+        mean.assign(q_sum_.size(), 1.0f);
+    } else {
+        mean = q_prior_;
     }
-    return q_prior_.empty() ? std::vector<float>(q_sum_.size(), 1.0f) : q_prior_;
 }
 
 bool PageStore::same_layout(const PageStore & other) const {

@@ -265,6 +265,28 @@ void test_exp(const Kernels & a, const Kernels & b) {
     }
 }
 
+// Against scalar. tanh as (1 - e) / (1 + e) is good to a rounding of 1, so to softcap * 2e-7.
+void test_logits(const Kernels & a, const Kernels & b) {
+    for (int n : {0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 127, 128}) {
+        for (float softcap : {0.0f, 30.0f}) {
+            for (int masks = 0; masks < 3; ++masks) {  // none, some cells hidden, all hidden
+                std::vector<float> x(n + 1, 5.0f), mask(n + 1, 7.0f);
+                for (int i = 0; i < n; ++i) {
+                    x[i] = 40 * gauss();
+                    mask[i] = masks == 2 || i % 3 == 1 ? -std::numeric_limits<float>::infinity() : gauss();
+                }
+                std::vector<float> y = x, z = x;
+                const float ta = a.logits(y.data(), n, 0.3f, softcap, masks ? mask.data() : nullptr, 0.7f);
+                const float tb = b.logits(z.data(), n, 0.3f, softcap, masks ? mask.data() : nullptr, 0.7f);
+                auto same = [&](float p, float q) { return p == q || std::fabs(p - q) <= 2e-7f * (softcap + std::fabs(p)) + 1e-6f; };
+                for (int i = 0; i < n; ++i) CHECK(same(y[i], z[i]), "logits of %d, softcap %g: %g, %g at %d", n, softcap, y[i], z[i], i);
+                CHECK(same(ta, tb), "logits of %d, softcap %g: the largest is %g, %g", n, softcap, ta, tb);
+                CHECK(z[n] == 5.0f, "logits of %d wrote %d", n, n + 1);
+            }
+        }
+    }
+}
+
 void test_half_attention(const Kernels & a, const Kernels & b) {
     for (int d : kHeadSizes) {
         const size_t stride = d + 8;
@@ -484,6 +506,7 @@ int main() {
         test_conversion(scalar, k);
         test_rotate(scalar, k);
         test_exp(scalar, k);
+        test_logits(scalar, k);
         test_extremes(scalar, k);
         if (isa == Isa::scalar) continue;
         test_bytes(scalar, k);

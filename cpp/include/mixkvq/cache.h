@@ -78,7 +78,11 @@ class PageStore {
     void observe(int head, const float * q, size_t stride, int n);
     void end_observation();  // once per batch: lets old queries fade
     // Mean |q_d| per channel, [head][channel]; ones before any query without a prior.
-    std::vector<float> importance() const;
+    std::vector<float> importance() const {
+        std::vector<float> mean;
+        read_importance(mean);
+        return mean;
+    }
 
     bool same_layout(const PageStore & other) const;
     // Makes a stream equal to one of a store with the same layout (this one included); packed pages are copied as they are.
@@ -103,6 +107,7 @@ class PageStore {
         return at >= memory_ && at < memory_ + memory_bytes_;
     }
     void come_home();
+    void read_importance(std::vector<float> & mean) const;
     void pack(const std::vector<Place> & places, int n_threads);
     void unpack(const Page & page, half * rows) const;
     template <class Row> void write_rows(int stream, int cell, int n, const Row * rows, size_t stride);
@@ -130,6 +135,10 @@ class PageStore {
     uint64_t packed_ever_ = 0;
 
     std::vector<float> q_sum_, q_prior_;
+
+    // Kept between calls, so that a token allocates nothing.
+    std::vector<Place> ready_, waiting_;
+    std::vector<float> importance_;
     double q_count_ = 0, q_pending_ = 0;
 };
 
