@@ -2,6 +2,7 @@
 #   make run [MODEL=path.gguf] [PROMPT="..."]   chat with a model, or see the built-in one solve a problem
 #   make test     all tests            make bench    the benchmarks of speed [DEPTHS=0,2048,8192]
 #   make sanitize the native tests again, with the address and undefined-behaviour sanitizers
+#   make neon     the native tests again, built for 64-bit ARM and run in an emulator
 #   make lint     style and types      make clean    removes what was built (not .venv)
 # The first call sets everything up in .venv; later ones only rebuild what has changed.
 
@@ -18,13 +19,14 @@ override export MODEL := $(value MODEL)
 override export PROMPT := $(value PROMPT)
 
 SANITIZE := build/sanitize
+NEON := build/neon
 BENCH := build/bench
 # Tokens in the context when `make bench` measures.
 DEPTHS ?= 0,2048,4096,8192,16384,32768
 
 SOURCES := $(shell find cpp -name '*.cpp' -o -name '*.h') CMakeLists.txt
 
-.PHONY: run test sanitize bench lint clean
+.PHONY: run test sanitize neon bench lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/.installed
@@ -47,6 +49,15 @@ sanitize: .venv/.tools
 	@cmake --preset asan -B $(SANITIZE) -G Ninja -DMIXKVQ_GGML=OFF >/dev/null
 	@cmake --build $(SANITIZE)
 	@ctest --test-dir $(SANITIZE) --output-on-failure --no-tests=error
+
+neon: .venv/.tools
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \
+	    echo "make neon: $$tool is missing; on Debian or Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
+	@cmake --preset neon -B $(NEON) -G Ninja >/dev/null
+	@cmake --build $(NEON)
+	@echo "== Native tests on an emulated processor with every feature, then on one without dot products: three to five minutes each"
+	@ctest --test-dir $(NEON) --output-on-failure --no-tests=error
+	@QEMU_CPU=cortex-a53 ctest --test-dir $(NEON) --output-on-failure --no-tests=error
 
 bench: $(NATIVE)/.built .venv/.bench $(BENCH)/8b-2layers.gguf
 	@for bench in $(NATIVE)/bench_*; do [ ! -x "$$bench" ] || { echo "== $${bench##*/}"; "$$bench" || exit 1; }; done

@@ -39,11 +39,12 @@ void from_half(const half * src, float * dst, int n) {
     int i = 0;
     for (; i + kLanes <= n; i += kLanes) store(dst + i, load_half(src + i));
     if (i == n) return;
+    const int rest = n % kLanes;
     half h[kLanes] = {};
     float x[kLanes];
-    for (int j = i; j < n; ++j) h[j - i] = src[j];
+    for (int j = 0; j < rest; ++j) h[j] = src[i + j];
     store(x, load_half(h));
-    for (int j = i; j < n; ++j) dst[j] = x[j - i];
+    for (int j = 0; j < rest; ++j) dst[i + j] = x[j];
 }
 
 // --- codes ----------------------------------------------------------------------------------------------------
@@ -400,39 +401,30 @@ inline void by_queries(int n, Function && f) {
     }
 }
 
-// Scales of a key record, and what the middle code of each channel stands for: [group][coded channel].
-struct KeyTables {
-    float scale[4 * kMaxHeadSize];
-    float middle[4 * kMaxHeadSize];
-};
-
-// Reads a section of scales or minima, which has a channel's groups side by side.
+// A section of scales or minima, which has the groups of a channel (a token) side by side: out[group * n + channel].
 void read_by_group(const uint8_t * section, int n, int groups, float * out) {
-    half h[4 * kMaxHeadSize];
-    std::memcpy(h, section, size_t(2) * n * groups);
+    const half * h = reinterpret_cast<const half *>(section);
     if (groups == 1) return from_half(h, out, n);
     float x[4 * kMaxHeadSize];
     from_half(h, x, n * groups);
-    for (int g = 0; g < groups; ++g) {
-        for (int r = 0; r < n; ++r) out[g * n + r] = x[r * groups + g];
-    }
-}
-
-void read_key_tables(const KeyFormat & f, const uint8_t * record, KeyTables & tables) {
-    const int n = f.n_coded();
-    read_by_group(record + f.offset_scale(), n, f.n_groups(), tables.scale);
-    read_by_group(record + f.offset_min(), n, f.n_groups(), tables.middle);
-    for (int g = 0; g < f.n_groups(); ++g) {
-        int r = g * n;
-        for (const Tier & tier : Tiers(f).tier) {
-            const float middle = 0.5f * float((1 << tier.bits) - 1);
-            for (const int end = r + tier.count; r < end; ++r) tables.middle[r] += middle * tables.scale[r];
+    auto deal = [&](auto step) {
+        for (int r = 0; r < n; ++r) {
+            for (int g = 0; g < step; ++g) out[g * n + r] = x[r * step + g];
         }
-    }
+    };
+    if (groups == 2) return deal(std::integral_constant<int, 2>());  // the compiler makes shuffles of a constant step
+    if (groups == 4) return deal(std::integral_constant<int, 4>());
+    deal(groups);
 }
 
 // Integer weights beside codes of these bits: 8 bits do for 2 and 3, whose own rounding is coarse; 4 and 8 get 16.
 constexpr bool wide_weights(int bits) { return bits >= 4; }
+
+// An index that GCC shall not compute eight at a time and take out of the register again.
+inline size_t settled(size_t x) {
+    __asm__("" : "+r"(x));
+    return x;
+}
 
 // Channels that share a factor: all of a wide tier, 64 of a narrow one. Channels come sorted by salience, so the 64 are of a kind.
 constexpr int kSegmentQuads = 16;
@@ -440,8 +432,8 @@ constexpr int segments(int channels) { return (channels / 4 + kSegmentQuads - 1)
 constexpr int kMaxSegments = 2 + segments(kMaxHeadSize) + 1;
 
 // Four queries made ready for one group of tokens. Scale and minimum of a channel are folded into the query, which is then
-// rounded to integers, with a factor per segment. The rounding error is weighed by the distance of a code from the middle
-// code, since the middle's own share is kept exactly in `bias`.
+// rounded to integers, with a factor per segment. `bias` has the share of the minima and, for what rounding took from the weights, that of the
+// middle code: so the rounding error is weighed by the distance of a code from the middle one.
 struct QueryWeights {
     int32_t wide[kMaxHeadSize / 4][2 * kQueries];  // 8- and 4-bit quads: even pairs of four queries, then odd pairs
     int32_t narrow[kMaxHeadSize / 4][kQueries];    // 3- and 2-bit quads
@@ -449,54 +441,71 @@ struct QueryWeights {
     float bias[kQueries];
 };
 
-// `q` holds the queries' coded channels in the record's order, four queries side by side.
-void fold_queries(const KeyFormat & f, const float * q, const float * scale, const float * middle, QueryWeights & w) {
-    alignas(32) float folded[4 * kMaxHeadSize];
-    F bias = splat(0.0f);
-    int r = 0, segment = 0, wide = 0, narrow = 0;
-    auto fold = [&](int bits, int end) {
-        const int begin = r;
-        F top = splat(0.0f);
-        for (; r < end; r += 2) {  // a register is two channels of four queries
-            const F x = load(q + 4 * r), y = mul(x, pair(scale + r));
-            bias = fma(x, pair(middle + r), bias);
-            top = max(top, abs(y));
-            store(folded + 4 * r, y);
-        }
-        top = max(top, swap_halves(top));
-        // A top so small that its inverse overflows is nothing beside any other term.
-        const F steps = splat(wide_weights(bits) ? 32767.0f : 127.0f);
-        const F grid = zero_below(div(steps, top), top, splat(1e-30f)), factor = div(top, steps);
-        F total = splat(0.0f);
-        for (int j = begin; j < end; j += 4) {
-            const F a = round(mul(load(folded + 4 * j), grid)), b = round(mul(load(folded + 4 * j + 8), grid));
-            total = add(total, add(a, b));
-            if (wide_weights(bits)) {
-                store_wide_weights(w.wide[wide++], to_int(a), to_int(b));
-            } else {
-                store_narrow_weights(w.narrow[narrow++], to_int(a), to_int(b));
-            }
-        }
-        // Codes count from 0, not from the middle: take the middle code's share of the integer sums off again.
-        bias = sub(bias, mul(total, mul(factor, splat(0.5f * float((1 << bits) - 1)))));
-        store_low(w.factor[segment++], factor);
-    };
+// Calls f(segment, bits, first channel, end) for every segment.
+template <class Function>
+inline void by_segments(const KeyFormat & f, Function && call) {
+    int segment = 0, begin = 0;
     for (const Tier & tier : Tiers(f).tier) {
-        const int end = r + tier.count;
+        const int end = begin + tier.count;
         if (wide_weights(tier.bits)) {
-            fold(tier.bits, end);
-        } else {
-            while (r < end) fold(tier.bits, r + 4 * kSegmentQuads < end ? r + 4 * kSegmentQuads : end);
+            call(segment++, tier.bits, begin, end);
+            begin = end;
         }
+        for (; begin < end; begin += 4 * kSegmentQuads) {
+            call(segment++, tier.bits, begin, begin + 4 * kSegmentQuads < end ? begin + 4 * kSegmentQuads : end);
+        }
+        begin = end;
     }
-    store_low(w.bias, add(bias, swap_halves(bias)));
 }
 
-// Adds one tier's share to the scores of 16 * pairs tokens, from register k of a chunk, for m queries. Not inline, so that the scores wait in
-// memory: every register is needed for sums, codes and weights.
+// `q` holds the queries' coded channels in the record's order, four queries side by side. A register is a quad of four queries.
+void fold_queries(const KeyFormat & f, const float * q, const float * scale, const float * min, QueryWeights & w) {
+    alignas(64) float folded[4 * kMaxHeadSize];
+    F2 grid[kMaxSegments], middle[kMaxSegments], bias = splat2(0.0f);
+    // All segments up to their grids, then all from there: the divisions of one pass beside the work on the next.
+    by_segments(f, [&](int segment, int bits, int begin, int end) {
+        F2 largest = splat2(0.0f), total = splat2(0.0f), share = splat2(0.0f);
+        for (int r = begin; r < end; r += 4) {
+            const F2 x = load2(q + 4 * r), y = mul(x, quad(scale + r));
+            largest = max(largest, abs(y));
+            total = add(total, y);
+            share = fma(x, quad(min + r), share);
+            store(folded + 4 * r, y);
+        }
+        F top = max(first(largest), second(largest));
+        top = max(top, swap_halves(top));
+        // A top so small that its inverse overflows is nothing beside any other term.
+        const float steps = wide_weights(bits) ? 32767.0f : 127.0f, half_range = 0.5f * float((1 << bits) - 1);
+        const F factor = mul(top, splat(1 / steps));
+        grid[segment] = twice(zero_below(div(splat(steps), top), top, splat(1e-30f)));
+        middle[segment] = twice(mul(factor, splat(half_range)));
+        bias = add(bias, fma(total, splat2(half_range), share));
+        store_low(w.factor[segment], factor);
+    });
+    int wide = 0, narrow = 0;
+    by_segments(f, [&](int segment, int bits, int begin, int end) {
+        I2 total = to_int(splat2(0.0f));
+        auto weights = [&](int r) {
+            const I2 x = to_int(mul(load2(folded + 4 * r), grid[segment]));
+            total = add(total, x);
+            return x;
+        };
+        if (wide_weights(bits)) {
+            for (int r = begin; r < end; r += 4) store_wide_weights(w.wide[wide++], weights(r));
+        } else {
+            for (int r = begin; r < end; r += 4) store_narrow_weights(w.narrow[narrow++], weights(r));
+        }
+        // Codes count from 0, not from the middle: take the middle code's share of the integer sums off again.
+        bias = sub(bias, mul(to_float(total), middle[segment]));
+    });
+    const F both = add(first(bias), second(bias));
+    store_low(w.bias, add(both, swap_halves(both)));
+}
+
+// Adds one tier's share to the scores of 16 * pairs tokens, from register k of a chunk, for m queries.
 template <int bits, int m, int k, int pairs>
-__attribute__((noinline)) void add_tier(const uint8_t * low, const uint8_t * high, int n_quads, const QueryWeights & w, int first_quad, int segment,
-                     F2 (*score)[pairs]) {
+inline __attribute__((always_inline)) void add_tier(const uint8_t * low, const uint8_t * high, int n_quads, const QueryWeights & w, int first_quad,
+                                                    int segment, F2 (*score)[pairs]) {
     constexpr size_t quad_bytes = size_t(64) * bits;
     if constexpr (wide_weights(bits)) {
         WideSum2 sum[m][pairs];
@@ -576,8 +585,10 @@ inline void prefetch(const uint8_t * record, size_t bytes, int step, int steps) 
 void scores_packed(const KeyFormat & f, const uint8_t * record, const uint8_t * next, const float * q, int n, float * scores, float *) {
     const uint8_t * order = record + f.offset_order();
     const int d = f.head_size;
-    KeyTables tables;
-    read_key_tables(f, record, tables);
+    const int n_coded = f.n_coded();
+    float scale[4 * kMaxHeadSize], min[4 * kMaxHeadSize];
+    read_by_group(record + f.offset_scale(), n_coded, f.n_groups(), scale);
+    read_by_group(record + f.offset_min(), n_coded, f.n_groups(), min);
     by_queries(n, [&](auto m, int first) {
         // The queries side by side, then in the record's order.
         alignas(64) float side[4 * kMaxHeadSize], sorted[4 * kMaxHeadSize];
@@ -586,17 +597,19 @@ void scores_packed(const KeyFormat & f, const uint8_t * record, const uint8_t * 
             for (int i = 0; i < kQueries; ++i) x[i] = i < m ? load(q + size_t(first + i) * d + j) : splat(0.0f);
             store_interleaved(side + 4 * j, x[0], x[1], x[2], x[3]);
         }
-        for (int r = 0; r < d; ++r) std::memcpy(sorted + 4 * r, side + 4 * order[r], 16);
+        for (int r = 0; r < d; r += 4) {
+            unroll<4>([&](auto i) { std::memcpy(sorted + 4 * (r + i), side + settled(size_t(4) * order[r + i]), 16); });
+        }
 
         QueryWeights w;
         float * out = scores + size_t(first) * kPageCells;
         for (int g = 0; g < f.n_groups(); ++g) {
-            fold_queries(f, sorted + 4 * f.n16, tables.scale + g * f.n_coded(), tables.middle + g * f.n_coded(), w);
+            fold_queries(f, sorted + 4 * f.n16, scale + g * n_coded, min + g * n_coded, w);
             for (int chunk = 0; chunk < 2; ++chunk) {
                 unroll<4 / kScorePairs>([&](auto i) {
                     constexpr int k = 2 * kScorePairs * i;
                     const int t = 64 * chunk + 8 * k;
-                    if (t / f.group != g) return;
+                    if (t < g * f.group || t >= (g + 1) * f.group) return;
                     if (first == 0) prefetch(next, f.record_bytes(), t / (kPair * kScorePairs), kPageCells / (kPair * kScorePairs));
                     score_tokens<m, k>(f, record, chunk, sorted, w, out);
                 });
@@ -647,45 +660,49 @@ struct TokenWeights {
     float factor[kChunks], bias;      // value sum = sum over chunks of factor * integer sum, + bias
 };
 
-// `min` is null if the format is rotated.
-void fold_weights(const float * weight, const float * scale, const float * min, int bits, TokenWeights & w) {
+// `min` is null if the format is rotated. A register is eight tokens of one chunk and, in its other half, of the next.
+template <bool wide>
+__attribute__((noinline)) void fold_weights(const float * weight, const float * scale, const float * min, int bits, TokenWeights & w) {
     const float middle = 0.5f * float((1 << bits) - 1);
-    float folded[kPageCells], top[kChunks];
-    F bias = splat(0.0f);
-    for (int c = 0; c < kChunks; ++c) {
-        F largest = splat(0.0f);
-        for (int t = c * kChunkTokens; t < (c + 1) * kChunkTokens; t += kLanes) {
-            const F x = load(weight + t), y = mul(x, load(scale + t));
-            largest = max(largest, y);
+    constexpr float steps = wide ? 32767.0f : 255.0f;
+    const auto load_both = [](const float * p) { return join(load(p), load(p + kChunkTokens)); };
+    F2 folded[kChunks / 2][4], largest[kChunks / 2], bias = splat2(0.0f);
+    for (int c = 0; c < kChunks / 2; ++c) {
+        for (int j = 0; j < 4; ++j) {
+            const int t = 2 * c * kChunkTokens + j * kLanes;
+            const F2 x = load_both(weight + t), y = mul(x, load_both(scale + t));
+            largest[c] = j ? max(largest[c], y) : y;
             // Rotated codes lie around 0. Beside a minimum the middle code stands for something: its exact share, as for keys.
-            if (min) bias = fma(x, load(min + t), fma(y, splat(middle), bias));
-            store(folded + t, y);
+            if (min) bias = fma(x, load_both(min + t), fma(y, splat2(middle), bias));
+            folded[c][j] = y;
         }
-        top[c] = highest(largest);
+    }
+    const float page_top = wide ? highest(max(largest[0], largest[1])) : 0.0f;
+    for (int c = 0; c < kChunks / 2; ++c) {
+        float grid[2];
+        for (int j = 0; j < 2; ++j) {
+            const float top = wide ? page_top : highest(j ? second(largest[c]) : first(largest[c]));
+            w.factor[2 * c + j] = top * (1 / steps);
+            grid[j] = top > 1e-30f ? steps / top : 0.0f;
+        }
+        const F2 grids = join(splat(grid[0]), splat(grid[1]));
+        I2 x[4];
+        F2 rest = splat2(0.0f);
+        unroll<4>([&](auto j) {
+            const F2 exact = fma(folded[c][j], grids, rest), r = mixkvq::min(round(exact), splat2(steps));
+            rest = sub(exact, r);
+            x[j] = to_int(r);
+        });
+        const F2 total = to_float(add(add(x[0], x[1]), add(x[2], x[3])));
+        if (wide) {
+            unroll<4>([&](auto j) { store_wide_weights(w.wide[c * 16 + 2 * j], w.wide[c * 16 + 8 + 2 * j], x[j]); });
+        } else {
+            store_narrow_weights(w.narrow + c * 16, x[0], x[1], x[2], x[3]);
+        }
+        const F2 factors = join(splat(w.factor[2 * c]), splat(w.factor[2 * c + 1]));
+        bias = fma(total, mul(factors, splat2(-middle)), bias);
     }
     w.bias = sum(bias);
-    const bool wide = wide_weights(bits);
-    const float page_top = highest(mixkvq::max(mixkvq::max(splat(top[0]), splat(top[1])), mixkvq::max(splat(top[2]), splat(top[3]))));
-    for (int c = 0; c < kChunks; ++c) {
-        const float largest = wide ? page_top : top[c], steps = wide ? 32767.0f : 255.0f;
-        w.factor[c] = largest / steps;
-        const F grid = splat(largest > 1e-30f ? steps / largest : 0.0f);
-        const float * y = folded + c * kChunkTokens;
-        I x[4];
-        F total = splat(0.0f), rest = splat(0.0f);
-        for (int j = 0; j < 4; ++j) {
-            const F exact = fma(load(y + j * kLanes), grid, rest), r = mixkvq::min(round(exact), splat(steps));
-            rest = sub(exact, r);
-            total = add(total, r);
-            x[j] = to_int(r);
-        }
-        if (wide) {
-            for (int j = 0; j < 4; ++j) store_wide_weights(w.wide[c * 8 + 2 * j], x[j]);
-        } else {
-            store_narrow_weights(w.narrow + c * 8, x[0], x[1], x[2], x[3]);
-        }
-        w.bias -= w.factor[c] * middle * sum(total);
-    }
 }
 
 // acc += the weighted sum of 16 * pairs dimensions from dimension d, or of eight.
@@ -696,9 +713,6 @@ inline void add_values(const ValueFormat & f, const uint8_t * record, int d, con
     const uint8_t * low = record + 4 * d;
     const uint8_t * high = low + f.offset_high();
     F2 total[m][pairs];
-    for (int i = 0; i < m; ++i) {
-        for (int p = 0; p < pairs; ++p) total[i][p] = splat2(w[i].bias);
-    }
     if constexpr (wide_weights(bits)) {
         WideSum2 sum[m][pairs];
         for (int i = 0; i < m; ++i) {
@@ -715,10 +729,13 @@ inline void add_values(const ValueFormat & f, const uint8_t * record, int d, con
             });
         }
         for (int i = 0; i < m; ++i) {
-            for (int p = 0; p < pairs; ++p) total[i][p] = fma(to_float(widen(sum[i][p])), splat2(w[i].factor[0]), total[i][p]);
+            for (int p = 0; p < pairs; ++p) total[i][p] = fma(to_float(widen(sum[i][p])), splat2(w[i].factor[0]), splat2(w[i].bias));
         }
     } else {
         static_assert(narrow_limit(bits) / 2 >= 8, "a chunk fits a narrow sum");
+        for (int i = 0; i < m; ++i) {
+            for (int p = 0; p < pairs; ++p) total[i][p] = splat2(w[i].bias);
+        }
         for (int c = 0; c < kChunks; ++c, low += row * low_bits, high += row) {
             Narrow2 sum[m][pairs];
             for (int i = 0; i < m; ++i) {
@@ -756,26 +773,18 @@ bool all_zero(const float * x, int n) {
 void values_packed(const ValueFormat & f, const uint8_t * record, const uint8_t * next, const float * weight, int n, float * acc, float *) {
     if (all_zero(weight, n * kPageCells)) return;
     const int groups = f.n_groups(), width = f.rotated() ? f.head_size : f.group;
-    // Scales and minima, group by group.
     float scale[kMaxHeadSize / 32][kPageCells], min[kMaxHeadSize / 32][kPageCells];
-    for (int part = 0; part < (f.rotated() ? 1 : 2); ++part) {
-        half h[kPageCells * kMaxHeadSize / 32];
-        float x[kPageCells * kMaxHeadSize / 32];
-        std::memcpy(h, record + (part ? f.offset_min() : f.offset_scale()), size_t(2) * kPageCells * groups);
-        from_half(h, x, kPageCells * groups);
-        for (int g = 0; g < groups; ++g) {
-            for (int t = 0; t < kPageCells; ++t) (part ? min : scale)[g][t] = x[t * groups + g];
-        }
-    }
+    read_by_group(record + f.offset_scale(), kPageCells, groups, scale[0]);
+    if (!f.rotated()) read_by_group(record + f.offset_min(), kPageCells, groups, min[0]);
     by_queries(n, [&](auto m, int first) {
         TokenWeights w[m];
         float * out = acc + size_t(first) * f.head_size;
         for (int g = 0; g < groups; ++g) {
-            for (int i = 0; i < m; ++i) {
-                fold_weights(weight + size_t(first + i) * kPageCells, scale[g], f.rotated() ? nullptr : min[g], f.bits, w[i]);
-            }
             const int end = (g + 1) * width < f.head_size ? (g + 1) * width : f.head_size;
             with_bits(f.bits, [&](auto bits) {
+                for (int i = 0; i < m; ++i) {
+                    fold_weights<wide_weights(bits)>(weight + size_t(first + i) * kPageCells, scale[g], f.rotated() ? nullptr : min[g], bits, w[i]);
+                }
                 int d = g * width;
                 for (; d + kPair * kValuePairs <= end; d += kPair * kValuePairs) {
                     if (first == 0) prefetch(next, f.record_bytes(), d / (kPair * kValuePairs), f.head_size / (kPair * kValuePairs));

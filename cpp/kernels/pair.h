@@ -18,8 +18,13 @@ inline F2 load2(const float * p) { return {load(p), load(p + 8)}; }
 inline F2 load_half2(const uint16_t * p) { return {load_half(p), load_half(p + 8)}; }
 inline void store(float * p, F2 x) { store(p, x.a), store(p + 8, x.b); }
 inline F2 splat2(float x) { return {splat(x), splat(x)}; }
+inline F2 join(F a, F b) { return {a, b}; }
+inline F2 twice(F x) { return {x, x}; }
+inline F2 quad(const float * p) { return {pair(p), pair(p + 2)}; }  // each of four numbers over four lanes
 inline F first(F2 x) { return x.a; }
+inline F second(F2 x) { return x.b; }
 inline F2 add(F2 x, F2 y) { return {add(x.a, y.a), add(x.b, y.b)}; }
+inline I2 add(I2 x, I2 y) { return {add(x.a, y.a), add(x.b, y.b)}; }
 inline F2 sub(F2 x, F2 y) { return {sub(x.a, y.a), sub(x.b, y.b)}; }
 inline F2 mul(F2 x, F2 y) { return {mul(x.a, y.a), mul(x.b, y.b)}; }
 inline F2 div(F2 x, F2 y) { return {div(x.a, y.a), div(x.b, y.b)}; }
@@ -31,6 +36,7 @@ inline F2 round(F2 x) { return {round(x.a), round(x.b)}; }
 inline F2 exp2_whole(F2 n) { return {exp2_whole(n.a), exp2_whole(n.b)}; }
 inline F2 zero_below(F2 x, F2 probe, F2 limit) { return {zero_below(x.a, probe.a, limit.a), zero_below(x.b, probe.b, limit.b)}; }
 inline F2 with_sign(F2 x, F2 sign) { return {with_sign(x.a, sign.a), with_sign(x.b, sign.b)}; }
+inline I2 to_int(F2 x) { return {to_int(x.a), to_int(x.b)}; }
 inline F2 to_float(I2 x) { return {to_float(x.a), to_float(x.b)}; }
 inline float sum(F2 x) { return sum(add(x.a, x.b)); }
 inline float highest(F2 x) { return highest(max(x.a, x.b)); }
@@ -47,6 +53,15 @@ inline B2 load_codes_beside(const uint8_t * low, size_t row, const uint8_t * hig
 
 using Weight = I;
 inline Weight weight_of(int32_t x) { return splat_int(x); }
+
+// Keys: one quad for four queries. Values: eight tokens each of two chunks; 32 tokens each of two chunks that follow each other.
+inline void store_narrow_weights(int32_t * w, I2 x) { store_narrow_weights(w, x.a, x.b); }
+inline void store_wide_weights(int32_t * w, I2 x) { store_wide_weights(w, x.a, x.b); }
+inline void store_wide_weights(int32_t * v, int32_t * w, I2 x) { store_wide_weights(v, x.a), store_wide_weights(w, x.b); }
+inline void store_narrow_weights(int32_t * w, I2 a, I2 b, I2 c, I2 d) {
+    store_narrow_weights(w, a.a, b.a, c.a, d.a);
+    store_narrow_weights(w + 8, a.b, b.b, c.b, d.b);
+}
 
 struct Narrow2 { Narrow a, b; };
 inline Narrow2 narrow_zero2() { return {narrow_zero(), narrow_zero()}; }

@@ -1,9 +1,14 @@
-// The primitives of body.h on AVX2 with FMA and F16C. Included by avx2.cpp only: its types stay in that file.
+// The primitives of body.h on AVX2 with FMA and F16C, and with VNNI where the compiler's flags allow it. Included by the avx2*.cpp and
+// avx512*.cpp only: its types stay in those files.
 //
 // A register is 32 bytes: eight floats (F), eight 32-bit integers (I) or 32 code bytes (B). Eight lanes is the unit of the page
-// format, so every instruction set offers these same shapes; a wider one may join two, a narrower one may split them.
+// format, so every instruction set offers these same shapes; a narrower one splits them.
 #pragma once
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC's own _mm512_undefined_ps
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include <cstddef>
@@ -172,7 +177,7 @@ inline I splat_int(int32_t x) { return _mm256_set1_epi32(x); }
 
 // Ends an expression: GCC would otherwise compute all products of a loop before it adds any, and spill the sums.
 inline __m256i settled(__m256i x) {
-    __asm__("" : "+x"(x));
+    __asm__("" : "+v"(x));
     return x;
 }
 
