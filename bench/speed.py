@@ -1,7 +1,7 @@
 """Speed of decoding and of reading a prompt at several depths of context, caches taking turns.
 
 All contexts live in one process.  In every round each cache decodes the same few tokens at the same depth and forgets them again; taking
-turns spreads the noise of a shared machine over all of them, and the median of the rounds is reported.
+turns spreads the noise of a shared machine over all of them, and the median of the rounds is reported.  Depth 0 is measured twice, first and last.
 
 The contexts are filled in chunks that attend only to themselves, which takes time by depth instead of by its square: llama.cpp skips what is
 masked.  What is measured afterwards attends to all of them.
@@ -206,9 +206,10 @@ def main(model, kv, depths, tokens, rounds, prefill, prefill_depth, prefill_roun
     result["read_bandwidth"] = read_bandwidth(threads)
     result |= {"caches": {}, "depths": [], "prefill": [], "fit": {}}
     stops = sorted({*depths, *prefill_depths})
+    taken: dict[int, dict[str, list[float]]] = {}
     with Progress(console=Console(stderr=True), transient=True) as bar:
         fill = bar.add_task("filling", total=stops[-1] * len(caches))
-        step = bar.add_task("measuring", total=len(depths) + len(prefill_depths))
+        step = bar.add_task("measuring", total=len(depths) + len(prefill_depths) + 1)
         for llm in contexts.values():
             clear(llm)
         for depth in stops:
@@ -221,7 +222,8 @@ def main(model, kv, depths, tokens, rounds, prefill, prefill_depth, prefill_roun
             if depth in depths:
                 batches = [[token] for token in text[depth : depth + tokens]]
                 measured = {}
-                for cache, seconds in measure_in_turns(contexts, batches, rounds).items():
+                taken[depth] = measure_in_turns(contexts, batches, rounds)
+                for cache, seconds in taken[depth].items():
                     measured[cache] = {
                         "seconds_per_token": spread([s / tokens for s in seconds]),
                         "bytes_read_per_token": bytes_in_use(statistics[cache], geometry, depth),
@@ -229,13 +231,21 @@ def main(model, kv, depths, tokens, rounds, prefill, prefill_depth, prefill_roun
                 result["depths"].append({"depth": depth, "caches": measured})
                 bar.advance(step)
             if depth in prefill_depths:
-                taken = measure_in_turns(contexts, [text[depth : depth + prefill]], prefill_rounds)
-                measured = {cache: {"seconds": spread(seconds)} for cache, seconds in taken.items()}
+                batch = measure_in_turns(contexts, [text[depth : depth + prefill]], prefill_rounds)
+                measured = {cache: {"seconds": spread(seconds)} for cache, seconds in batch.items()}
                 result["prefill"].append({"depth": depth, "tokens": prefill, "caches": measured})
                 bar.advance(step)
             result["caches"] = {cache: cache_statistics(llm) for cache, llm in contexts.items()}
             add_derived_figures(result)
             save_json(out, result)
+        # Attention is what a depth takes beyond depth 0, so a machine that has changed its pace meanwhile must not pass for attention.
+        for llm in contexts.values():
+            clear(llm)
+        for cache, seconds in measure_in_turns(contexts, [[token] for token in text[:tokens]], rounds).items():
+            result["depths"][0]["caches"][cache]["seconds_per_token"] = spread([s / tokens for s in taken[0][cache] + seconds])
+        bar.advance(step)
+        add_derived_figures(result)
+        save_json(out, result)
     print_tables(wide_console(), result)
     if plot:
         draw([result], plot)
