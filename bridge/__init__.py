@@ -24,6 +24,7 @@ from .errors import (
     VersionError,
 )
 from .library import llama
+from .page import Page
 from .settings import Kv
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ __all__ = [
     "Kv",
     "Llama",
     "ModelFileError",
+    "Page",
     "ProfileError",
     "SettingsError",
     "VersionError",

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ from .errors import (
 from .library import library_path, native
 from .memory import available_bytes, format_bytes
 from .model_file import ModelFile, open_model
-from .settings import Kv, KvLike, check_geometry, check_profile, least_bits, resolve_kv, stock_type
+from .page import Codec, Page
+from .settings import Kv, KvLike, check_geometry, least_bits, resolve_kv, stock_type, with_profile
 
 # What the backend was built and tested against. ggml's backend interface is not stable between releases, so a
 # version outside these is refused: a mismatch would crash instead of failing.
@@ -136,7 +138,8 @@ class _Backend:
         except (RuntimeError, ValueError) as e:
             raise VersionError(f"{_sentence(str(e))}") from None
 
-    def begin(self, kv: Kv, model: ModelFile | None) -> Any:
+    def begin(self, kv: Kv, model: ModelFile | None, codec: Codec | None = None) -> Any:
+        """A native session. With a codec only the window and the sinks of `kv` matter."""
         try:
             return self.native.begin(
                 preset=kv.preset,
@@ -144,6 +147,7 @@ class _Backend:
                 window=-1 if kv.window is None else kv.window,
                 sinks=-1 if kv.sinks is None else kv.sinks,
                 head_sizes=model.head_sizes if model is not None else None,
+                codec=None if codec is None else lambda *fields: codec(Page(*fields)),
             )
         except (RuntimeError, ValueError) as e:
             raise SettingsError(_sentence(str(e))) from None
@@ -236,7 +240,7 @@ class _Log:
             verbose = 0 < llama_logger.logger.level <= 10  # 0: llama-cpp-python has not set it yet
             # What a load says becomes the text of an exception; it need not be said twice.
             if verbose or not (self.quiet or getattr(self._thread, "loading", False)):
-                llama_logger.llama_log_callback(level, raw, None)
+                llama_logger.llama_log_callback(level, text.encode(), None)
         except Exception:  # noqa: BLE001 - nothing may escape into C
             pass
 
@@ -289,8 +293,16 @@ class Llama(llama_cpp.Llama):
 
     Args:
         model_path: path of a GGUF model.
-        kv: what the cache should be: a preset's name or alias, the path of a profile, a `bridge.Kv` or a mapping with its fields.
+        kv: what the cache should be: a preset's name or alias, the path of a profile, a `bridge.Kv` or a mapping with its fields. Where it names
+            neither preset nor profile: a profile that lies with the model (`model.mixkvq.gguf` beside `model.gguf`, or one embedded in it), else
+            the preset `balanced`.
         stock: instead of MixKVQ, one of llama.cpp's own cache types ("f16", "q8_0", "q4_0", ...), for comparison.
+        codec: takes the place of packing, to try another format: a function that gets a `bridge.Page` and returns (rows, bits): what its format would
+            read back, array-like of the shape of page.rows, and the bits that the whole page would take. Every page is handed over once when
+            MixKVQ would pack it (and again after it was written to or shifted), in the order of cells, in the thread that evaluates. The cache
+            then keeps the result in F16: it saves no memory, and `kv_stats` gives the bits that the codec counts. `kv` gives window and sinks
+            only. What the function raises ends the evaluation as a ContextError with that as its __cause__, and so do rows of another shape,
+            NaN, and bits that are not positive. The function cannot use the model that calls it.
         on_load: called with the share of the model that is loaded, 0.0 to 1.0.
         **kwargs: as for `llama_cpp.Llama`. n_gpu_layers, flash_attn and offload_kqv are set as the cache needs them, whatever is given;
             n_ctx is rounded up to a multiple of 256 cells (as llama.cpp does inside), and 0 means the model's training context.
@@ -312,8 +324,9 @@ class Llama(llama_cpp.Llama):
         self,
         model_path: str,
         *,
-        kv: KvLike = "balanced",
+        kv: KvLike = None,
         stock: str | None = None,
+        codec: Codec | None = None,
         on_load: Callable[[float], None] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -322,6 +335,8 @@ class Llama(llama_cpp.Llama):
         self._model_params: Any = None
         self._devices: Any = None
         self._stock_cache: list[str] = []
+        self.codec = codec
+        self._coding = False
         self.on_read: Callable[[int, int], None] | None = None
 
         for name in ("type_k", "type_v"):
@@ -329,6 +344,10 @@ class Llama(llama_cpp.Llama):
                 raise SettingsError(f"{name} does not go together with a MixKVQ cache; use stock='q8_0' or the like for llama.cpp's own cache types.")
         model_path = os.fspath(model_path)
         self._file = open_model(model_path)
+        if codec is not None and not callable(codec):
+            raise SettingsError(f"codec is a {type(codec).__name__}; give a function of a bridge.Page that returns rows and bits.")
+        if codec is not None and stock is not None:
+            raise SettingsError("stock turns MixKVQ off, so it does not go together with codec.")
         if kwargs.get("vocab_only"):
             stock = stock or "f16"  # no context, hence no cache
         self.stock = stock
@@ -341,8 +360,7 @@ class Llama(llama_cpp.Llama):
             _log.install()
         else:
             check_geometry(self._file)
-            if self.kv.profile is not None:
-                check_profile(self.kv.profile, self._file)
+            self.kv = with_profile(self.kv, self._file) if codec is None else Kv(window=self.kv.window, sinks=self.kv.sinks)
         kwargs["n_ctx"] = self._checked_context(kwargs)
 
         backend = _backend() if stock is None else None
@@ -361,7 +379,7 @@ class Llama(llama_cpp.Llama):
         with _load_lock:
             _log.begin()
             if backend is not None:
-                self._session = backend.begin(self.kv, self._file)
+                self._session = backend.begin(self.kv, self._file, _guarded(codec, self) if codec is not None else None)
             try:
                 super().__init__(model_path, **kwargs)
             except BaseException as e:
@@ -411,7 +429,7 @@ class Llama(llama_cpp.Llama):
         n_ctx = (n_ctx + CELLS - 1) // CELLS * CELLS
         if not kwargs.get("vocab_only"):
             n_ubatch = min(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512), n_ctx)
-            need = self._file.cache_elements(n_ctx, n_ubatch) * least_bits(self.kv, self.stock) / 8
+            need = self._file.cache_elements(n_ctx, n_ubatch) * (16.0 if self.codec is not None else least_bits(self.kv, self.stock)) / 8
             need += n_ctx * n_ubatch * 6  # the attention mask, as F32 and as F16
             _check_memory(n_ctx, need)
         return n_ctx
@@ -461,11 +479,27 @@ class Llama(llama_cpp.Llama):
             return reports.stock_stats(self.stock, self._stock_cache, self.n_tokens)
         if self._session is None:
             raise ContextError("The model is closed.")
-        return reports.mixkvq_stats(self.kv, self._session.stats(), self._session.layers())
+        return reports.mixkvq_stats(self.kv, self._session.stats(), self._session.layers(), self.codec)
 
     def kv_report(self) -> str:
         """The figures of `kv_stats` as a few lines of text."""
         return reports.format_report(self.kv_stats())
+
+    def query_statistics(self) -> dict[int, tuple[Any, Any]]:
+        """Mean |q_d| (the I_d of the paper, section 3.2) and mean q_d^2 of the queries so far, by layer.
+
+        Each is float32 [n_heads, D], over all query heads that read a key head; the last few thousand query vectors count, older ones fade.
+        Layers that are stored plainly or have not been read yet are left out. Raises ContextError after close() and on one of llama.cpp's own
+        caches.
+        """
+        if self._session is None:
+            raise ContextError("The model is closed." if self.stock is None else "llama.cpp's own cache counts no queries.")
+        found = {}
+        for i, layer in enumerate(self._session.layers()):
+            statistics = self._session.query_statistics(i)
+            if statistics is not None:
+                found[layer["layer"]] = statistics
+        return found
 
     def chat_tokens(self, messages: Sequence[Any], **kwargs: Any) -> list[int]:
         """The prompt that `create_chat_completion` would evaluate for these messages, as tokens."""
@@ -495,10 +529,17 @@ class Llama(llama_cpp.Llama):
             if not str(e).startswith("llama_decode returned"):
                 raise
             said = self._session.error() if self._session is not None else ""
-            raise ContextError(_sentence(said or f"llama.cpp failed to evaluate {len(tokens)} tokens ({e})")) from None
+            cause = self._session.codec_failure() if self._session is not None else None
+            if cause is not None and not isinstance(cause, Exception):
+                raise cause from None  # Ctrl-C in the codec
+            if cause is not None:
+                said = said.replace("it returned 1", type(cause).__name__ + (f": {cause}" if str(cause) else ""))
+            raise ContextError(_sentence(said or f"llama.cpp failed to evaluate {len(tokens)} tokens ({e})")) from cause
 
     def close(self) -> None:
         """Free the context and the model; safe to call twice and after a failed construction."""
+        if getattr(self, "_coding", False):
+            raise ContextError(_BUSY)
         stack = getattr(self, "_stack", None)
         if stack is not None:
             stack.close()
@@ -512,7 +553,37 @@ class Llama(llama_cpp.Llama):
             state["stock"] = self.stock
         else:
             state["kv"] = self.kv
+        if self.codec is not None:
+            state["codec"] = self.codec
         return state
+
+
+_BUSY = "The codec cannot use the model that is evaluating: it only gets the page."
+
+
+class _Busy:
+    """Stands in for the context while a codec runs: llama.cpp is in the middle of an evaluation and must not be called."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ContextError(_BUSY)
+
+
+def _guarded(codec: Codec, llama: Llama) -> Codec:
+    model = weakref.ref(llama)  # the model's session holds the codec: no circle
+
+    def call(page: Page) -> tuple[Any, float]:
+        llama = model()
+        context = getattr(llama, "_ctx", None)
+        if llama is None or context is None:
+            return codec(page)
+        busy: Any = _Busy()
+        llama._ctx, llama._coding = busy, True
+        try:
+            return codec(page)
+        finally:
+            llama._ctx, llama._coding = context, False
+
+    return call
 
 
 def _asks_for_something(kv: KvLike) -> bool:
@@ -609,7 +680,7 @@ class Attachment:
 _attached = threading.local()
 
 
-def attach(kv: KvLike = "balanced", *, model: str | None = None) -> Attachment:
+def attach(kv: KvLike = None, *, model: str | None = None) -> Attachment:
     """Give MixKVQ caches to the contexts that this thread creates from now on, by whatever code.
 
         with bridge.attach("balanced") as cache:
@@ -620,7 +691,7 @@ def attach(kv: KvLike = "balanced", *, model: str | None = None) -> Attachment:
     transposed, one element at a time; they are then kept plainly in F16, and the report says so. Where the process has a discrete GPU,
     llama.cpp prefers it over our device: use `bridge.Llama` there.
 
-    model: path of the model, if it is known here; then a profile is checked against it.
+    model: path of the model, if it is known here; then a profile is checked against it, and one that lies with the model is found.
 
     Raises SettingsError, ProfileError, ModelFileError, VersionError.
     """
@@ -628,8 +699,7 @@ def attach(kv: KvLike = "balanced", *, model: str | None = None) -> Attachment:
     file = open_model(model) if model is not None else None
     if file is not None:
         check_geometry(file)
-        if settings.profile is not None:
-            check_profile(settings.profile, file)
+        settings = with_profile(settings, file)
     if getattr(_attached, "current", None) is not None:
         raise SettingsError("This thread is attached already; call detach() first.")
     attachment = Attachment(_backend().begin(settings, file), settings)

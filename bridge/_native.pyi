@@ -4,7 +4,7 @@ Arrays are NumPy arrays of exactly the named type; a wrong type, shape or number
 A page has 128 cells; D and Dv are the key and value head sizes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TypedDict, final, type_check_only
 
@@ -131,7 +131,14 @@ class Session:
         """The fields of mixkvq_layer_stats, one dict per cache tensor."""
 
     def error(self) -> str:
-        """What a failed allocation said, "" if nothing failed."""
+        """What a failed allocation or codec said, "" if nothing failed."""
+
+    def codec_failure(self) -> BaseException | None:
+        """What the last call of the codec raised, or what is wrong with its result; None if it went well or there is no codec."""
+
+    def query_statistics(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Mean |q_d| and mean q_d^2, each [n_heads, D], of the queries that read cache tensor `index` (as in layers()); None if it is not the
+        keys of a packed layer, or no query has read it yet."""
 
     def __enter__(self) -> Session: ...
     def __exit__(
@@ -154,5 +161,11 @@ class Backend:
         window: int = -1,
         sinks: int = -1,
         head_sizes: Sequence[tuple[int, int]] | None = None,
+        codec: Callable[..., tuple[Any, float]] | None = None,
     ) -> Session:
-        """Makes these the settings of the contexts that this thread creates until end(); ValueError with the backend's reason."""
+        """Makes these the settings of the contexts that this thread creates until end(); ValueError with the backend's reason.
+
+        codec: takes the place of packing (see mixkvq_codec), called in the thread that decodes with layer, is_value, stream, first_cell,
+        rows float32 [n_heads, 128, D], valid bool [128], q_abs and q_sqr (float32 [n_heads, D], None for values); returns (rows, bits).
+        Forgotten when the Session goes.
+        """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +11,19 @@ from .memory import format_bytes
 from .settings import STOCK_TYPES, Kv
 
 
-def mixkvq_stats(kv: Kv, stats: dict[str, Any], layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def mixkvq_stats(kv: Kv, stats: dict[str, Any], layers: Sequence[dict[str, Any]], codec: Any = None) -> dict[str, Any]:
     """The backend's statistics with what a reader wants to know beside them.
 
-    Added: cache ("mixkvq"), preset or profile, times_smaller (F16 bytes over bytes), plain_layers (a list of name and reason).
+    Added: cache ("mixkvq", or "codec" and codec, its name), preset or profile, found (where a profile lies that nobody asked for),
+    times_smaller (F16 bytes over bytes; with a codec by the bits that it counts), plain_layers (a list of name and reason).
     """
-    result: dict[str, Any] = {"cache": "mixkvq", "preset": None if kv.profile else kv.describe(), "profile": kv.profile}
+    result: dict[str, Any] = {"cache": "mixkvq", "preset": None if kv.profile else kv.describe(), "profile": kv.profile, "found": kv.found}
     result.update(stats)
     result["times_smaller"] = stats["bytes_f16"] / stats["bytes"] if stats["bytes"] else 0.0
+    if codec is not None:
+        name = getattr(codec, "name", None) or getattr(codec, "__qualname__", None) or type(codec).__name__
+        result.update(cache="codec", codec=str(name), preset=None)
+        result["times_smaller"] = 16 / stats["total_bits"] if stats["total_bits"] else 0.0
     result["plain_layers"] = [{"name": layer["name"], "reason": layer["reason"]} for layer in layers if layer["kind"] == "plain"]
     return result
 
@@ -57,7 +63,11 @@ def title(stats: dict[str, Any]) -> str:
     """What kind of cache it is, in a few words."""
     if stats["cache"] == "stock":
         return f"llama.cpp {stats['type']}"
-    return f"MixKVQ {stats['profile'] or stats['preset']}"
+    if stats["cache"] == "codec":
+        return f"codec {stats['codec']}, its pages kept in F16"
+    if not stats["profile"]:
+        return f"MixKVQ {stats['preset']}"
+    return f"MixKVQ profile {os.path.basename(stats['profile'])}" + (f" (found {stats['found']})" if stats["found"] else "")
 
 
 def rows(stats: dict[str, Any]) -> list[tuple[str, str]]:

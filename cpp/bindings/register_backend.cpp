@@ -1,7 +1,9 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
+#include <unordered_map>
 
 #include "mixkvq/backend_api.h"
 #include "register.h"
@@ -10,13 +12,81 @@ namespace mixkvq::bindings {
 
 namespace {
 
+// A codec that is a Python function, and what its last call raised.
+struct Codec {
+    py::object function, failure = py::none();
+};
+
+// Codecs by number, which is what the backend gets to know: a cache that outlives its session then finds no codec instead of freed memory.
+// Guarded by the GIL; never destroyed, because the interpreter may be gone before this library is.
+std::unordered_map<uintptr_t, std::shared_ptr<Codec>> & codecs() {
+    static auto * const map = new std::unordered_map<uintptr_t, std::shared_ptr<Codec>>;
+    return *map;
+}
+
+py::array read_only(const float * data, std::vector<py::ssize_t> shape) {
+    py::array_t<float> copy(std::move(shape), data);  // a copy: the function may keep it
+    copy.attr("setflags")(py::arg("write") = false);
+    return copy;
+}
+
+void run_codec(const py::object & function, const mixkvq_page & page, float * rows, double & bits) {
+    const py::ssize_t heads = page.n_heads, d = page.head_size;
+    py::array_t<bool> valid(128);
+    for (int t = 0; t < 128; ++t) valid.mutable_at(t) = page.valid[t / 64] >> t % 64 & 1;
+    valid.attr("setflags")(py::arg("write") = false);
+    const py::object q_abs = page.q_abs ? py::object(read_only(page.q_abs, {heads, d})) : py::none();
+    const py::object q_sqr = page.q_sqr ? py::object(read_only(page.q_sqr, {heads, d})) : py::none();
+    const py::object result =
+        function(page.layer, page.is_value != 0, page.stream, page.first_cell, read_only(page.rows, {heads, 128, d}), valid, q_abs, q_sqr);
+    if (!py::isinstance<py::tuple>(result) || py::len(result) != 2) {
+        throw py::type_error("a codec returns rows and bits, not " + std::string(py::str(py::type::of(result).attr("__name__"))));
+    }
+    const py::tuple pair = result;
+    // By NumPy itself, whose own errors say what cannot be an array of numbers.
+    const py::array array = py::module_::import("numpy").attr("asarray")(pair[0], py::arg("dtype") = "float32", py::arg("order") = "C");
+    const py::array checked_rows = checked(array, "rows", "float32", {heads, 128, d});
+    const py::object number = pair[1];
+    bits = PyFloat_AsDouble(number.ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+    const float * data = static_cast<const float *>(checked_rows.data());
+    std::copy(data, data + checked_rows.size(), rows);
+}
+
+// What the backend calls, in the thread that decodes. Nothing may leave it but a number.
+int call_codec(void * user, const mixkvq_page * page, float * rows, double * bits) noexcept {
+    if (!Py_IsInitialized()) return 1;
+    const py::gil_scoped_acquire gil;
+    try {
+        const auto found = codecs().find(reinterpret_cast<uintptr_t>(user));
+        if (found == codecs().end()) return 1;
+        const std::shared_ptr<Codec> codec = found->second;  // lives through the call, whatever the function does
+        codec->failure = py::none();
+        try {
+            run_codec(codec->function, *page, rows, *bits);
+            return 0;
+        } catch (py::error_already_set & e) {
+            codec->failure = e.value();
+            if (e.trace()) PyException_SetTraceback(e.value().ptr(), e.trace().ptr());
+        } catch (const py::type_error & e) {
+            codec->failure = py::module_::import("builtins").attr("TypeError")(e.what());
+        } catch (const std::exception & e) {
+            codec->failure = py::module_::import("builtins").attr("ValueError")(e.what());
+        }
+    } catch (...) {
+        PyErr_Clear();
+    }
+    return 1;
+}
+
 // The handle of one session. The caches live on without it.
 class Session {
   public:
-    Session(const mixkvq_backend_api * api, mixkvq_session * session) : api_(api), session_(session) {}
+    Session(const mixkvq_backend_api * api, mixkvq_session * session, uintptr_t codec) : api_(api), session_(session), codec_(codec) {}
     ~Session() {
         end();
         api_->release(session_);
+        codecs().erase(codec_);
     }
     Session(const Session &) = delete;
     Session & operator=(const Session &) = delete;
@@ -30,6 +100,11 @@ class Session {
     std::string error() const {
         const char * text = api_->error(session_);
         return text ? text : "";
+    }
+
+    py::object codec_failure() const {
+        const auto found = codecs().find(codec_);
+        return found == codecs().end() ? py::none() : found->second->failure;
     }
 
     py::dict stats() const {
@@ -71,6 +146,7 @@ class Session {
             d["name"] = s.name ? s.name : "";
             d["kind"] = s.kind ? s.kind : "";
             d["reason"] = s.reason ? s.reason : "";
+            d["layer"] = s.layer;
             d["is_value"] = s.is_value != 0;
             d["head_size"] = s.head_size;
             d["n_heads"] = s.n_heads;
@@ -89,6 +165,15 @@ class Session {
         return list;
     }
 
+    py::object query_statistics(int index) const {
+        mixkvq_layer_stats s{};
+        if (index < 0 || api_->layer_stats(session_, index, &s) != 0) throw py::index_error("there is no cache tensor " + std::to_string(index));
+        if (s.n_heads <= 0 || s.head_size <= 0) return py::none();
+        py::array_t<float> mean_abs({s.n_heads, s.head_size}), mean_sqr({s.n_heads, s.head_size});
+        if (api_->query_statistics(session_, index, mean_abs.mutable_data(), mean_sqr.mutable_data()) != 0) return py::none();
+        return py::make_tuple(mean_abs, mean_sqr);
+    }
+
   private:
     std::string said(const std::string & otherwise) const {
         const std::string text = error();
@@ -97,6 +182,7 @@ class Session {
 
     const mixkvq_backend_api * api_;
     mixkvq_session *           session_;
+    uintptr_t                  codec_;
     bool                       open_ = true;
 };
 
@@ -111,7 +197,7 @@ class Backend {
     }
 
     std::unique_ptr<Session> begin(const std::optional<std::string> & preset, const std::optional<std::string> & profile, int window, int sinks,
-                                   const std::optional<std::vector<std::pair<int32_t, int32_t>>> & head_sizes) const {
+                                   const std::optional<std::vector<std::pair<int32_t, int32_t>>> & head_sizes, const py::object & codec) const {
         std::vector<int32_t> k, v;
         if (head_sizes) {
             for (const auto & [key_size, value_size] : *head_sizes) {
@@ -127,12 +213,24 @@ class Backend {
         settings.n_layers = int(k.size());
         settings.head_size_k = k.data();
         settings.head_size_v = v.data();
+        uintptr_t number = 0;
+        if (!codec.is_none()) {
+            static uintptr_t last = 0;
+            number = ++last;
+            settings.codec = call_codec;
+            settings.codec_user = reinterpret_cast<void *>(number);
+        }
         mixkvq_session * session = api_->begin(&settings);
         if (!session) {
             const char * error = api_->error(nullptr);
             throw py::value_error(error && *error ? error : "the backend refused these settings without a reason");
         }
-        return std::make_unique<Session>(api_, session);
+        auto handle = std::make_unique<Session>(api_, session, number);
+        if (number) {
+            codecs()[number] = std::make_shared<Codec>();
+            codecs()[number]->function = codec;
+        }
+        return handle;
     }
 
   private:
@@ -149,13 +247,15 @@ void register_backend(py::module_ & m) {
         .def("stats", &Session::stats)
         .def("layers", &Session::layers)
         .def("error", &Session::error)
+        .def("codec_failure", &Session::codec_failure)
+        .def("query_statistics", &Session::query_statistics, arg("index"))
         .def("__enter__", [](py::object self) { return self; })
         .def("__exit__", [](Session & s, const py::args &) { s.end(); });
 
     py::class_<Backend>(m, "Backend")
         .def(py::init<uintptr_t>(), arg("address"))
         .def("begin", &Backend::begin, arg("preset") = py::none(), arg("profile") = py::none(), arg("window") = -1, arg("sinks") = -1,
-             arg("head_sizes") = py::none());
+             arg("head_sizes") = py::none(), arg("codec") = py::none());
 }
 
 }  // namespace mixkvq::bindings

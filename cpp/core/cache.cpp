@@ -45,7 +45,8 @@ template <class Format> void PageStore::lay_out(const std::vector<Format> & form
     }
     const size_t home_bytes = size_t(shape_.home_pages()) * shape_.n_streams * shape_.page_bytes();
     const size_t n = std::min((memory_bytes_ - home_bytes) / records_bytes_, size_t(shape_.record_pages()) * shape_.n_streams);
-    for (size_t i = n; i-- > 0;) free_records_.push_back(memory_ + home_bytes + i * records_bytes_);
+    for (size_t i = n; i-- > 0 && !codec_;) free_records_.push_back(memory_ + home_bytes + i * records_bytes_);
+    if (codec_) records_bytes_ = 0;
     configured_ = true;
 }
 
@@ -54,6 +55,7 @@ void PageStore::set_formats(std::vector<KeyFormat> formats, std::vector<float> q
     lay_out(keys_);
     q_prior_ = std::move(query_prior);
     q_sum_.assign(size_t(n_heads_) * head_size_, 0.0f);
+    q_sqr_ = q_sum_;
 }
 
 void PageStore::set_formats(std::vector<ValueFormat> formats) {
@@ -63,7 +65,14 @@ void PageStore::set_formats(std::vector<ValueFormat> formats) {
 
 half * PageStore::stage(int stream, int p) {
     Page & page = at(stream, p);
-    if (page.rows) return page.rows;
+    if (page.rows) {
+        if (page.coded) {
+            page.coded = 0;
+            --n_packed_;
+            recent(stream, p);
+        }
+        return page.rows;
+    }
     if (free_home_.empty()) {
         page.rows = static_cast<half *>(pool_.get(shape_.page_bytes()));
     } else {
@@ -75,9 +84,13 @@ half * PageStore::stage(int stream, int p) {
         unpack(page, page.rows);
         drop_records(page);
     }
+    recent(stream, p);
+    return page.rows;
+}
+
+void PageStore::recent(int stream, int p) {
     half_pages_[stream].push_back(p);
     ++n_half_;
-    return page.rows;
 }
 
 void PageStore::drop_rows(Page & page, int stream, int p) {
@@ -87,6 +100,15 @@ void PageStore::drop_rows(Page & page, int stream, int p) {
         pool_.put(page.rows, shape_.page_bytes());
     }
     page.rows = nullptr;
+    if (page.coded) {
+        page.coded = 0;
+        --n_packed_;
+    } else {
+        forget(stream, p);
+    }
+}
+
+void PageStore::forget(int stream, int p) {
     auto & list = half_pages_[stream];
     list.erase(std::find(list.begin(), list.end(), p));
     --n_half_;
@@ -108,7 +130,40 @@ void PageStore::unpack(const Page & page, half * rows) const {
     }
 }
 
-void PageStore::pack(const std::vector<Place> & places, int n_threads) {
+// The page in F32 to the codec and its answer back in place.
+bool PageStore::code(Place place) {
+    Page & page = at(place.stream, place.page);
+    const size_t n = size_t(kPageCells) * shape_.row, n_queries = q_sum_.size();
+    codec_rows_.resize(2 * n + 2 * n_queries);
+    float * rows = codec_rows_.data();
+    float * result = rows + n;
+    float * q_abs = shape_.is_value ? nullptr : result + n;
+    float * q_sqr = shape_.is_value ? nullptr : q_abs + n_queries;
+    auto each_cell = [&](auto && f) {  // its place in a head of the page, and in the store's rows
+        for (int h = 0; h < n_heads_; ++h) {
+            for (int t = 0; t < kPageCells; ++t) f(t, (size_t(h) * kPageCells + t) * head_size_, page.rows + size_t(t) * shape_.row + h * head_size_);
+        }
+    };
+    std::fill(rows, result + n, 0.0f);
+    each_cell([&](int t, size_t at, const half * row) {
+        if (page.valid.test(t)) k_.from_half(row, rows + at, head_size_);
+    });
+    if (!shape_.is_value) query_statistics(q_abs, q_sqr);
+    double bits = 0;
+    if (!codec_({place.stream, place.page * kPageCells, page.valid, rows, q_abs, q_sqr}, result, bits)) return false;
+    each_cell([&](int t, size_t at, half * row) {
+        if (page.valid.test(t)) k_.to_half(result + at, row, head_size_);
+    });
+    forget(place.stream, place.page);
+    page.coded = 1;
+    ++n_packed_;
+    ++packed_ever_;
+    coded_bits_ += bits;
+    return true;
+}
+
+bool PageStore::pack(const std::vector<Place> & places, int n_threads) {
+    if (codec_) return std::all_of(places.begin(), places.end(), [&](Place place) { return code(place); });
     if (!shape_.is_value) read_importance(importance_);
     for (const Place & place : places) {
         Page & page = at(place.stream, place.page);
@@ -130,10 +185,11 @@ void PageStore::pack(const std::vector<Place> & places, int n_threads) {
     for (const Place & place : places) drop_rows(at(place.stream, place.page), place.stream, place.page);
     n_packed_ += int(places.size());
     packed_ever_ += places.size();
+    return true;
 }
 
-void PageStore::settle(int n_threads) {
-    if (!configured_) return;
+bool PageStore::settle(int n_threads) {
+    if (!configured_) return true;
     ready_.clear();
     for (int s = 0; s < shape_.n_streams; ++s) {
         int staying = 0;
@@ -155,10 +211,14 @@ void PageStore::settle(int n_threads) {
             waiting_.resize(std::min<size_t>(waiting_.size(), over));
             ready_.insert(ready_.end(), waiting_.begin(), waiting_.end());
         }
-        if (ready_.size() > free_records_.size()) ready_.resize(free_records_.size());
+        if (!codec_ && ready_.size() > free_records_.size()) ready_.resize(free_records_.size());
     }
-    if (!ready_.empty()) pack(ready_, n_threads);
+    if (codec_) {
+        std::sort(ready_.begin(), ready_.end(), [](Place a, Place b) { return a.stream != b.stream ? a.stream < b.stream : a.page < b.page; });
+    }
+    const bool taken = ready_.empty() || pack(ready_, n_threads);
     come_home();
+    return taken;
 }
 
 // Moves F16 pages from the shared scratch to the store's own memory, as far as packing has made room there: the scratch is for one layer at a time.
@@ -245,8 +305,10 @@ void PageStore::read(int stream, int cell, int n, half * rows) const {
 
 void PageStore::observe(int head, const float * q, size_t stride, int n) {
     float * sum = q_sum_.data() + size_t(head) * head_size_;
+    float * sqr = q_sqr_.data() + size_t(head) * head_size_;
     for (int i = 0; i < n; ++i, q += stride) {
         for (int d = 0; d < head_size_; ++d) sum[d] += std::fabs(q[d]);
+        for (int d = 0; d < head_size_; ++d) sqr[d] += q[d] * q[d];
     }
     if (head == 0) q_pending_ += n;
 }
@@ -257,7 +319,17 @@ void PageStore::end_observation() {
     while (q_count_ > 2 * kQueryMemory) {
         q_count_ *= 0.5;
         for (float & x : q_sum_) x *= 0.5f;
+        for (float & x : q_sqr_) x *= 0.5f;
     }
+}
+
+bool PageStore::query_statistics(float * mean_abs, float * mean_sqr) const {
+    const bool any = q_count_ > 0;
+    for (size_t i = 0; i < q_sum_.size(); ++i) {
+        mean_abs[i] = any ? float(q_sum_[i] / q_count_) : 1.0f;
+        mean_sqr[i] = any ? float(q_sqr_[i] / q_count_) : 1.0f;
+    }
+    return any;
 }
 
 void PageStore::read_importance(std::vector<float> & mean) const {
@@ -296,6 +368,11 @@ void PageStore::copy_stream(const PageStore & other, int from, int to) {
             } else {
                 std::memcpy(rows, source.rows, shape_.page_bytes());
             }
+            if (source.coded) {
+                forget(to, p);
+                page.coded = 1;
+                ++n_packed_;
+            }
         }
         page.valid = source.valid;
         page.written = source.written;
@@ -320,6 +397,6 @@ void PageStore::clear() {
     std::sort(free_records_.rbegin(), free_records_.rend());
 }
 
-size_t PageStore::bytes_used() const { return n_half_ * shape_.page_bytes() + n_packed_ * records_bytes_; }
+size_t PageStore::bytes_used() const { return n_half_ * shape_.page_bytes() + n_packed_ * (codec_ ? shape_.page_bytes() : records_bytes_); }
 
 }  // namespace mixkvq

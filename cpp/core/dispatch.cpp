@@ -141,4 +141,18 @@ Isa select_isa(std::string & error) {
     return Isa::scalar;
 }
 
+const char * no_vector_kernels() {
+    bool built = false;
+    for (Isa isa : kIsas) {
+        if (isa != Isa::scalar && isa_supported(isa)) return nullptr;
+        built |= isa != Isa::scalar && isa_built(isa);
+    }
+    if (built) return "this processor has neither AVX2 (with FMA and F16C) nor NEON, so the plain C++ kernels are used: attention is several times slower";
+#if defined(__x86_64__) || defined(_M_X64) || defined(__aarch64__) || defined(_M_ARM64)
+    return "this library was built without vector kernels (GCC and Clang make them), so the plain C++ ones are used: attention is several times slower";
+#else
+    return "there are no vector kernels for this kind of processor, so the plain C++ ones are used: attention is several times slower";
+#endif
+}
+
 }  // namespace mixkvq

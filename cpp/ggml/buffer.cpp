@@ -62,7 +62,8 @@ size_t records_for(const Settings & s, int layer, int row, int head_size, bool i
 // first read, and the largest answer that a usual head size gives is reserved.
 size_t records_per_page(const Settings & s, int layer, int row, bool is_value, std::string & error) {
     if (s.profile) {
-        const bool known = layer < int(s.profile->layers.size()) && !s.profile->layers[layer].keys.empty();
+        const bool known = layer < int(s.profile->layers.size());
+        if (known && s.profile->layers[layer].keys.empty()) return 0;  // it stays F16
         const int n_heads = known ? int(s.profile->layers[layer].keys.size()) : 0;
         if (!known || row % n_heads) {
             error = "the profile " + s.profile->path + " is for another model: layer " + std::to_string(layer) + " does not fit it";
@@ -214,7 +215,7 @@ void CacheTensor::write(size_t offset, const void * data, size_t size, int n_thr
         if (bytes < rows.size()) store->read(stream, first, n, reinterpret_cast<half *>(rows.data()));
         std::memcpy(rows.data() + skip, in, bytes);
         store->write(stream, first, n, reinterpret_cast<const half *>(rows.data()), store->shape().row);
-        store->settle(n_threads);
+        store->settle(n_threads);  // a page that the codec refuses fails the next decode, which tries it again
         in += bytes, offset += bytes, size -= bytes;
     }
     owner->pool.trim();
@@ -274,6 +275,7 @@ ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
         auto * memory = static_cast<uint8_t *>(t->data);
         const size_t bytes = std::min(ggml_backend_buft_get_alloc_size(cpu_buffer_type(), t), buffer.region.size() - size_t(memory - buffer.region.data()));
         cache->store = std::make_unique<PageStore>(shape_of(t, is_value, buffer.session->settings), kernels(), memory, bytes, buffer.pool);
+        if (buffer.session->settings.codec) cache->store->set_codec(codec_of(*buffer.session, layer, is_value, *cache->store));
         if (t->type != GGML_TYPE_F16) {
             cache->mode = CacheTensor::Mode::plain;
             cache->plain_data = memory;
@@ -411,7 +413,8 @@ size_t get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * t) {
     if (!is_cache_tensor(t, layer, is_value) || t->type != GGML_TYPE_F16) return ggml_nbytes(t);
     const Settings & s = current_session()->settings;
     std::string error;
-    const size_t records = records_per_page(s, layer, int(t->ne[0]), is_value, error);
+    // A codec's pages stay F16, in the scratch pool where the home pages do not hold them.
+    const size_t records = s.codec ? 0 : records_per_page(s, layer, int(t->ne[0]), is_value, error);
     if (!error.empty()) pending_error = error;
     return reserve_bytes(shape_of(t, is_value, s), records);
 }

@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #endif
 
+#include <cstdlib>
 #include <new>
 
 #include "glue.h"
@@ -98,6 +99,9 @@ const Kernels & kernels() { return *table; }
 
 bool init_kernels(std::string & error) {
     table = kernels_for(select_isa(error));
+    const char * wanted = std::getenv("MIXKVQ_ISA");
+    const char * slow = wanted && *wanted ? nullptr : no_vector_kernels();
+    if (slow) warn_once(slow);
     return error.empty() && table;
 }
 

@@ -22,6 +22,8 @@ struct Settings {
     std::shared_ptr<const Profile> profile;
     int window = 128, sinks = 128;
     std::vector<std::pair<int, int>> head_sizes;  // by layer: keys, values; empty if not known
+    mixkvq_codec codec = nullptr;                 // in place of the formats of preset and profile
+    void * codec_user = nullptr;
 };
 
 // From MIXKVQ_PRESET, MIXKVQ_PROFILE, MIXKVQ_WINDOW and MIXKVQ_SINKS. False: `error` says what is wrong with them.
@@ -46,8 +48,12 @@ struct Session {
     std::mutex mutex;
     std::vector<std::weak_ptr<Buffer>> buffers;
     std::string error;
+    bool codec_failed = false;  // the error is one of the codec, and the next page it takes ends it
     std::atomic<int> n_threads{1};
 };
+
+// The codec of a session as the store of a layer calls it: checks what it returns, and leaves a sentence in the session.
+PageCodec codec_of(Session & session, int layer, bool is_value, const PageStore & store);
 
 // The session of this thread: the one between begin and end, else the process's, which follows the environment.
 std::shared_ptr<Session> current_session();

@@ -64,7 +64,7 @@ ggml_status write_rows(BackendContext & backend, CacheTensor & t, const ggml_ten
     const ggml_tensor * rows = op->src[0];
     const int n_cells = t.store->shape().n_cells;
     const int64_t n_all = int64_t(n_cells) * t.store->shape().n_streams;
-    t.store->settle(backend.n_threads);  // normally nothing: the attention of the last batch did it
+    if (!t.store->settle(backend.n_threads)) return GGML_STATUS_FAILED;  // normally nothing to do: the attention of the last batch did it
     for (int64_t i = 0; i < rows->ne[1]; ++i) {
         const int64_t cell = index_at(op->src[1], i);
         if (cell < 0 || cell >= n_all) return GGML_STATUS_FAILED;
@@ -122,11 +122,12 @@ void attend(BackendContext & backend, CacheTensor & k, CacheTensor & v, ggml_ten
 }
 
 // After the attention of a batch its older pages can go, and the scratch that a long batch borrowed goes back to the system: next to the
-// batch itself that costs nothing, and what stays allocated is what the cache needs.
-void settle_after(BackendContext & backend, CacheTensor * t) {
-    if (!t || t->mode != CacheTensor::Mode::packed) return;
-    t->store->settle(backend.n_threads);
+// batch itself that costs nothing, and what stays allocated is what the cache needs. False: a codec failed.
+bool settle_after(BackendContext & backend, CacheTensor * t) {
+    if (!t || t->mode != CacheTensor::Mode::packed) return true;
+    const bool taken = t->store->settle(backend.n_threads);
     t->owner->pool.trim();
+    return taken;
 }
 
 // ---- anything else: the inner backend on F16 copies ----
@@ -269,9 +270,8 @@ ggml_status compute(BackendContext & backend, ggml_tensor * op) {
             }
             status = run_on_copies(backend, op);
         }
-        settle_after(backend, k);
-        settle_after(backend, v);
-        return status;
+        const bool taken = settle_after(backend, k) && settle_after(backend, v);
+        return taken ? status : GGML_STATUS_FAILED;
     }
     if (to && op->op == GGML_OP_ROPE && is_shift(*to, op)) return shift(backend, *to, op);
     return run_on_copies(backend, op);

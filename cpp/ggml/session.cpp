@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <new>
 
 #include "glue.h"
@@ -28,6 +29,7 @@ std::vector<std::shared_ptr<Buffer>> buffers_of(Session & session) {
 }
 
 double body_bits_of(const CacheTensor & t) {
+    if (t.store->has_codec()) return t.store->codec_bits();
     return 8.0 * t.store->records_per_page() / (double(kPageCells) * t.store->shape().row);
 }
 
@@ -40,7 +42,7 @@ mixkvq_session * begin(const mixkvq_settings * settings) {
     last_error.clear();
     try {
         auto session = std::make_shared<Session>();
-        const mixkvq_settings defaults = {nullptr, nullptr, -1, -1, 0, nullptr, nullptr};
+        const mixkvq_settings defaults = {nullptr, nullptr, -1, -1, 0, nullptr, nullptr, nullptr, nullptr};
         if (!settings_from_api(settings ? *settings : defaults, session->settings, last_error)) return nullptr;
         auto * handle = new mixkvq_session{session, thread_session};
         thread_session = session;
@@ -64,6 +66,7 @@ int stats(mixkvq_session * handle, mixkvq_stats * out) {
     *out = mixkvq_stats{};
     const auto buffers = buffers_of(*handle->session);
     double packed_bits = 0, packed_elements = 0;
+    double simulated = 0;  // what a codec's pages would take, less the scratch that they are in
     uint64_t peak_extra = 0;
     for (const auto & buffer : buffers) {
         uint64_t tables = 0;
@@ -83,10 +86,13 @@ int stats(mixkvq_session * handle, mixkvq_stats * out) {
                 out->bytes_used += t->store->bytes_used();
             }
             if (t->mode == CacheTensor::Mode::packed) {
-                packed_bits += body_bits_of(*t) * elements;
-                packed_elements += elements;
+                const double bits = body_bits_of(*t);
+                packed_bits += bits * elements;
+                packed_elements += bits > 0 ? elements : 0;
+                if (t->store->has_codec()) simulated += (bits > 0 ? bits : 16) / 8 * shape.row * kPageCells * shape.record_pages() * shape.n_streams;
             }
         }
+        if (handle->session->settings.codec) simulated -= double(buffer->pool.bytes());
         for (const auto & d : buffer->direct) out->bytes += d.second;
         out->bytes += tables + buffer->pool.bytes();
         peak_extra += buffer->pool.bytes_peak() - buffer->pool.bytes();
@@ -94,7 +100,7 @@ int stats(mixkvq_session * handle, mixkvq_stats * out) {
     if (buffers.empty()) return -1;
     out->bytes_peak = out->bytes + peak_extra;
     out->body_bits = packed_elements > 0 ? packed_bits / packed_elements : 0;
-    out->total_bits = out->elements ? 8.0 * double(out->bytes) / double(out->elements) : 0;
+    out->total_bits = out->elements ? 8.0 * (double(out->bytes) + simulated) / double(out->elements) : 0;
     out->n_threads = handle->session->n_threads;
     out->isa = isa_name(kernels().isa);
     return 0;
@@ -116,8 +122,10 @@ int layer_stats(mixkvq_session * handle, int index, mixkvq_layer_stats * out) {
         const StoreShape & shape = t.store->shape();
         *out = mixkvq_layer_stats{};
         out->name = t.name.c_str();
-        out->kind = t.mode == CacheTensor::Mode::packed ? "packed" : t.mode == CacheTensor::Mode::plain ? "plain" : "unused";
+        const bool coded = t.store->has_codec();
+        out->kind = t.mode == CacheTensor::Mode::plain ? "plain" : t.mode == CacheTensor::Mode::undecided ? "unused" : coded ? "codec" : "packed";
         out->reason = t.reason.c_str();
+        out->layer = t.layer;
         out->is_value = t.is_value;
         out->head_size = t.head_size;
         out->n_heads = t.n_heads;
@@ -125,7 +133,9 @@ int layer_stats(mixkvq_session * handle, int index, mixkvq_layer_stats * out) {
         out->n_streams = shape.n_streams;
         out->bytes = bytes_of(t);
         if (t.mode == CacheTensor::Mode::packed) {
-            if (t.is_value) {
+            if (coded) {
+                // the formats are not used
+            } else if (t.is_value) {
                 out->value_bits = t.store->value_format(0).bits;
                 out->group = t.store->value_format(0).group;
             } else {
@@ -152,7 +162,50 @@ const char * error(mixkvq_session * handle) {
     return last_error.c_str();
 }
 
+int query_statistics(mixkvq_session * handle, int index, float * mean_abs, float * mean_sqr) {
+    for (const auto & buffer : buffers_of(*handle->session)) {
+        if (index >= int(buffer->tensors.size())) {
+            index -= int(buffer->tensors.size());
+            continue;
+        }
+        const CacheTensor & t = *buffer->tensors[index];
+        return t.mode == CacheTensor::Mode::packed && !t.is_value && t.store->query_statistics(mean_abs, mean_sqr) ? 0 : -1;
+    }
+    return -1;
+}
+
 }  // namespace
+
+PageCodec codec_of(Session & session, int layer, bool is_value, const PageStore & store) {
+    return [&session, &store, layer, is_value](const CodecPage & page, float * rows, double & bits) {
+        const int d = store.head_size();
+        const mixkvq_page p = {layer, is_value, page.stream, page.first_cell, store.n_heads(), d, {page.valid.word[0], page.valid.word[1]},
+                               page.rows, page.q_abs, page.q_sqr};
+        std::string wrong;
+        const int code = session.settings.codec(session.settings.codec_user, &p, rows, &bits);
+        if (code != 0) {
+            wrong = "it returned " + std::to_string(code);
+        } else if (!(bits > 0 && std::isfinite(bits))) {
+            wrong = "it counts " + std::to_string(bits) + " bits";
+        } else {
+            for (int i = 0; i < p.n_heads * kPageCells && wrong.empty(); ++i) {
+                const float * row = rows + size_t(i) * d;
+                if (page.valid.test(i % kPageCells) && std::any_of(row, row + d, [](float x) { return std::isnan(x); })) {
+                    wrong = "its result has a NaN in head " + std::to_string(i / kPageCells) + ", cell " + std::to_string(i % kPageCells) + " of the page";
+                }
+            }
+        }
+        std::lock_guard<std::mutex> lock(session.mutex);
+        if (!wrong.empty()) {
+            session.error = std::string("the codec failed on the ") + (is_value ? "values" : "keys") + " of layer " + std::to_string(layer) +
+                            ", cells " + std::to_string(page.first_cell) + " to " + std::to_string(page.first_cell + kPageCells - 1) + ": " + wrong;
+        } else if (session.codec_failed) {
+            session.error.clear();
+        }
+        session.codec_failed = !wrong.empty();
+        return wrong.empty();
+    };
+}
 
 std::shared_ptr<Session> current_session() { return thread_session ? thread_session : default_session; }
 
@@ -164,7 +217,7 @@ bool init_default_session(std::string & error) {
 }
 
 const mixkvq_backend_api * backend_api() {
-    static const mixkvq_backend_api api = {MIXKVQ_BACKEND_API_VERSION, begin, end, release, stats, n_layers, layer_stats, error};
+    static const mixkvq_backend_api api = {MIXKVQ_BACKEND_API_VERSION, begin, end, release, stats, n_layers, layer_stats, error, query_statistics};
     return &api;
 }
 

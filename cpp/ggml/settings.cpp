@@ -1,7 +1,10 @@
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <set>
+#include <type_traits>
 
 #include "gguf.h"
 #include "glue.h"
@@ -16,6 +19,8 @@ void warn_once(const std::string & sentence, const std::string & topic) {
 }
 
 namespace {
+
+constexpr int kMostTokens = 1 << 20;  // of a window or of sinks
 
 std::string preset_names() {
     std::string names;
@@ -48,147 +53,163 @@ bool read_count(const char * variable, int & value, std::string & error) {
     if (!text || !*text) return true;
     char * end = nullptr;
     const long n = std::strtol(text, &end, 10);
-    if (*end || n < 0 || n > (1 << 20)) {
-        error = std::string(variable) + "=\"" + text + "\" is not a number of tokens from 0 to 1048576";
+    if (*end || n < 0 || n > kMostTokens) {
+        error = std::string(variable) + "=\"" + text + "\" is not a number of tokens from 0 to " + std::to_string(kMostTokens);
         return false;
     }
     value = int(n);
     return true;
 }
 
-// The one tensor of a profile with this name, type and size of a row; nullptr and `error` if it is missing or different.
-const void * profile_tensor(gguf_context * file, const std::vector<uint8_t> & data, const std::string & name, ggml_type type, bool needed,
-                            size_t & bytes, const std::string & path, std::string & error) {
-    const int64_t id = gguf_find_tensor(file, name.c_str());
-    if (id < 0) {
-        if (needed) error = "the profile " + path + " lacks the tensor " + name;
-        return nullptr;
+struct FileCloser {
+    void operator()(std::FILE * f) const { std::fclose(f); }
+};
+struct GgufCloser {
+    void operator()(gguf_context * c) const { gguf_free(c); }
+};
+
+// An opened profile. A file of its own has tensors; in a model, where llama.cpp would refuse tensors that it does not know, the same numbers are
+// arrays under "mixkvq.profile.<name>". Only what is asked for is read: a model has gigabytes.
+struct ProfileFile {
+    std::string path;
+    std::unique_ptr<std::FILE, FileCloser> in;
+    std::unique_ptr<gguf_context, GgufCloser> gguf;
+
+    int64_t key(const std::string & name, gguf_type type) const {
+        const int64_t id = gguf_find_key(gguf.get(), name.c_str());
+        return id >= 0 && gguf_get_kv_type(gguf.get(), id) == type ? id : -1;
     }
-    bytes = gguf_get_tensor_size(file, id);
-    const size_t offset = gguf_get_data_offset(file) + gguf_get_tensor_offset(file, id);
-    if (gguf_get_tensor_type(file, id) != type || offset > data.size() || bytes > data.size() - offset) {
-        error = "the profile " + path + " has a damaged tensor " + name;
-        return nullptr;
+
+    // The numbers under a name; empty if there is nothing. False: `error` says what is wrong with them.
+    template <class T> bool numbers(const std::string & name, std::vector<T> & out, std::string & error) {
+        static_assert(sizeof(T) == 4, "I32 and F32");
+        constexpr bool is_float = std::is_same_v<T, float>;
+        const std::string array_name = "mixkvq.profile." + name;
+        const int64_t array = gguf_find_key(gguf.get(), array_name.c_str());
+        if (array >= 0) {
+            if (gguf_get_kv_type(gguf.get(), array) != GGUF_TYPE_ARRAY ||
+                gguf_get_arr_type(gguf.get(), array) != (is_float ? GGUF_TYPE_FLOAT32 : GGUF_TYPE_INT32)) {
+                error = "the profile " + path + " has no array of " + (is_float ? "float32" : "int32") + " under " + array_name;
+                return false;
+            }
+            out.resize(gguf_get_arr_n(gguf.get(), array));
+            if (!out.empty()) std::memcpy(out.data(), gguf_get_arr_data(gguf.get(), array), out.size() * sizeof(T));
+            return true;
+        }
+        const int64_t tensor = gguf_find_tensor(gguf.get(), name.c_str());
+        if (tensor < 0) return true;
+        constexpr size_t kMost = size_t(1) << 24;  // bytes, many times what a layer can have
+        const size_t bytes = gguf_get_tensor_size(gguf.get(), tensor);
+        const size_t offset = gguf_get_data_offset(gguf.get()) + gguf_get_tensor_offset(gguf.get(), tensor);
+        bool whole = gguf_get_tensor_type(gguf.get(), tensor) == (is_float ? GGML_TYPE_F32 : GGML_TYPE_I32) && bytes <= kMost &&
+                     offset <= size_t(std::numeric_limits<long>::max()) && std::fseek(in.get(), long(offset), SEEK_SET) == 0;
+        if (whole) {
+            out.resize(bytes / sizeof(T));
+            whole = std::fread(out.data(), 1, bytes, in.get()) == bytes;
+        }
+        if (!whole) error = "the profile " + path + " has a damaged tensor " + name;
+        return whole;
     }
-    return data.data() + offset;
+};
+
+bool open_profile(const std::string & path, ProfileFile & file, std::string & error) {
+    file.path = path;
+    file.in.reset(std::fopen(path.c_str(), "rb"));
+    char magic[4] = {};
+    const size_t n_magic = file.in ? std::fread(magic, 1, sizeof(magic), file.in.get()) : 0;
+    if (!file.in || std::ferror(file.in.get())) {  // a directory can be opened but not read
+        error = "the profile " + path + " cannot be read";
+    } else if (n_magic < sizeof(magic) || std::memcmp(magic, "GGUF", sizeof(magic)) != 0) {
+        error = "the profile " + path + " is not a GGUF file";
+    } else {
+        file.gguf.reset(gguf_init_from_file(path.c_str(), {/*no_alloc=*/true, /*ctx=*/nullptr}));
+        if (!file.gguf) error = "the profile " + path + " is a damaged GGUF file";
+    }
+    return error.empty();
+}
+
+// The formats of a layer. A layer without any has no cache.
+bool load_layer(ProfileFile & file, uint32_t index, LayerProfile & layer, std::string & error) {
+    const std::string prefix = "blk." + std::to_string(index) + ".";
+    std::vector<int32_t> tiers, values;
+    if (!file.numbers(prefix + "tiers", tiers, error) || !file.numbers(prefix + "values", values, error) ||
+        !file.numbers(prefix + "query_prior", layer.query_prior, error)) {
+        return false;
+    }
+    const std::string in_profile = "the profile " + file.path;
+    if (tiers.empty() && values.empty() && layer.query_prior.empty()) return true;
+    const size_t heads = tiers.size() / 6;
+    if (heads == 0 || tiers.size() % 6 || values.size() != heads * 2) {
+        error = in_profile + " has " + prefix + "tiers and " + prefix + "values for different numbers of heads";
+        return false;
+    }
+    for (size_t h = 0; h < heads; ++h) {
+        const int32_t * t = &tiers[6 * h];
+        KeyFormat k;
+        k.n16 = t[0], k.n8 = t[1], k.n4 = t[2], k.n3 = t[3], k.n2 = t[4], k.group = t[5];
+        int64_t sum = 0;
+        for (int j = 0; j < 5; ++j) sum += t[j];
+        k.head_size = int(std::max<int64_t>(0, std::min<int64_t>(sum, 1 << 20)));
+        ValueFormat f;
+        f.head_size = kMaxHeadSize;  // the model says; checked again when it is known
+        f.bits = values[2 * h], f.group = values[2 * h + 1];
+        const char * wrong = k.error() ? k.error() : f.error();
+        if (wrong) {
+            error = in_profile + ", " + prefix + "tiers and values, head " + std::to_string(h) + ": " + wrong;
+            return false;
+        }
+        layer.keys.push_back(k);
+        layer.values.push_back(f);
+    }
+    if (!layer.query_prior.empty() && layer.query_prior.size() != heads * layer.keys[0].head_size) {
+        error = in_profile + " has a " + prefix + "query_prior of another size than its tiers";
+    } else if (!std::all_of(layer.query_prior.begin(), layer.query_prior.end(), [](float x) { return x >= 0 && x < 1e30f; })) {
+        error = in_profile + " has a " + prefix + "query_prior with a negative or infinite number";
+    }
+    return error.empty();
 }
 
 }  // namespace
 
 bool load_profile(const std::string & path, Profile & profile, std::string & error) {
-    struct FileCloser {
-        void operator()(std::FILE * f) const { std::fclose(f); }
-    };
-    std::unique_ptr<std::FILE, FileCloser> in(std::fopen(path.c_str(), "rb"));
-    char magic[4] = {};
-    const size_t n_magic = in ? std::fread(magic, 1, sizeof(magic), in.get()) : 0;
-    if (!in || std::ferror(in.get())) {  // a directory can be opened but not read
-        error = "the profile " + path + " cannot be read";
-        return false;
-    }
-    if (n_magic < sizeof(magic) || std::memcmp(magic, "GGUF", sizeof(magic)) != 0) {
-        error = "the profile " + path + " is not a GGUF file";
-        return false;
-    }
-    struct Closer {
-        void operator()(gguf_context * c) const { gguf_free(c); }
-    };
-    std::unique_ptr<gguf_context, Closer> file(gguf_init_from_file(path.c_str(), {/*no_alloc=*/true, /*ctx=*/nullptr}));
-    if (!file) {
-        error = "the profile " + path + " is a damaged GGUF file";
-        return false;
-    }
-    auto key = [&](const char * name, gguf_type type) {
-        const int64_t id = gguf_find_key(file.get(), name);
-        return id >= 0 && gguf_get_kv_type(file.get(), id) == type ? id : -1;
-    };
-    const int64_t version = key("mixkvq.profile.version", GGUF_TYPE_UINT32);
-    const int64_t layers = key("mixkvq.profile.layer_count", GGUF_TYPE_UINT32);
+    ProfileFile file;
+    if (!open_profile(path, file, error)) return false;
+    const int64_t version = file.key("mixkvq.profile.version", GGUF_TYPE_UINT32);
+    const int64_t layers = file.key("mixkvq.profile.layer_count", GGUF_TYPE_UINT32);
     if (version < 0 || layers < 0) {
         error = path + " is not a MixKVQ profile: mixkvq.profile.version or mixkvq.profile.layer_count is missing";
         return false;
     }
-    const uint32_t v = gguf_get_val_u32(file.get(), version);
-    if (v != 1) {
-        error = "the profile " + path + " has version " + std::to_string(v) + ", this library reads version 1; install a newer mixkvq";
+    const uint32_t v = gguf_get_val_u32(file.gguf.get(), version);
+    if (v < 1 || v > 2) {
+        error = "the profile " + path + " has version " + std::to_string(v) + ", this library reads versions 1 and 2; install a newer mixkvq";
         return false;
     }
-    // The tensors' bytes; a file that is no profile, a model perhaps, was not read so far.
-    std::vector<uint8_t> data;
-    std::rewind(in.get());
-    for (size_t n = 1; n > 0;) {
-        const size_t at = data.size();
-        data.resize(at + (size_t(1) << 20));
-        n = std::fread(data.data() + at, 1, data.size() - at, in.get());
-        data.resize(at + n);
+    for (auto [name, count] : {std::pair("window", &profile.window), std::pair("sinks", &profile.sinks)}) {
+        const std::string key = std::string("mixkvq.profile.") + name;
+        if (gguf_find_key(file.gguf.get(), key.c_str()) < 0) continue;
+        const int64_t id = file.key(key, GGUF_TYPE_INT32);
+        *count = id >= 0 ? gguf_get_val_i32(file.gguf.get(), id) : -1;
+        if (*count < 0 || *count > kMostTokens) {
+            error = "in the profile " + path + ", " + key + " is not a number of tokens (int32) from 0 to " + std::to_string(kMostTokens);
+            return false;
+        }
     }
-    if (std::ferror(in.get())) {
-        error = "the profile " + path + " cannot be read";
-        return false;
-    }
-    const int64_t window = key("mixkvq.profile.window", GGUF_TYPE_INT32), sinks = key("mixkvq.profile.sinks", GGUF_TYPE_INT32);
-    if (window >= 0) profile.window = gguf_get_val_i32(file.get(), window);
-    if (sinks >= 0) profile.sinks = gguf_get_val_i32(file.get(), sinks);
     profile.path = path;
 
-    const uint32_t n_layers = gguf_get_val_u32(file.get(), layers);
-    if (n_layers > 4096) {
-        error = "the profile " + path + " names " + std::to_string(n_layers) + " layers; at most 4096 are possible";
+    const uint32_t n_layers = gguf_get_val_u32(file.gguf.get(), layers);
+    if (n_layers < 1 || n_layers > 4096) {
+        error = "the profile " + path + " names " + std::to_string(n_layers) + " layers; 1 to 4096 are possible";
         return false;
     }
     profile.layers.resize(n_layers);
+    bool any = false;
     for (uint32_t i = 0; i < n_layers; ++i) {
-        const std::string prefix = "blk." + std::to_string(i) + ".";
-        size_t n_tiers = 0, n_values = 0, n_prior = 0;
-        const auto * tiers = static_cast<const uint8_t *>(profile_tensor(file.get(), data, prefix + "tiers", GGML_TYPE_I32, false, n_tiers, path, error));
-        if (!error.empty()) return false;
-        if (!tiers) continue;  // a layer without a cache
-        const auto * values = static_cast<const uint8_t *>(profile_tensor(file.get(), data, prefix + "values", GGML_TYPE_I32, true, n_values, path, error));
-        if (!values) return false;
-        const size_t heads = n_tiers / (6 * sizeof(int32_t));
-        if (heads == 0 || n_tiers % (6 * sizeof(int32_t)) || n_values != heads * 2 * sizeof(int32_t)) {
-            error = "the profile " + path + " has " + prefix + "tiers and " + prefix + "values for different numbers of heads";
-            return false;
-        }
-        LayerProfile & layer = profile.layers[i];
-        for (size_t h = 0; h < heads; ++h) {
-            int32_t t[6], w[2];
-            std::memcpy(t, tiers + h * sizeof(t), sizeof(t));
-            std::memcpy(w, values + h * sizeof(w), sizeof(w));
-            KeyFormat k;
-            k.n16 = t[0], k.n8 = t[1], k.n4 = t[2], k.n3 = t[3], k.n2 = t[4], k.group = t[5];
-            int64_t sum = 0;
-            for (int j = 0; j < 5; ++j) sum += t[j];
-            k.head_size = int(std::max<int64_t>(0, std::min<int64_t>(sum, 1 << 20)));
-            ValueFormat f;
-            f.head_size = kMaxHeadSize;  // the model says; checked again when it is known
-            f.bits = w[0], f.group = w[1];
-            const char * wrong = k.error() ? k.error() : f.error();
-            if (wrong) {
-                error = "the profile " + path + ", " + prefix + "tiers and values, head " + std::to_string(h) + ": " + wrong;
-                return false;
-            }
-            layer.keys.push_back(k);
-            layer.values.push_back(f);
-        }
-        const void * prior = profile_tensor(file.get(), data, prefix + "query_prior", GGML_TYPE_F32, false, n_prior, path, error);
-        if (!error.empty()) return false;
-        if (prior) {
-            if (n_prior != heads * layer.keys[0].head_size * sizeof(float)) {
-                error = "the profile " + path + " has a " + prefix + "query_prior of another size than its tiers";
-                return false;
-            }
-            layer.query_prior.resize(n_prior / sizeof(float));
-            std::memcpy(layer.query_prior.data(), prior, n_prior);
-            for (float x : layer.query_prior) {
-                if (!(x >= 0 && x < 1e30f)) {
-                    error = "the profile " + path + " has a " + prefix + "query_prior with a negative or infinite number";
-                    return false;
-                }
-            }
-        }
+        if (!load_layer(file, i, profile.layers[i], error)) return false;
+        any |= !profile.layers[i].keys.empty();
     }
-    return true;
+    if (!any) error = "the profile " + path + " says nothing about any layer";
+    return any;
 }
 
 bool settings_from_environment(Settings & s, std::string & error) {
@@ -204,7 +225,14 @@ bool settings_from_environment(Settings & s, std::string & error) {
 }
 
 bool settings_from_api(const mixkvq_settings & from, Settings & s, std::string & error) {
-    if (!set_preset(from.preset, s, error) || !set_profile(from.profile, s, error)) return false;
+    s.codec = from.codec;
+    s.codec_user = from.codec_user;
+    const bool formats = !from.codec;
+    if (!set_preset(formats ? from.preset : nullptr, s, error) || !set_profile(formats ? from.profile : nullptr, s, error)) return false;
+    for (int n : {from.window, from.sinks}) {
+        if (n > kMostTokens) error = std::to_string(n) + " is not a number of tokens from 0 to " + std::to_string(kMostTokens);
+    }
+    if (!error.empty()) return false;
     if (from.window >= 0) s.window = from.window;
     if (from.sinks >= 0) s.sinks = from.sinks;
     for (int i = 0; i < from.n_layers; ++i) s.head_sizes.push_back({from.head_size_k[i], from.head_size_v[i]});
@@ -214,6 +242,10 @@ bool settings_from_api(const mixkvq_settings & from, Settings & s, std::string &
 // The profile's entry for a layer, checked against what the model turned out to be. Null without a profile.
 static const LayerProfile * layer_profile(const Settings & s, int layer, int n_heads, std::string & error) {
     if (!s.profile) return nullptr;
+    if (layer < int(s.profile->layers.size()) && s.profile->layers[layer].keys.empty()) {
+        error = "the profile " + s.profile->path + " has no formats for layer " + std::to_string(layer);
+        return nullptr;
+    }
     if (layer >= int(s.profile->layers.size()) || int(s.profile->layers[layer].keys.size()) != n_heads) {
         error = "the profile " + s.profile->path + " is for another model: it does not have " + std::to_string(n_heads) + " heads in layer " +
                 std::to_string(layer);

@@ -12,6 +12,7 @@ from bridge import Kv
 from bridge import _llama as adapter
 from bridge._llama import C
 from bridge.model_file import open_model
+from bridge.page import Codec
 
 FLASH_AUTO, FLASH_OFF, FLASH_ON = -1, 0, 1
 EXACT = Kv(preset="balanced", sinks=1 << 20)  # every page is a sink page, so all stays F16
@@ -55,6 +56,7 @@ class Context:
         flash: int = FLASH_ON,
         n_threads: int = 1,
         head_sizes_known: bool = True,
+        codec: Codec | None = None,
         **params,
     ):
         self.model, self.n_seq, self.n_batch = model, n_seq, max(n_ubatch, 512)
@@ -68,7 +70,7 @@ class Context:
         self._session = None
         self._batch = None
         if model.ours:
-            self._session = model.backend.begin(kv, open_model(model.path) if head_sizes_known else None)
+            self._session = model.backend.begin(kv, open_model(model.path) if head_sizes_known else None, codec)
         try:
             self.ptr = C.llama_init_from_model(model.ptr, p)
         finally:
@@ -178,6 +180,12 @@ class Context:
 
     def layers(self) -> list[dict]:
         return self._session.layers()
+
+    def query_statistics(self, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        return next(self._session.query_statistics(i) for i, t in enumerate(self.layers()) if t["name"] == f"cache_k_l{layer}")
+
+    def failure(self) -> tuple[str, BaseException | None]:
+        return self._session.error(), self._session.codec_failure()
 
     def pages_packed(self) -> int:
         return sum(layer["pages_packed"] for layer in self.layers())

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -198,14 +199,18 @@ def test_kernels_run_in_several_threads_at_once(page):
 HEADER = Path(__file__).parents[2] / "cpp" / "include" / "mixkvq" / "backend_api.h"
 
 
+def declarations() -> str:
+    """The structs of the interface, for cffi."""
+    text = HEADER.read_text()
+    return text[text.index("/* A page that is about to leave") : text.rindex("#ifdef __cplusplus")]
+
+
 class FakeBackend:
     """The struct of function pointers, filled by Python: what the handle sends and what it makes of the answers."""
 
-    def __init__(self, version=1):
+    def __init__(self, version=2):
         self.ffi = ffi = FFI()
-        text = HEADER.read_text()
-        body = text[text.index("/* What a context's cache should be.") : text.rindex("#ifdef __cplusplus")]
-        ffi.cdef(body)
+        ffi.cdef(declarations())
         self.calls, self.created, self.failure = [], True, ffi.new("char[]", b"")
         self.keep = []
 
@@ -222,6 +227,7 @@ class FakeBackend:
         self.api.n_layers = function("int(mixkvq_session *)", lambda s: 2)
         self.api.layer_stats = function("int(mixkvq_session *, int, mixkvq_layer_stats *)", self.layer_stats)
         self.api.error = function("const char *(mixkvq_session *)", lambda s: self.failure)
+        self.api.query_statistics = function("int(mixkvq_session *, int, float *, float *)", self.query_statistics)
         self.text = {t: ffi.new("char[]", t.encode()) for t in ("avx2", "cache_k_l0", "cache_v_l0", "packed", "plain", "too small")}
         self.handle = _native.Backend(int(ffi.cast("uintptr_t", self.api)))
 
@@ -233,6 +239,7 @@ class FakeBackend:
         string = lambda p: None if p == ffi.NULL else ffi.string(p).decode()  # noqa: E731
         heads = [(settings.head_size_k[i], settings.head_size_v[i]) for i in range(settings.n_layers)]
         self.settings = string(settings.preset), string(settings.profile), settings.window, settings.sinks, heads
+        self.codec, self.user = settings.codec, settings.codec_user
         self.calls.append("begin")
         return ffi.NULL if ffi.string(self.failure) else ffi.cast("mixkvq_session *", 64)
 
@@ -251,11 +258,38 @@ class FakeBackend:
         out.name = self.text["cache_v_l0" if index else "cache_k_l0"]
         out.kind = self.text["plain" if index else "packed"]
         out.reason = self.text["too small"] if index else self.ffi.NULL
-        out.is_value, out.head_size, out.n_heads, out.n_cells, out.n_streams = index, 128, 8, 512, 2
+        out.layer, out.is_value, out.head_size, out.n_heads, out.n_cells, out.n_streams = 7, index, 128, 8, 512, 2
         out.tiers = [0, 4, 40, 0, 84]
         out.value_bits, out.group, out.pages_packed, out.pages_f16, out.pages_packed_ever = 3, 128, 2, 1, 7
         out.bytes, out.body_bits = 2**33, 3.125
         return 0
+
+    def query_statistics(self, session, index, mean_abs, mean_sqr):
+        if index == 1:
+            return -1
+        for i in range(8 * 128):
+            mean_abs[i], mean_sqr[i] = i, -i
+        return 0
+
+    def page(self, rows, is_value=False):
+        """A mixkvq_page of float32 rows [heads, 128, D], with every third cell empty; for keys with statistics."""
+        heads, _, d = rows.shape
+        page = self.ffi.new("mixkvq_page *")
+        page.layer, page.is_value, page.stream, page.first_cell, page.n_heads, page.head_size = 5, is_value, 2, 384, heads, d
+        bits = sum(1 << i for i in range(128) if i % 3)
+        page.valid = [bits & (1 << 64) - 1, bits >> 64]
+        statistics = [self.ffi.new("float[]", [k + i for i in range(heads * d)]) for k in (0, 1000)]
+        page.rows = self.ffi.from_buffer("float[]", rows)
+        if not is_value:
+            page.q_abs, page.q_sqr = statistics
+        self.keep += [page, statistics, rows]
+        return page
+
+    def code(self, page):
+        """Calls the codec as the backend does: its number, rows and bits."""
+        rows = np.zeros((page.n_heads, 128, page.head_size), np.float32)
+        bits = self.ffi.new("double *")
+        return self.codec(self.user, page, self.ffi.from_buffer("float[]", rows), bits), rows, bits[0]
 
 
 def test_settings_arrive_as_they_were_given():
@@ -300,7 +334,7 @@ def test_statistics_come_through():
     }  # fmt: skip
     key, value = session.layers()
     assert key == {
-        "name": "cache_k_l0", "kind": "packed", "reason": "", "is_value": False, "head_size": 128, "n_heads": 8, "n_cells": 512,
+        "name": "cache_k_l0", "kind": "packed", "reason": "", "layer": 7, "is_value": False, "head_size": 128, "n_heads": 8, "n_cells": 512,
         "n_streams": 2, "tiers": (0, 4, 40, 0, 84), "value_bits": 3, "group": 128, "pages_packed": 2, "pages_f16": 1,
         "pages_packed_ever": 7, "bytes": 2**33, "body_bits": 3.125,
     }  # fmt: skip
@@ -325,8 +359,133 @@ def test_refusals_carry_the_sentence_of_the_backend():
         backend.handle.begin(preset="huge")
 
 
+def test_query_statistics_come_through():
+    session = FakeBackend().handle.begin()
+    mean_abs, mean_sqr = session.query_statistics(0)
+    assert mean_abs.shape == mean_sqr.shape == (8, 128) and mean_abs.dtype == mean_sqr.dtype == np.float32
+    np.testing.assert_array_equal(mean_abs.ravel(), np.arange(1024))
+    np.testing.assert_array_equal(mean_sqr.ravel(), -np.arange(1024))
+    assert session.query_statistics(1) is None
+    with pytest.raises(IndexError, match="no cache tensor -1"):
+        session.query_statistics(-1)
+
+
+def test_a_codec_gets_the_page_and_gives_rows_and_bits():
+    backend, seen = FakeBackend(), []
+
+    def codec(*fields):
+        seen.append(fields)
+        return fields[4] / 2, 77
+
+    session = backend.handle.begin(codec=codec)
+    source = np.arange(2 * 128 * 32, dtype=np.float32).reshape(2, 128, 32)
+    code, rows, bits = backend.code(backend.page(source.copy()))
+    assert (code, bits) == (0, 77) and session.codec_failure() is None
+    np.testing.assert_array_equal(rows, source / 2)
+    layer, is_value, stream, first_cell, got, valid, q_abs, q_sqr = seen[0]
+    assert (layer, is_value, stream, first_cell) == (5, False, 2, 384) and is_value is False
+    np.testing.assert_array_equal(valid, np.arange(128) % 3 > 0)
+    np.testing.assert_array_equal(q_abs, np.arange(64).reshape(2, 32))
+    np.testing.assert_array_equal(q_sqr, q_abs + 1000)
+    backend.code(backend.page(source, is_value=True))
+    assert seen[1][1] is True and seen[1][6:] == (None, None)
+    # What a function keeps stays what it was, and it cannot write into it.
+    source[:] = -1
+    assert got[1, 127, 31] == 2 * 128 * 32 - 1
+    for array in (got, valid, q_abs, q_sqr):
+        assert not array.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("result", "kind", "words"),
+    [
+        (None, TypeError, "a codec returns rows and bits, not NoneType"),
+        ([1, 2], TypeError, "a codec returns rows and bits, not list"),
+        ((1, 2, 3), TypeError, "a codec returns rows and bits, not tuple"),
+        ((np.zeros((2, 128, 31)), 1), ValueError, r"rows has shape \(2, 128, 31\), not \(2, 128, 32\)"),
+        ((3.0, 1), ValueError, r"rows has shape \(\), not"),
+        ((None, 1), ValueError, r"rows has shape \(\), not"),
+        (("rows", 1), ValueError, "could not convert"),
+        (([[1, 2], [3]], 1), ValueError, "inhomogeneous"),
+        ((np.zeros((2, 128, 32)), "many"), TypeError, "real number"),
+        ((np.zeros((2, 128, 32)), None), TypeError, "real number"),
+        (ZeroDivisionError("by zero"), ZeroDivisionError, "by zero"),
+        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
+        (SystemExit(3), SystemExit, "3"),
+    ],
+)
+def test_whatever_a_codec_does_the_backend_gets_a_number(result, kind, words):
+    backend = FakeBackend()
+
+    def codec(*_):
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    session = backend.handle.begin(codec=codec)
+    page = backend.page(np.ones((2, 128, 32), np.float32))
+    code, rows, _ = backend.code(page)
+    assert code == 1 and not rows.any()
+    failure = session.codec_failure()
+    assert type(failure) is kind
+    with pytest.raises(kind, match=words):
+        raise failure
+    result = np.ones((2, 128, 32)), 1.5  # a call that goes well leaves nothing behind
+    assert backend.code(page)[0] == 0 and session.codec_failure() is None
+
+
+def test_rows_of_any_type_and_layout_are_taken():
+    backend, result = FakeBackend(), []
+    session = backend.handle.begin(codec=lambda *_: (result[0], np.float32(12)))
+    values = np.random.default_rng(3).normal(0, 1, (2, 128, 32)).astype(np.float16)
+    page = backend.page(np.ones((2, 128, 32), np.float32))
+    for rows in (values, values.astype(float), np.asfortranarray(values), values.tolist(), np.repeat(values, 2, 2)[..., ::2]):
+        result[:] = [rows]
+        code, got, bits = backend.code(page)
+        assert (code, bits) == (0, 12), session.codec_failure()
+        np.testing.assert_array_equal(got, values)
+
+
+def test_a_codec_is_forgotten_with_its_session_and_then_refuses():
+    backend = FakeBackend()
+
+    class Codec:
+        def __call__(self, *fields):
+            return fields[4], 1
+
+    codec, page = Codec(), backend.page(np.ones((1, 128, 32), np.float32))
+    gone = weakref.ref(codec)
+    session = backend.handle.begin(codec=codec)
+    assert backend.code(page)[::2] == (0, 1)
+    del codec, session
+    gc.collect()
+    assert gone() is None
+    assert backend.code(page)[0] == 1  # a cache that outlives its session
+    session = backend.handle.begin(codec=lambda *fields: (fields[4] + 1, 2))
+    assert backend.code(page)[::2] == (0, 2) and session.codec_failure() is None
+
+
+def test_codecs_run_in_several_threads_at_once():
+    backend = FakeBackend()
+    session = backend.handle.begin(codec=lambda *fields: (fields[4] * 2, 3))
+    page, failures = backend.page(np.ones((2, 128, 32), np.float32)), []
+
+    def work():
+        for _ in range(50):
+            code, rows, bits = backend.code(page)
+            if code or bits != 3 or (rows != 2).any():
+                failures.append((code, bits))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures and session.codec_failure() is None
+
+
 def test_another_version_of_the_interface_is_refused():
-    with pytest.raises(RuntimeError, match="speaks version 2 of its interface, this package 1"):
-        FakeBackend(version=2)
+    with pytest.raises(RuntimeError, match="speaks version 1 of its interface, this package 2"):
+        FakeBackend(version=1)
     with pytest.raises(ValueError, match="address is 0"):
         _native.Backend(0)

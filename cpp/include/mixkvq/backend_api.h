@@ -1,4 +1,4 @@
-/* How a program talks to the loaded ggml backend about its caches: settings in, statistics out. Plain C.
+/* How a program talks to the loaded ggml backend about its caches: settings in, statistics out, and a codec of its own. Plain C.
  * The pointer comes from ggml_backend_reg_get_proc_address(reg, "mixkvq_backend_api"). Strings that a call returns belong to the
  * backend and live until the next call in the same thread (layer names and reasons: as long as the context). */
 #pragma once
@@ -10,9 +10,24 @@
 extern "C" {
 #endif
 
-#define MIXKVQ_BACKEND_API_VERSION 1
+#define MIXKVQ_BACKEND_API_VERSION 2
 
-/* What a context's cache should be. A zero is a value, not a default: start from {NULL, NULL, -1, -1, 0, NULL, NULL}. */
+/* A page that is about to leave the recent window: all heads of one layer's keys or values. */
+typedef struct mixkvq_page {
+    int32_t layer, is_value, stream, first_cell, n_heads, head_size;
+    uint64_t valid[2];   /* cells that hold a token, bit i of word i / 64 */
+    const float * rows;  /* [n_heads][128][head_size]; zeros where there is no token */
+    const float * q_abs; /* keys: [n_heads][head_size], mean |q_d| of the queries so far, ones before the first; values: NULL */
+    const float * q_sqr; /* keys: mean q_d^2, likewise; values: NULL */
+} mixkvq_page;
+
+/* Takes the place of packing, for experiments with other formats: given a page, writes what a format would read back into `rows` (zeros at
+ * first, same shape) and the bits that it would take for the whole page into `bits`. The cache keeps the result in F16 (clamped to +-65504) and
+ * does not hand the page over again until it is written to or shifted. Called in the thread that decodes, one page at a time, in the order of cells.
+ * Another result than 0, a NaN in a cell that holds a token, or bits that are not positive: the decode fails, and session error() says why. */
+typedef int (*mixkvq_codec)(void * user, const mixkvq_page * page, float * rows, double * bits);
+
+/* What a context's cache should be. A zero is a value, not a default: start from {NULL, NULL, -1, -1, 0, NULL, NULL, NULL, NULL}. */
 typedef struct mixkvq_settings {
     const char *    preset;      /* name or alias; NULL: the default preset */
     const char *    profile;     /* path of a profile (GGUF); overrides preset; NULL: none */
@@ -21,6 +36,8 @@ typedef struct mixkvq_settings {
     int             n_layers;    /* entries of the two arrays below, 0 if the head sizes are not known */
     const int32_t * head_size_k; /* per layer, 0 where a layer has no attention; sharpens the reservation */
     const int32_t * head_size_v;
+    mixkvq_codec    codec;       /* in place of packing: preset and profile do not matter then; NULL: none */
+    void *          codec_user;  /* handed to it; must live as long as the contexts */
 } mixkvq_settings;
 
 /* The caches of the contexts created in one thread between begin and end. */
@@ -32,8 +49,8 @@ typedef struct mixkvq_stats {
     uint64_t bytes_f16;      /* what an F16 cache of the same cells would take */
     uint64_t bytes_used;     /* of the cells written so far: records in use and F16 pages in use */
     uint64_t elements;       /* key and value elements of all cells */
-    double   body_bits;      /* mean over packed layers, per element of a record; 0 if no layer is packed */
-    double   total_bits;     /* 8 * bytes / elements */
+    double   body_bits;      /* mean over packed layers, per element of a record; with a codec by its own count, 0 before its first page */
+    double   total_bits;     /* 8 * bytes / elements; with a codec: as if its pages took the bits it counts, though they are kept in F16 */
     int32_t  n_cells;        /* of the largest layer, all streams */
     int32_t  n_layers;       /* layers with a cache */
     int32_t  n_plain_layers; /* key and value tensors that are stored plainly */
@@ -43,17 +60,17 @@ typedef struct mixkvq_stats {
 
 typedef struct mixkvq_layer_stats {
     const char * name;    /* of the cache tensor, "cache_k_l0" */
-    const char * kind;    /* "packed", "plain" or "unused" (not read yet) */
+    const char * kind;    /* "packed", "codec", "plain" or "unused" (not read yet) */
     const char * reason;  /* why it is stored plainly, "" otherwise */
-    int32_t  is_value;
+    int32_t  layer, is_value;
     int32_t  head_size, n_heads, n_cells, n_streams;
-    int32_t  tiers[5];    /* keys: channels at 16, 8, 4, 3, 2 bits of head 0 */
-    int32_t  value_bits;  /* values: code bits of head 0 */
-    int32_t  group;       /* keys: tokens per scale; values: dimensions per scale, 0 rotated */
-    int32_t  pages_packed, pages_f16;
-    uint64_t pages_packed_ever; /* how many times a page was packed */
+    int32_t  tiers[5];    /* packed keys: channels at 16, 8, 4, 3, 2 bits of head 0 */
+    int32_t  value_bits;  /* packed values: code bits of head 0 */
+    int32_t  group;       /* packed keys: tokens per scale; values: dimensions per scale, 0 rotated */
+    int32_t  pages_packed, pages_f16; /* pages_packed: or rewritten by the codec */
+    uint64_t pages_packed_ever; /* how many times a page was packed, or rewritten */
     uint64_t bytes;
-    double   body_bits;
+    double   body_bits;         /* as above, of this layer's keys or values alone */
 } mixkvq_layer_stats;
 
 typedef struct mixkvq_backend_api {
@@ -65,8 +82,11 @@ typedef struct mixkvq_backend_api {
     int (*stats)(mixkvq_session * session, mixkvq_stats * out); /* 0, or -1 if no cache was created under this session */
     int (*n_layers)(mixkvq_session * session);                  /* cache tensors, for layer_stats */
     int (*layer_stats)(mixkvq_session * session, int index, mixkvq_layer_stats * out);
-    /* What a failed allocation said ("" if nothing failed): of this session, or of the last call when NULL. */
+    /* What a failed allocation or codec said ("" if nothing failed): of this session, or of the last call when NULL. */
     const char * (*error)(mixkvq_session * session);
+    /* Mean |q_d| and mean q_d^2 of the queries that read a layer's keys, the last few thousand of them: [n_heads][head_size] of layer_stats, each.
+     * `index` is that of layer_stats. -1 if it is not keys that are packed or go to a codec, or no query has read them yet. */
+    int (*query_statistics)(mixkvq_session * session, int index, float * mean_abs, float * mean_sqr);
 } mixkvq_backend_api;
 
 #ifdef __cplusplus

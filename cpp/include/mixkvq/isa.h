@@ -18,4 +18,7 @@ bool isa_supported(Isa isa);  // built, and this CPU has it
 // returned: the caller decides whether to go on.
 Isa select_isa(std::string & error);
 
+// Why this CPU gets the plain C++ kernels, one sentence; nullptr if it has vector ones.
+const char * no_vector_kernels();
+
 }  // namespace mixkvq
