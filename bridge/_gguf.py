@@ -75,10 +75,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """Key-value pairs and tensor directory of one GGUF file; `end` is where the last tensor ends. The strings of arrays stay bytes."""
+    """Key-value pairs and tensor directory of one GGUF file; `end` is where the last tensor ends. The strings of arrays stay bytes.
+
+    types: ggml's number of every value's type, and for an array also that of its elements.
+    """
 
     path: str
     values: dict[str, Any]
+    types: dict[str, tuple[int, ...]]
     tensors: dict[str, TensorInfo]
     end: int
 
@@ -111,7 +115,9 @@ def _parse(path: str, head: bytes) -> Header:
         if not handle:
             raise ParseError(reason() or "its header is not valid")
     try:
-        values = {_text(gguf.get_key(handle, i)): _value(gguf, handle, i) for i in range(gguf.get_n_kv(handle))}
+        keys = [_text(gguf.get_key(handle, i)) for i in range(gguf.get_n_kv(handle))]
+        values = {key: _value(gguf, handle, i) for i, key in enumerate(keys)}
+        types = {key: _type(gguf, handle, i) for i, key in enumerate(keys)}
         tensors, data = {}, gguf.get_data_offset(handle)
         end = data
         for i in range(gguf.get_n_tensors(handle)):
@@ -121,13 +127,18 @@ def _parse(path: str, head: bytes) -> Header:
             offset = data + gguf.get_tensor_offset(handle, i)
             tensors[_text(gguf.get_tensor_name(handle, i))] = TensorInfo(tuple(shape), gguf.get_tensor_type(handle, i), offset)
             end = max(end, offset + gguf.get_tensor_size(handle, i))
-        return Header(path, values, tensors, end)
+        return Header(path, values, types, tensors, end)
     finally:
         gguf.free(handle)
 
 
 def _text(raw: bytes) -> str:
     return raw.decode("utf-8", errors="replace")
+
+
+def _type(gguf: Any, handle: int, i: int) -> tuple[int, ...]:
+    kind = gguf.get_kv_type(handle, i)
+    return (kind, gguf.get_arr_type(handle, i)) if kind == _ARRAY else (kind,)
 
 
 def _value(gguf: Any, handle: int, i: int) -> Any:

@@ -18,6 +18,11 @@ MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_STEP = 32, 256, 8
 MAX_COUNT = 1 << 31
 
 
+def served(head_size: int) -> bool:
+    """Whether the page format has this head size."""
+    return MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE and head_size % HEAD_SIZE_STEP == 0
+
+
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read the key-value pairs and the tensor directory of a GGUF file.
 
@@ -76,6 +81,7 @@ class ModelFile:
     attention_every: int = 1  # of a hybrid model: one layer in so many has attention
     fingerprint: str = ""
     parts: tuple[str, ...] = ()  # the other files of a model in several files
+    has_profile: bool = False  # a profile is embedded
 
     @property
     def n_layers(self) -> int:
@@ -88,14 +94,10 @@ class ModelFile:
 
     def served_layers(self) -> int:
         """How many layers have a cache that can be packed."""
-
-        def ok(d: int) -> bool:
-            return MIN_HEAD_SIZE <= d <= MAX_HEAD_SIZE and d % HEAD_SIZE_STEP == 0
-
         if self.mla:
             return 0
         others = self.windowed_sizes or (0, 0)
-        return sum(1 for n, *sizes in zip(self.n_head_kv, self.head_size_k, self.head_size_v) if n and any(map(ok, (*sizes, *others))))
+        return sum(1 for n, *sizes in zip(self.n_head_kv, self.head_size_k, self.head_size_v) if n and any(map(served, (*sizes, *others))))
 
     def cache_elements(self, n_ctx: int, n_ubatch: int = 512) -> int:
         """Key and value elements of a cache of n_ctx tokens: a lower bound where the file does not say which layers are windowed."""
@@ -204,6 +206,7 @@ def _open_model(path: str, mtime_ns: int, size: int) -> ModelFile:
         attention_every=max(1, number("full_attention_interval", 4)) if hybrid else 1,
         fingerprint=_fingerprint(header, arch, n_layers, n_head_kv, size_k, size_v, n_embd, tokens),
         parts=parts,
+        has_profile="mixkvq.profile.version" in v,
     )
     return model
 

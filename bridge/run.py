@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from .answer import Answer, Message, Sampling, stream_answer
 from .errors import BridgeError, ContextError, SettingsError
 from .library import native
 from .model_file import built_in_model, open_model
-from .settings import STOCK_TYPES, Kv
+from .settings import STOCK_TYPES, Kv, resolve_kv
 
 if TYPE_CHECKING:
     from ._llama import Llama
@@ -251,7 +251,7 @@ class Number(click.ParamType):
 @click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True, help="Sample from this share of the probability.")
 @click.option("--min-p", type=Number(0, 1), default=0.05, show_default=True, help="Least probability, relative to the likeliest token.")
 @click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), help="Seed of the sampler.  [default: random]")
-@click.option("--preset", "--kv", "preset", help="Preset of the cache.  [default: balanced]")
+@click.option("--kv", "--preset", "kv", help="The cache: a preset or a profile.  [default: a profile that lies with the model, else balanced]")
 @click.option("--profile", help="Profile of the cache (a GGUF file made for this model).")
 @click.option("--window", type=click.IntRange(0, 1 << 20), help="Recent tokens kept in F16.  [default: 128]")
 @click.option("--sinks", type=click.IntRange(0, 1 << 20), help="First tokens kept in F16.  [default: 128]")
@@ -294,11 +294,13 @@ def check(given: dict[str, Any]) -> Options:
     if len(sources) > 1:
         raise SettingsError(f"{sources[0]} and {sources[1]} do not go together.")
     if given["stock"] is not None:
-        for key in ("preset", "profile", "window", "sinks"):
+        for key in ("kv", "profile", "window", "sinks"):
             if given[key] is not None:
                 raise SettingsError(f"--stock turns MixKVQ off, so it does not go together with --{key}.")
-    if given["preset"] is not None and given["profile"] is not None:
+    if given["kv"] is not None and given["profile"] is not None:
         raise SettingsError("--profile takes the place of a preset; give one of the two.")
+    if given["profile"] is not None:
+        given["kv"] = Kv(profile=given["profile"])
     if given["raw"] and given["system"] is not None:
         raise SettingsError("--raw sends no system message, so it does not go together with --system.")
     if given["report_file"] is not None:
@@ -325,7 +327,7 @@ def check(given: dict[str, Any]) -> Options:
         threads=given["threads"],
         batch=given["batch"],
         sampling=sampling,
-        kv=Kv(given["preset"], given["profile"], given["window"], given["sinks"]),
+        kv=replace(resolve_kv(given["kv"]), window=given["window"], sinks=given["sinks"]),
         stock=given["stock"],
         report=given["report"],
         report_file=given["report_file"],

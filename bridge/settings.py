@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Union
 
 from .errors import GeometryError, ProfileError, SettingsError
@@ -29,10 +29,10 @@ STOCK_TYPES: dict[str, tuple[int, float]] = {
 
 @dataclass(frozen=True)
 class Kv:
-    """Settings of a MixKVQ cache.
+    """Settings of a MixKVQ cache. With neither preset nor profile: a profile that lies with the model, else `balanced`.
 
-    preset: name or alias (`python -m bridge.run --list-presets`); None: the default.
-    profile: path of a profile of the model; takes the place of the preset.
+    preset: name or alias (`python -m bridge.run --list-presets`).
+    profile: path of a profile of the model, or of a model in which one is embedded; takes the place of the preset.
     window: recent tokens kept in F16; None: 128, or what the profile says.
     sinks: first tokens kept in F16, rounded up to pages of 128; None: 128, or what the profile says.
     """
@@ -41,6 +41,7 @@ class Kv:
     profile: str | None = None
     window: int | None = None
     sinks: int | None = None
+    found: str | None = field(default=None, compare=False)  # where a profile that nobody asked for lies; set by with_profile
 
     def describe(self) -> str:
         """The preset's name, or the profile's file name."""
@@ -58,7 +59,7 @@ def preset_names() -> list[str]:
 def resolve_kv(kv: KvLike) -> Kv:
     """Turn what a user gave as `kv` into checked settings.
 
-    A string is a preset's name or alias, or the path of a profile; a mapping has the fields of `Kv`.
+    A string is a preset's name or alias, or the path of a profile; a mapping has the fields of `Kv`; None asks for nothing.
     Raises SettingsError for an unknown preset or field, ProfileError for a profile that does not exist.
     """
     if kv is None:
@@ -79,7 +80,7 @@ def resolve_kv(kv: KvLike) -> Kv:
     if kv.profile is not None:
         if kv.preset is not None:
             raise SettingsError("A profile takes the place of a preset; give one of the two.")
-        kv = Kv(None, os.fspath(kv.profile), kv.window, kv.sinks)
+        kv = replace(kv, profile=os.fspath(kv.profile))
         if not os.path.isfile(kv.profile or ""):
             raise ProfileError(f"The profile {kv.profile} does not exist.")
     elif kv.preset is not None:
@@ -108,11 +109,33 @@ def stock_type(name: str) -> int:
     return STOCK_TYPES[name][0]
 
 
-def check_profile(path: str, model: ModelFile) -> None:
-    """Raises ProfileError unless the file is a profile of a version we read, whole, and made for this model."""
+def side_car(model_path: str | os.PathLike[str]) -> str:
+    """The path where the profile of a model is looked for first: `model.mixkvq.gguf` beside `model.gguf`."""
+    return os.fspath(model_path).removesuffix(".gguf") + ".mixkvq.gguf"
+
+
+def with_profile(kv: Kv, model: ModelFile) -> Kv:
+    """`kv` with its profile checked. If it names neither preset nor profile, one that lies with the model: beside it, or embedded in it.
+
+    Raises ProfileError unless the profile is of a version we read, whole, and made for this model.
+    """
+    beside = side_car(model.path)
+    if kv.preset is None and kv.profile is None and os.path.isfile(beside):
+        kv = replace(kv, profile=beside, found="beside the model")
+    elif kv.preset is None and kv.profile is None and model.has_profile:
+        kv = replace(kv, profile=model.path, found="in the model")
+    if kv.profile is None:
+        return kv
     from mixkvq.profile import read_profile  # the only place where run time needs the offline package
 
-    read_profile(path, model.path)
+    try:
+        read_profile(kv.profile, model.path)
+    except ProfileError as e:
+        if kv.found is None:
+            raise
+        remedy = "delete it" if kv.found == "beside the model" else "take it out (python -m mixkvq.convert remove)"
+        raise ProfileError(f"{str(e).rstrip('.')}; it was found {kv.found}: {remedy}, or ask for a preset (kv='balanced', --kv balanced).") from None
+    return kv
 
 
 def check_geometry(model: ModelFile) -> None:

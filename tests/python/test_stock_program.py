@@ -22,8 +22,8 @@ import pytest
 import tiny_models
 from gguf import GGUFWriter
 
-from bridge.model_file import built_in_model, open_model
-from mixkvq.profile import LayerProfile, uniform_profile, write_profile
+from bridge.model_file import built_in_model
+from mixkvq.profile import LayerProfile, Profile, uniform_profile, write_profile
 
 PROGRAM = """
 import json, sys
@@ -134,11 +134,9 @@ def test_the_size_follows_the_variables(tiny, tmp_path):
     fewer_records = page * (default - 3 * page) / (8192 / 128 - 2) / page
     assert mib(MIXKVQ_SINKS="1024") == pytest.approx(default + 7 * (page - fewer_records), abs=0.02)
 
-    model = open_model(tiny)
     for name, same_as, window in (("mix8.2", sizes[3], None), ("mix2.4", sizes[0], None), ("mix2.4", sizes[0] + 7 * page, 1024)):
-        profile = uniform_profile(tiny, name)
         path = tmp_path / f"{name}.gguf"
-        write_profile(path, profile.layers, model.fingerprint, window=window)
+        write_profile(path, uniform_profile(tiny, name, window=window))
         # A profile takes the place of the preset; its window is the default and the variable overrides it.
         assert mib(MIXKVQ_PROFILE=str(path), MIXKVQ_PRESET="paper") == pytest.approx(same_as, abs=0.02)
         if window:
@@ -180,7 +178,7 @@ def test_a_cache_type_of_llama_cpp_is_left_as_it_is(tiny):
         ("MIXKVQ_PROFILE", "TEXT", r"MIXKVQ_PROFILE: the profile .* is not a GGUF file"),
         ("MIXKVQ_PROFILE", "TRUNCATED", r"MIXKVQ_PROFILE: the profile .* (damaged|is a damaged GGUF file)"),
         ("MIXKVQ_PROFILE", "MODEL", r"MIXKVQ_PROFILE: .* is not a MixKVQ profile"),
-        ("MIXKVQ_PROFILE", "NEWER", r"MIXKVQ_PROFILE: the profile .* has version 2, this library reads version 1; install a newer mixkvq"),
+        ("MIXKVQ_PROFILE", "NEWER", r"MIXKVQ_PROFILE: the profile .* has version 3, this library reads versions 1 and 2; install a newer mixkvq"),
         ("MIXKVQ_ISA", "mmx", r'MIXKVQ_ISA="mmx" is not an instruction set; use one of scalar'),
     ],
 )
@@ -205,12 +203,12 @@ def bad_profile(kind: str, tiny: str, folder: Path) -> str:
     elif kind == "TEXT":
         path.write_text("window: 128\n")
     elif kind == "TRUNCATED":
-        write_profile(path, uniform_profile(tiny, "mix3.2").layers, open_model(tiny).fingerprint)
+        write_profile(path, uniform_profile(tiny, "mix3.2"))
         path.write_bytes(path.read_bytes()[:-200])
     elif kind == "NEWER":
         writer = GGUFWriter(path, "mixkvq")
         writer.add_string("general.type", "mixkvq-profile")
-        writer.add_uint32("mixkvq.profile.version", 2)
+        writer.add_uint32("mixkvq.profile.version", 3)
         writer.add_uint32("mixkvq.profile.layer_count", 2)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -226,7 +224,7 @@ def test_a_profile_for_another_model_is_one_sentence(tiny, tmp_path, change):
     tiers = np.tile(np.array([[0, 0, 0, d, 0, 128]], np.int32), (n, 1))
     layer = LayerProfile(tiers, np.tile(np.array([[3, 0]], np.int32), (n, 1)))
     path = tmp_path / "other.gguf"
-    write_profile(path, [layer] * (1 if change == "layers" else 2), "0" * 32)
+    write_profile(path, Profile("0" * 32, [layer] * (1 if change == "layers" else 2)))
     result = on_tiny(tiny, MIXKVQ_PROFILE=str(path))
     assert len(result.said) == 1, result.said
     assert f"the profile {path} is for another model" in result.said[0]

@@ -1,0 +1,307 @@
+"""What a profile says: a table of formats and measurements, and heat maps by layer, head and channel.
+
+python -m mixkvq.inspect model.mixkvq.gguf
+python -m mixkvq.inspect model.gguf --plot profile.svg     # the profile beside the model, or the one inside it
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from bridge.errors import SettingsError
+from bridge.model_file import open_model, read_header
+
+from .command import run
+from .convert import load_profile
+from .profile import PREFIX, LayerProfile, Profile, check_model, replacing, side_car
+from .reference import KEY_BITS
+
+FORMATS = (".png", ".svg")
+_SHARE = "{:.2f}"
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------------------------
+
+
+def find(path: str) -> Profile:
+    """The profile in `path`: a side-car, JSON, a model with one inside or one with one beside it. The first found as `bridge` would find it."""
+    if path.endswith(".json"):
+        return load_profile(path)
+    header = read_header(path)
+    if header.values.get("general.type") != "mixkvq-profile":
+        if os.path.isfile(side_car(path)):
+            return load_profile(side_car(path))
+        if PREFIX + "version" not in header.values:
+            raise SettingsError(f"{path} has no profile inside, and there is no {os.path.basename(side_car(path))} beside it.")
+    return load_profile(path)
+
+
+def summary(profile: Profile, head_sizes_v: Sequence[int] | None = None) -> list[tuple[str, str]]:
+    """Name and value of everything that concerns the whole profile. head_sizes_v: value head size per layer; None: as the keys'."""
+    packed = profile.packed_bits(head_sizes_v)
+    lines = [
+        ("profile", profile.path + (" (embedded)" if profile.embedded else "")),
+        ("format version", str(profile.version)),
+        ("made by", profile.made_by or "not said"),
+        ("model", f"fingerprint {profile.fingerprint}, {len(profile.layers)} layers"),
+        ("recent tokens in F16", "default" if profile.window is None else str(profile.window)),
+        ("first tokens in F16", "default" if profile.sinks is None else str(profile.sinks)),
+        ("body bits", f"{packed:.3f}" + ("" if head_sizes_v is not None else " (for values of the keys' head size)")),
+    ]
+    if profile.body_bits is not None and abs(profile.body_bits - packed) > 5e-4:
+        lines[-1] = ("body bits", f"{profile.body_bits:.3f} as written; {lines[-1][1]} by the layers")
+    return lines
+
+
+def tiers_text(tiers: Sequence[int]) -> str:
+    """`(0, 0, 32, 64, 32, 128)` -> "32@4+64@3+32@2": channels at bits."""
+    return "+".join(f"{n}@{bits}" for n, bits in zip(tiers, KEY_BITS) if n)
+
+
+def layer_rows(profile: Profile, head_sizes_v: Sequence[int] | None = None) -> list[tuple[str, ...]]:
+    """A row for every format in every layer: layer, heads, key tiers, tokens per scale, values, and the layer's bits of keys, values and both."""
+    rows: list[tuple[str, ...]] = []
+    for i, layer in enumerate(profile.layers):
+        if layer is None:
+            rows.append((str(i), "", "no packed cache", "", "", "", "", ""))
+            continue
+        size_v = layer.head_size if head_sizes_v is None else head_sizes_v[i]
+        keys, values = layer.packed_bytes(size_v)
+        n_k, n_v = 128 * layer.n_heads * layer.head_size, 128 * layer.n_heads * size_v
+        bits = tuple(_SHARE.format(8 * n_bytes / n) for n_bytes, n in ((keys, n_k), (values, n_v), (keys + values, n_k + n_v)))
+        for heads in _same(layer):
+            tiers, (value_bits, group) = layer.tiers[heads[0]].tolist(), layer.values[heads[0]].tolist()
+            value = f"{value_bits} bits, rotated" if group == 0 else f"{value_bits} bits, groups of {group}"
+            first = heads == _same(layer)[0]
+            rows.append((str(i) if first else "", _ranges(heads), tiers_text(tiers[:5]), str(tiers[5]), value, *(bits if first else ("", "", ""))))
+    return rows
+
+
+def _same(layer: LayerProfile) -> list[list[int]]:
+    """Heads that have the same formats, together."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for head, row in enumerate(np.hstack([layer.tiers, layer.values]).tolist()):
+        found.setdefault(tuple(row), []).append(head)
+    return list(found.values())
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`[0, 1, 2, 5]` -> "0-2, 5"."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+MEASURED = {
+    "text": "text",
+    "tokens": "tokens",
+    "style": "style",
+    "against": "against",
+    "kld_mean": "KLD mean",
+    "kld_median": "median",
+    "kld_p999": "99.9 %",
+    "perplexity_ratio": "perplexity ratio",
+    "same_top": "same top token",
+}
+"""Columns of what was measured, and their headings."""
+
+
+def measured_rows(profile: Profile) -> list[tuple[str, ...]]:
+    """What calibration measured, in the order of `MEASURED` and then whatever else there is."""
+    names = measured_columns(profile)
+    return [tuple(_figure(entry.get(name)) for name in names) for entry in profile.measured]
+
+
+def measured_columns(profile: Profile) -> list[str]:
+    there = list(dict.fromkeys(name for entry in profile.measured for name in entry))
+    return [name for name in MEASURED if name in there] + [name for name in there if name not in MEASURED]
+
+
+def _figure(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_tables(profile: Profile, console: Console, head_sizes_v: Sequence[int] | None = None) -> None:
+    """Everything about a profile, as text."""
+    whole = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in summary(profile, head_sizes_v):
+        whole.add_row(name, value)
+    layers = Table(title="Layers", title_justify="left")
+    for i, heading in enumerate(("layer", "heads", "keys: channels@bits", "tokens per scale", "values", "bits K", "bits V", "body bits")):
+        layers.add_column(heading, justify="right" if i in (0, 3, 5, 6, 7) else "left")
+    for row in layer_rows(profile, head_sizes_v):
+        layers.add_row(*row)
+    tables = [whole, layers]
+    if profile.measured:
+        tables.append(Table(*(MEASURED.get(name, name) for name in measured_columns(profile)), title="Measured", title_justify="left"))
+        for row in measured_rows(profile):
+            tables[-1].add_row(*row)
+    for table in tables:
+        console.print(table, markup=False, highlight=False)
+
+
+# ---- the plots -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Maps:
+    """Arrays by row (a head of a layer) and channel, NaN where a head has fewer channels or the profile says nothing; None if it says it nowhere.
+
+    rows: layer and head of each row.
+    tiers: bits of the channel in a page whose salience is the expected one.
+    by_rank: True where a row's profile has no statistics; its tiers are then by falling salience, not by channel.
+    salience: query_prior * key_range, or the one of them that there is. key_range, query_prior: as in the profile.
+    """
+
+    rows: list[tuple[int, int]]
+    tiers: npt.NDArray[np.float64]
+    by_rank: npt.NDArray[np.bool_]
+    salience: npt.NDArray[np.float64] | None
+    key_range: npt.NDArray[np.float64] | None
+    query_prior: npt.NDArray[np.float64] | None
+
+
+def salience(layer: LayerProfile) -> npt.NDArray[np.float64] | None:
+    """The expected salience A_d = I_d * range (paper, section 3.2), float64 [n_head_kv, D], or the one of the two that the profile has, or None."""
+    known = [np.asarray(a, np.float64) for a in (layer.query_prior, layer.key_range) if a is not None]
+    return np.prod(known, axis=0) if known else None
+
+
+def likely_tiers(layer: LayerProfile) -> npt.NDArray[np.int32]:
+    """The bits of each channel in a page of the expected salience, int32 [n_head_kv, D]; by falling salience if nothing is known about it."""
+    expected = salience(layer)
+    bits = np.empty((layer.n_heads, layer.head_size), np.int32)
+    for head, counts in enumerate(layer.tiers[:, :5]):
+        order = np.arange(layer.head_size) if expected is None else np.argsort(-expected[head], kind="stable")
+        bits[head, order] = np.repeat(KEY_BITS, counts)
+    return bits
+
+
+def maps(profile: Profile) -> Maps:
+    """What `plot` draws."""
+    layers = [(i, layer) for i, layer in enumerate(profile.layers) if layer is not None]
+    width = max(layer.head_size for _, layer in layers)
+
+    def stack(arrays: Sequence[npt.NDArray[Any] | None]) -> npt.NDArray[np.float64] | None:
+        if all(a is None for a in arrays):
+            return None
+        result = np.full((sum(layer.n_heads for _, layer in layers), width), np.nan)
+        at = 0
+        for (_, layer), array in zip(layers, arrays, strict=True):
+            if array is not None:
+                result[at : at + layer.n_heads, : layer.head_size] = array
+            at += layer.n_heads
+        return result
+
+    tiers = stack([likely_tiers(layer) for _, layer in layers])
+    assert tiers is not None
+    return Maps(
+        rows=[(i, head) for i, layer in layers for head in range(layer.n_heads)],
+        tiers=tiers,
+        by_rank=np.concatenate([np.full(layer.n_heads, salience(layer) is None) for _, layer in layers]),
+        salience=stack([salience(layer) for _, layer in layers]),
+        key_range=stack([layer.key_range for _, layer in layers]),
+        query_prior=stack([layer.query_prior for _, layer in layers]),
+    )
+
+
+def figure(profile: Profile) -> Any:
+    """A matplotlib figure: tiers, and salience, key ranges and |q| where the profile has them. Raises SettingsError without matplotlib."""
+    try:
+        from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise SettingsError("Plots need matplotlib; install it with: pip install 'mixkvq[plot]'.") from None
+    m = maps(profile)
+    panels: list[tuple[str, npt.NDArray[np.float64]]] = [("tier of a key channel, bits", m.tiers)]
+    others = (("expected salience, |q| x range", m.salience), ("range of keys in a page", m.key_range), ("mean |q|", m.query_prior))
+    panels += [(name, values) for name, values in others if values is not None]
+    n_rows, width = m.tiers.shape
+    drawn = Figure(figsize=(1.2 + 4.6 * len(panels), min(40.0, 1.6 + max(2.4, 0.07 * n_rows))), layout="constrained")
+    drawn.suptitle(os.path.basename(profile.path) or "profile")
+    starts = [i for i, (_, head) in enumerate(m.rows) if head == 0]
+    every = max(1, -(-len(starts) // 40))
+    bits = sorted(KEY_BITS)
+    for i, (title, values) in enumerate(panels):
+        axes = drawn.add_subplot(1, len(panels), i + 1)
+        positive = values[np.isfinite(values) & (values > 0)]
+        if i == 0:
+            edges = [bits[0] - 0.5, *((a + b) / 2 for a, b in zip(bits, bits[1:])), bits[-1] + 0.5]
+            colours = ListedColormap(["#edf3fa", "#b7d3ea", "#6aaed6", "#2070b4", "#08306b"])
+            options: dict[str, Any] = {"cmap": colours, "norm": BoundaryNorm(edges, len(bits))}
+        elif positive.size:
+            low, high = float(positive.min()), float(positive.max())
+            options = {"cmap": "viridis", "norm": LogNorm(max(low, high * 1e-4), high if high > low else low * 1.01, clip=True)}
+        else:
+            options = {"cmap": "viridis"}
+        image = axes.imshow(values, aspect="auto", interpolation="nearest", extent=(0, width, n_rows, 0), **options)
+        bar = drawn.colorbar(image, ax=axes, location="bottom", shrink=0.8)
+        if i == 0:
+            bar.set_ticks([(a + b) / 2 for a, b in zip(edges, edges[1:])], labels=[str(b) for b in bits])
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("channel" if i or not m.by_rank.any() else "channel, by falling salience where the profile has no statistics")
+        axes.set_yticks(starts[::every], labels=[str(m.rows[at][0]) for at in starts[::every]])
+        for at in starts[1:]:
+            axes.axhline(at, color="white", linewidth=0.4)
+    drawn.axes[0].set_ylabel("layer, its heads below each other")
+    return drawn
+
+
+def plot(profile: Profile, path: str | os.PathLike[str]) -> None:
+    """Draw the heat maps into a .png or .svg file. Raises SettingsError for another ending or without matplotlib, OSError."""
+    ending = _ending(os.fspath(path))
+    drawn = figure(profile)
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "mixkvq"}), replacing(path) as temporary:  # the same profile gives the same file
+        drawn.savefig(temporary, format=ending[1:], dpi=150, metadata={"Date": None} if ending == ".svg" else None)
+
+
+def _ending(path: str) -> str:
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in FORMATS:
+        raise SettingsError(f"{path} cannot be drawn: the name of a picture ends in .png or .svg.")
+    return ending
+
+
+# ---- the command line --------------------------------------------------------------------------------------------------------------------
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("file")
+@click.option("--model", help="The model, to check that the profile is for it and to count bits with its value heads.")
+@click.option("--plot", "picture", help="Draw heat maps of tiers, salience, ranges and |q| into this file, .png or .svg.")
+def command(file: str, model: str | None, picture: str | None) -> None:
+    """Show the profile FILE: a side-car, JSON, or a model that has one beside or inside it."""
+    if picture is not None:
+        _ending(picture)
+    profile = find(file)
+    model = model or (file if profile.embedded or profile.path != file else None)
+    sizes = None
+    if model is not None:
+        check_model(profile, model)
+        opened = open_model(model)
+        sizes = opened.head_size_v if opened.exact else None
+    width = None if sys.stdout.isatty() else 160  # do not wrap what a program reads
+    print_tables(profile, Console(width=width, highlight=False), sizes)
+    if picture is not None:
+        plot(profile, picture)
+        click.echo(f"{picture} has the heat maps.", err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run(command, "mixkvq.inspect"))

@@ -1,0 +1,184 @@
+"""Where a profile is looked for when nobody says which cache to use, and what is said about it."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import llama_cpp
+import pytest
+import tiny_models
+from profiles import GOLDEN_LAYERS, refused
+
+import bridge
+from bridge import Kv
+from bridge.model_file import open_model
+from bridge.settings import resolve_kv, side_car, with_profile
+from mixkvq import convert
+from mixkvq.profile import Profile, uniform_profile, write_profile
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(tiny_models.llama(tmp_path_factory.mktemp("model") / "tiny.gguf"))
+
+
+@pytest.fixture
+def model(tiny, tmp_path):
+    """A model of its own for a test: `model.gguf`, without a profile."""
+    return str(shutil.copy(tiny, tmp_path / "model.gguf"))
+
+
+def put_beside(model, preset="near-lossless", **changes):
+    write_profile(side_car(model), uniform_profile(model, preset, **changes))
+
+
+def put_inside(model, preset="small", **changes):
+    convert.embed(model, uniform_profile(model, preset, **changes), model)
+
+
+def load(model, **arguments):
+    return bridge.Llama(str(model), **{"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False, **arguments})
+
+
+def cache(model, **arguments):
+    """What the cache of a model that has read 400 tokens is, and the first line of the report."""
+    llama = load(model, **arguments)
+    llama.eval(list(range(3, 203)) * 2)
+    stats = llama.kv_stats()
+    title = llama.kv_report().splitlines()[0]
+    llama.close()
+    return stats, title.removeprefix("cache").strip()
+
+
+def test_where_a_side_car_lies():
+    assert side_car("a/model.gguf") == "a/model.mixkvq.gguf" == side_car(Path("a/model.gguf"))
+    assert side_car("a/model.bin") == "a/model.bin.mixkvq.gguf"
+
+
+def test_order_and_what_the_report_says(model):
+    default, title = cache(model)
+    assert title == "MixKVQ balanced" and default["profile"] is None and default["found"] is None
+
+    put_inside(model)
+    inside, title = cache(model)
+    assert title == "MixKVQ profile model.gguf (found in the model)"
+    assert inside["profile"] == model and inside["preset"] is None and inside["found"] == "in the model"
+
+    put_beside(model)
+    beside, title = cache(model)
+    assert title == "MixKVQ profile model.mixkvq.gguf (found beside the model)" and beside["found"] == "beside the model"
+    assert inside["body_bits"] < default["body_bits"] < beside["body_bits"]
+
+    preset, title = cache(model, kv="balanced")
+    assert title == "MixKVQ balanced" and preset["body_bits"] == default["body_bits"]
+    asked, title = cache(model, kv=str(model))
+    assert title == "MixKVQ profile model.gguf" and asked["found"] is None and asked["body_bits"] == inside["body_bits"]
+    assert cache(model, stock="f16")[1] == "llama.cpp f16"
+
+
+def test_window_and_sinks_go_with_a_profile_that_is_found(model):
+    put_beside(model, window=256, sinks=0)
+    file = open_model(model)
+    kv = with_profile(resolve_kv(Kv(window=64)), file)
+    assert kv.profile == side_car(model) and kv.window == 64 and kv.sinks is None and kv == Kv(profile=side_car(model), window=64)
+    small, large = (cache(model, kv={"window": n}, n_ctx=2048)[0] for n in (0, 1024))
+    assert small["found"] and large["bytes"] > small["bytes"]
+
+
+@pytest.mark.parametrize("kv", ["balanced", "mix2.4", Kv(preset="small"), {"preset": "paper"}])
+def test_a_preset_is_exactly_that(model, kv):
+    Path(side_car(model)).write_text("not even a profile")
+    kv = resolve_kv(kv)
+    assert with_profile(kv, open_model(model)) is kv
+    assert cache(model, kv=kv)[1] == f"MixKVQ {kv.preset}"
+
+
+def test_what_was_found_survives_pickling(model):
+    put_beside(model)
+    llama = load(model)
+    copy = pickle.loads(pickle.dumps(llama))
+    assert copy.kv == llama.kv and copy.kv_stats()["profile"] == side_car(model)
+    llama.close()
+    copy.close()
+
+
+def test_attach(model):
+    put_beside(model)
+    arguments = {"n_ctx": 512, "n_gpu_layers": -1, "flash_attn": True, "verbose": False, "n_threads": 1}
+    with bridge.attach(model=str(model)) as attachment:
+        llama = llama_cpp.Llama(str(model), **arguments)
+        assert attachment.kv_stats()["found"] == "beside the model"
+    llama.close()
+    with bridge.attach() as attachment:  # the model is not known here
+        llama = llama_cpp.Llama(str(model), **arguments)
+        assert attachment.kv_stats()["preset"] == "balanced"
+    llama.close()
+
+
+def test_layers_without_formats_stay_f16(model, tmp_path):
+    """Because their heads are too large (gemma4: the result is that of the preset), or because the profile leaves them out."""
+    gemma4 = str(tiny_models.gemma4(tmp_path / "gemma4.gguf"))
+    preset, _ = cache(gemma4, kv="careful")
+    put_beside(gemma4, "careful")
+    found, _ = cache(gemma4)
+    assert found["found"] and len(found["plain_layers"]) == 4
+    assert all(found[name] == preset[name] for name in ("body_bits", "bytes", "plain_layers"))
+
+    profile = uniform_profile(model)
+    profile.layers[1] = None
+    write_profile(side_car(model), profile)
+    plain = cache(model)[0]["plain_layers"]
+    assert [layer["name"] for layer in plain] == ["cache_k_l1", "cache_v_l1"] and all("no formats for layer 1" in layer["reason"] for layer in plain)
+
+
+def spoil(model, how):
+    if how == "another model, beside":
+        write_profile(side_car(model), Profile("0" * 32, GOLDEN_LAYERS))
+    elif how == "damaged, beside":
+        put_beside(model)
+        Path(side_car(model)).write_bytes(Path(side_car(model)).read_bytes()[:-100])
+    elif how == "a model, beside":
+        shutil.copy(model, side_car(model))
+    elif how == "damaged, inside":
+        put_inside(model)
+        raw = Path(model).read_bytes()
+        mark = open_model(model).fingerprint.encode()
+        Path(model).write_bytes(raw.replace(mark, b"0" * 32))
+
+
+@pytest.mark.parametrize("how", ["another model, beside", "damaged, beside", "a model, beside", "damaged, inside"])
+def test_a_profile_that_does_not_fit_says_how_to_go_on(model, how):
+    spoil(model, how)
+    words = r"it was found beside the model: delete it, or .*--kv balanced" if "beside" in how else r"it was found in the model: take it out .*remove"
+    with refused(words):
+        load(model)
+    assert cache(model, kv="balanced")[1] == "MixKVQ balanced"
+    if "beside" in how:  # asked for, nobody needs to be told where it is
+        with pytest.raises(bridge.ProfileError) as e:
+            load(model, kv=side_car(model))
+        assert "found" not in str(e.value)
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "bridge.run", "-t", "1", "-p", "a", "--raw", "-n", "2", "-c", "512", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, timeout=120)
+    return done.returncode, done.stderr.decode()
+
+
+def test_command_line(model):
+    put_beside(model)
+    code, err = run(model)
+    assert code == 0 and "MixKVQ profile model.mixkvq.gguf (found beside the model)" in err, err
+    assert "MixKVQ balanced" in run(model, "--kv", "balanced")[1]
+    code, err = run(model, "--kv", side_car(model))
+    assert code == 0 and "MixKVQ profile model.mixkvq.gguf" in err and "found" not in err, err
+    code, err = run(model, "--window", "64", "--report", "json")
+    assert code == 0 and '"found": "beside the model"' in err
+    spoil(model, "another model, beside")
+    code, err = run(model)
+    assert code == 2 and len(err.splitlines()) == 1 and "--kv balanced" in err
+    assert run(model, "--kv", "balanced")[0] == 0 == run(model, "--stock", "f16")[0]
