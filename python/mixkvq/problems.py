@@ -1,0 +1,365 @@
+"""Problems that a model answers by itself, greedily, with every cache: how many are right, and which ones a cache loses or wins.
+
+Three sources:
+    built in       mixkvq.tasks, which the built-in model was trained on
+    a file         JSON lines with "question" and "answer", the answer ending in "#### number" (the format of GSM8K)
+    a module       problems(rng, n) -> iterable of {"prompt": ..., "answer": ..., anything else that JSON can hold}
+                   check(problem, text) -> bool
+
+Every answer is made in a fresh context, so it depends neither on the order of the problems nor on the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from pathlib import Path
+from random import Random
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from bridge.errors import BridgeError, SettingsError
+
+from . import tasks
+from .caches import is_stock, open_cache, sizes
+from .compare import CELLS, Passage, clear, last_logits
+
+if TYPE_CHECKING:
+    from bridge import Llama
+
+BATCH = 512
+MAX_TOKENS = 1024  # of an answer whose length nobody knows
+INSTRUCTION = "Reason step by step and end with the answer as a number after ####."
+
+Problem = dict[str, Any]  # "prompt" and "answer", and what its source needs to check an answer
+
+
+# ---- sources ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """mixkvq.tasks: tasks take turns, then levels."""
+
+    names: tuple[str, ...] = tasks.TASKS
+    levels: tuple[str, ...] = ("easy", "medium")
+    purpose: str = "benchmark"  # other problems for another purpose
+
+    def __post_init__(self) -> None:
+        for given, known in ((self.names, tasks.TASKS), (self.levels, tasks.LEVELS)):
+            if unknown := [name for name in given if name not in known]:
+                raise SettingsError(f"There is no task or level {unknown[0]!r}; there are {', '.join(known)}.")
+            if not given:
+                raise SettingsError(f"No task or no level is named; there are {', '.join(known)}.")
+
+    def draw(self, seed: int, n: int) -> list[Problem]:
+        drawn: list[Problem] = []
+        for i in range(n):
+            task = self.names[i % len(self.names)]
+            level = self.levels[i // len(self.names) % len(self.levels)]
+            rng = Random(f"{self.purpose} {seed} {i} {task} {level}")
+            drawn.append({"task": task, "level": level, **tasks.make(task, rng, tasks.LEVELS.index(level))._asdict()})
+        return drawn
+
+    def check(self, problem: Problem, text: str) -> bool:
+        return tasks.check(problem["task"], text, problem["answer"])
+
+
+@dataclass(frozen=True)
+class NumberFile:
+    """A file in the format of GSM8K, in an order drawn by the seed; None: all of it."""
+
+    path: Path
+    instruction: str = INSTRUCTION
+
+    def draw(self, seed: int, n: int | None) -> list[Problem]:
+        try:
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+        except OSError as e:
+            raise SettingsError(f"{self.path} cannot be read: {e.strerror or e}.") from None
+        except UnicodeDecodeError as e:
+            raise SettingsError(f"{self.path} is not UTF-8 text (byte {e.start}).") from None
+        found: list[Problem] = []
+        for i, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                entry = json.loads(line)
+                answer = entry["answer"].rpartition(tasks.ANSWER_MARK)[2].strip()
+                if isinstance(entry["question"], str) and number(answer) is not None:
+                    found.append({"prompt": f"{entry['question']}\n\n{self.instruction}".rstrip(), "answer": answer})
+                    continue
+            raise SettingsError(f'{self.path}, line {i}, is not {{"question": ..., "answer": "... #### number"}}.')
+        if not found:
+            raise SettingsError(f"{self.path} holds no problems.")
+        if n is not None and n > len(found):
+            raise SettingsError(f"{self.path} holds {len(found)} problems, fewer than {n}.")
+        return Random(seed).sample(found, len(found))[:n]  # more problems begin with the same ones
+
+    def check(self, problem: Problem, text: str) -> bool:
+        given = last_number(text)
+        return given is not None and given == number(problem["answer"])
+
+
+@dataclass(frozen=True)
+class Module:
+    """A user's module with problems(rng, n) and check(problem, text)."""
+
+    path: Path
+
+    def load(self) -> ModuleType:
+        """The module, loaded once in a process."""
+        if self.path not in _modules:
+            try:
+                spec = importlib.util.spec_from_file_location(f"checker_{self.path.stem}", self.path)
+                if spec is None or spec.loader is None or not self.path.is_file():
+                    raise FileNotFoundError("it is not a Python file")
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+            except Exception as e:  # noqa: BLE001 - anything may happen in a user's module
+                raise SettingsError(f"{self.path} cannot be loaded: {_said(e)}.") from e
+            for name in ("problems", "check"):
+                if not callable(getattr(module, name, None)):
+                    raise SettingsError(f"{self.path} has no function {name}(); it needs problems(rng, n) and check(problem, text).")
+            _modules[self.path] = module
+        return _modules[self.path]
+
+    def draw(self, seed: int, n: int) -> list[Problem]:
+        module = self.load()
+        try:
+            drawn = [dict(problem) for problem in module.problems(Random(seed), n)]
+            json.dumps(drawn)
+        except Exception as e:  # noqa: BLE001
+            raise SettingsError(f"problems() of {self.path} failed: {_said(e)}.") from e
+        if len(drawn) != n or any(not isinstance(p.get("prompt"), str) or "answer" not in p for p in drawn):
+            raise SettingsError(f"problems(rng, {n}) of {self.path} must give {n} dictionaries with a text 'prompt' and an 'answer'.")
+        return drawn
+
+    def check(self, problem: Problem, text: str) -> bool:
+        try:
+            return bool(self.load().check(problem, text))
+        except BridgeError:
+            raise
+        except Exception as e:  # noqa: BLE001
+            raise SettingsError(f"check() of {self.path} failed: {_said(e)}.") from e
+
+
+Source = BuiltIn | NumberFile | Module
+_modules: dict[Path, ModuleType] = {}
+
+_NUMBER = re.compile(r"[-+]?\$?(?:\d[\d,]*)?\.?\d+(?:/\d+)?")
+
+
+def number(text: str) -> Fraction | None:
+    """A number as people write it (1,234.50, $12, 3/4), or None."""
+    plain = text.strip().replace(",", "").replace("$", "").rstrip(".%")
+    try:
+        return Fraction(Decimal(plain)) if "/" not in plain else Fraction(plain)
+    except (InvalidOperation, ValueError, OverflowError, ZeroDivisionError):
+        return None
+
+
+def last_number(text: str) -> Fraction | None:
+    """The first number after the last ####, or else the last number of the text."""
+    _, mark, tail = text.rpartition(tasks.ANSWER_MARK)
+    if mark and (found := _NUMBER.findall(tail)):
+        return number(found[0])
+    found = _NUMBER.findall(text)
+    return number(found[-1]) if found else None
+
+
+def _said(e: BaseException) -> str:
+    return " ".join(f"{type(e).__name__}: {e}".split()).rstrip(".: ")
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------
+
+
+def prompt_tokens(llm: Llama, problem: Problem) -> list[int]:
+    """The prompt in the model's chat template, up to where the answer begins."""
+    return llm.chat_tokens([{"role": "user", "content": problem["prompt"]}])
+
+
+def reference_tokens(llm: Llama, problem: Problem) -> list[int]:
+    """The derivation that a built-in problem comes with, and the end of the turn."""
+    text = tasks.completion(problem["reasoning"], problem["answer"])
+    return llm.tokenize(text.encode(), add_bos=False, special=True) + [llm.token_eos()]
+
+
+def derivations(llm: Llama, problems: Iterable[Problem]) -> list[Passage]:
+    """Built-in problems teacher-forced: the prompt, then the reference, whose tokens are what counts."""
+    passages = []
+    for problem in problems:
+        prompt = prompt_tokens(llm, problem)
+        passages.append(Passage(prompt + reference_tokens(llm, problem), first=len(prompt)))
+    return passages
+
+
+def add_tokens(llm: Llama, problems: Iterable[Problem], max_tokens: int | None) -> int:
+    """Give every problem its prompt's tokens and the most tokens of an answer; returns the context that all of them need.
+
+    A wrong derivation may be longer than the right one, but it need not go on for ever.
+    """
+    longest = 0
+    for problem in problems:
+        problem["tokens"] = prompt_tokens(llm, problem)
+        known = len(reference_tokens(llm, problem)) * 5 // 4 + 64 if "reasoning" in problem else MAX_TOKENS
+        problem["limit"] = max_tokens or known
+        longest = max(longest, len(problem["tokens"]) + problem["limit"])
+    return -(-longest // CELLS) * CELLS
+
+
+# ---- answers ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Solver:
+    """Answers problems in one process. It keeps the contexts of llama.cpp's caches; ours learn from the queries, so each answer gets a new one."""
+
+    model: str
+    source: Source
+    n_ctx: int
+    threads: int
+    window: int | None = None
+    sinks: int | None = None
+
+    def __post_init__(self) -> None:
+        self._kept: dict[str, Llama] = {}
+
+    def answers(self, problem: Problem, caches: Sequence[str]) -> dict[str, dict[str, Any]]:
+        return {cache: self.answer(problem, cache) for cache in caches}
+
+    def answer(self, problem: Problem, cache: str) -> dict[str, Any]:
+        llm = self._kept.get(cache)
+        if llm is None:
+            llm = open_cache(
+                self.model,
+                cache,
+                window=self.window,
+                sinks=self.sinks,
+                n_ctx=self.n_ctx,
+                n_batch=BATCH,
+                n_threads=self.threads,
+                n_threads_batch=self.threads,
+            )
+            if is_stock(cache):
+                self._kept[cache] = llm
+        try:
+            begin = time.perf_counter()
+            tokens, ended = generate_greedily(llm, problem["tokens"], problem["limit"])
+            seconds = time.perf_counter() - begin
+            text = llm.detokenize(tokens, special=True).decode("utf-8", errors="replace")
+            taken = sizes(llm, cache, window=self.window, sinks=self.sinks)
+        finally:
+            if cache not in self._kept:
+                llm.close()
+        correct = self.source.check(problem, text)
+        return {"correct": correct, "ended": ended, "tokens": tokens, "seconds": round(seconds, 3), "sizes": taken}
+
+
+def generate_greedily(llm: Llama, prompt: Sequence[int], limit: int) -> tuple[list[int], bool]:
+    """The arg-max tokens that follow the prompt, up to and including the end of the turn, and whether that was reached."""
+    from bridge.library import llama
+
+    library, vocabulary = llama().C, llm._model.vocab
+    clear(llm)
+    llm.eval(prompt)
+    generated: list[int] = []
+    while True:
+        generated.append(int(last_logits(llm).argmax()))
+        if library.llama_vocab_is_eog(vocabulary, generated[-1]):
+            return generated, True
+        if len(generated) >= limit:
+            return generated, False
+        llm.eval(generated[-1:])
+
+
+_solver: list[Solver] = []  # of a worker process
+
+
+def _start_worker(solver: Solver) -> None:
+    from bridge.library import llama
+
+    llama().quiet_log()
+    _solver[:] = [solver]
+
+
+def _work(job: tuple[int, Problem, list[str]]) -> tuple[int, dict[str, dict[str, Any]]]:
+    index, problem, caches = job
+    return index, _solver[0].answers(problem, caches)
+
+
+def solve(solver: Solver, jobs: Sequence[tuple[int, Problem, list[str]]], workers: int) -> Iterator[tuple[int, dict[str, dict[str, Any]]]]:
+    """Answer problems: jobs are (index, problem, caches); results come as they are done."""
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        for index, problem, caches in jobs:
+            yield index, solver.answers(problem, caches)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (solver,)) as pool:
+        yield from pool.imap_unordered(_work, jobs)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------
+
+
+def summarise(records: Sequence[dict[str, Any]], caches: Sequence[str], baseline: str, first: int) -> dict[str, Any]:
+    """Figures per cache, over the problems that every cache has answered. lost: right with the baseline only; won: the reverse."""
+    complete = [record["answers"] for record in records if all(cache in record["answers"] for cache in caches)]
+    n = len(complete)
+    summary = {}
+    for cache in caches:
+        own = [answers[cache] for answers in complete]
+        correct = sum(answer["correct"] for answer in own)
+        n_tokens = sum(len(answer["tokens"]) for answer in own)
+        figures = {
+            "problems": n,
+            "correct": correct,
+            "accuracy": correct / max(1, n),
+            "accuracy_95%": wilson(correct, n),
+            "cut": sum(not answer["ended"] for answer in own),
+            "tokens": n_tokens,
+            "tokens_per_second": n_tokens / max(1e-9, sum(answer["seconds"] for answer in own)),
+        }
+        if baseline in caches:
+            pairs = [(answers[cache], answers[baseline]) for answers in complete]
+            same = sum(a["tokens"][:first] == b["tokens"][:first] for a, b in pairs)
+            lost = sum(b["correct"] and not a["correct"] for a, b in pairs)
+            won = sum(a["correct"] and not b["correct"] for a, b in pairs)
+            figures |= {
+                "lost": lost,
+                "won": won,
+                "sign_test_p": sign_test(lost, won),
+                "same_first_tokens": same,
+                "same_first_tokens_share": same / max(1, n),
+                "same_first_tokens_95%": wilson(same, n),
+            }
+        summary[cache] = figures
+    return summary
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a proportion (95 % by default)."""
+    if trials == 0:
+        return 0.0, 1.0
+    p = successes / trials
+    centre = p + z * z / (2 * trials)
+    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def sign_test(lost: int, won: int) -> float:
+    """Exact two-sided p of as uneven a split of the problems that differ, if losing and winning were equally likely."""
+    n = lost + won
+    tail = sum(math.comb(n, k) for k in range(min(lost, won) + 1))
+    return float(min(Fraction(1), Fraction(2 * tail, 2**n)))

@@ -1,0 +1,571 @@
+"""mixkvq.evaluate and what it is made of, on the built-in model and on tiny ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from itertools import product
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import tiny_models
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge import ContextError, Kv, SettingsError
+from bridge.library import native
+from bridge.model_file import built_in_model
+from mixkvq import caches, compare, evaluate, plots, problems
+from mixkvq.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed, log_softmax
+from mixkvq.profile import uniform_profile, write_profile
+
+MODEL = str(built_in_model())
+PROSE = Path(evaluate.__file__).with_name("calibration.txt")
+THREADS = ["--threads", "1"]  # waiting threads are slow on a busy machine
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(tiny_models.llama(tmp_path_factory.mktemp("models") / "tiny.gguf"))
+
+
+@pytest.fixture(scope="module")
+def prose():
+    """Tokens of running text for the built-in model."""
+    llm = caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
+    return compare.tokenize_text(llm, evaluate.default_text().encode())[0]
+
+
+def random_tokens(n, seed=0):
+    return np.random.default_rng(seed).integers(3, 259, n).tolist()
+
+
+def run(capsys, *arguments):
+    """The command line in this process: exit code, stdout, stderr."""
+    code = evaluate.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err
+
+
+# ---- names and sizes -------------------------------------------------------------------------------------
+
+
+def test_split_names():
+    assert caches.split_names(" f16, q8_0,,f16 ") == ["f16", "q8_0"]
+    assert caches.split_names(["f16,lab:mixkvq:K=32@4+96@3,V=3,score=S,q4_0", "lab:kivi-2"]) == [
+        "f16",
+        "lab:mixkvq:K=32@4+96@3,V=3,score=S",
+        "q4_0",
+        "lab:kivi-2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nope", "no cache 'nope'"), ("q4_1-nope", "no cache"), ("missing.gguf", "missing.gguf does not exist"), ("lab:nope", "no codec 'nope'")],
+)
+def test_unknown_name_is_a_sentence(name, words):
+    with pytest.raises(ValueError, match=words):
+        caches.open_cache(MODEL, name)
+
+
+@pytest.mark.parametrize(("window", "sinks"), list(product((0, 1, 128, 300), (0, 128, 200))))
+def test_total_bits_agree_with_what_is_allocated(tiny, window, sinks):
+    llm = caches.open_cache(tiny, "balanced", window=window, sinks=sinks, n_ctx=2048, n_batch=128)
+    llm.eval(random_tokens(8))
+    own = caches.sizes(llm, "balanced", [2048, 8192], window=window, sinks=sinks)
+    expected = caches.total_bits(own["body_bits_k"], own["body_bits_v"], 2048, window, sinks)
+    tables = own["total_bits"]["2048"] - expected
+    assert 0 <= tables < 0.06  # pages' tables and the counts of four tiny tensors
+    assert own["bytes"] == pytest.approx(own["total_bits"]["2048"] * llm.kv_stats()["elements"] / 8)
+    longer = caches.open_cache(tiny, "balanced", window=window, sinks=sinks, n_ctx=8192, n_batch=128)
+    assert 0 <= longer.kv_stats()["total_bits"] - own["total_bits"]["8192"] < 0.05
+    assert (own["window"], own["sinks"]) == (window, sinks)
+
+
+@given(
+    st.floats(2, 16), st.floats(2, 16), st.integers(1, 1 << 17), st.integers(0, 1024), st.integers(0, 1024), st.floats(0, 1)
+)  # fmt: skip
+def test_total_bits_properties(k, v, n_ctx, window, sinks, share):
+    bits = caches.total_bits(k, v, n_ctx, window, sinks, key_share=share)
+    body = share * k + (1 - share) * v
+    assert bits > 0 and bits >= min(16, body) * (1 - 1e-9) - 128 * 16 / n_ctx
+    assert caches.total_bits(k, v, n_ctx, window + 128, sinks, key_share=share) >= bits
+    assert caches.total_bits(k, v, 1 << 30, window, sinks, key_share=share) == pytest.approx(body, rel=1e-3)
+
+
+def test_sliding_window_layers_do_not_grow(tmp_path):
+    path = str(tiny_models.gemma2(tmp_path / "gemma2.gguf"))
+    llm = caches.open_cache(path, "balanced", n_ctx=1024, n_batch=64, n_ubatch=64)
+    llm.eval(random_tokens(8))
+    expected = caches.sizes(llm, "balanced", [2048])["total_bits"]["2048"]
+    longer = caches.open_cache(path, "balanced", n_ctx=2048, n_batch=64, n_ubatch=64)
+    assert longer.kv_stats()["total_bits"] == pytest.approx(expected, abs=0.2)
+
+
+def test_codec_is_sized_as_its_format():
+    llm = caches.open_cache(MODEL, "lab:kivi-2", sinks=128, n_ctx=1024, n_batch=128, n_threads=1)
+    llm.eval(random_tokens(600))
+    own = caches.sizes(llm, "lab:kivi-2", sinks=128)
+    assert own["body_bits"] == own["body_bits_k"] == own["body_bits_v"] == 3.0
+    assert own["total_bits"]["1024"] == pytest.approx(caches.total_bits(3, 3, 1024), abs=0.06)
+    assert own["bytes"] == pytest.approx(own["total_bits"]["1024"] * llm.kv_stats()["elements"] / 8)
+    stock = caches.sizes(caches.open_cache(MODEL, "q8_0", n_ctx=512), "q8_0", [512, 8192])
+    assert stock["body_bits"] == 8.5 and stock["total_bits"] == {"512": 8.5, "8192": 8.5} and stock["window"] is None
+
+
+def test_window_and_sinks_come_from_the_profile_unless_given(tiny, tmp_path):
+    profile = uniform_profile(tiny, "small", window=256, sinks=0)
+    path = tmp_path / "own.gguf"
+    write_profile(path, profile)
+    assert caches.f16_tokens(str(path)) == (256, 0)
+    assert caches.f16_tokens(str(path), sinks=128) == (256, 128)
+    assert caches.f16_tokens("balanced") == (128, 128)
+    assert compare.windows_of(["q4_0", "balanced", str(path), NOISE_FLOOR]) == {128, 256}
+    assert caches.file_of(str(path)) == path and caches.file_of("balanced") is caches.file_of("q8_0") is None
+    assert caches.file_of("lab:some/file.py:mine") == Path("some/file.py")
+
+
+# ---- decode style ----------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 1500), st.sets(st.integers(0, 700), max_size=3))
+def test_cuts_are_where_pages_are_packed(n, windows):
+    cuts = cut(n, "decode", windows)
+    assert cuts[0] == 0 and cuts[-1] == n and cuts == sorted(set(cuts))
+    assert max(b - a for a, b in zip(cuts, cuts[1:])) <= 128
+    changes = {128 * (p + 1) + max(w, 1) for w in windows for p in range(n // 128 + 1)}
+    assert {c for c in changes if c < n} <= set(cuts)
+    for style, step in (("prefill", 512), ("token", compare.SINGLE_STEPS)):
+        assert cut(n, style, windows) == [*range(0, n, step), n]
+
+
+def packed(llm):
+    return [layer["pages_packed"] for layer in llm._session.layers()]
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(128, 128), (0, 0), (64, 128), (200, 128), (256, 0)])
+def test_decode_style_is_token_by_token(tiny, window, sinks):
+    """Every query meets the same packed pages in both styles, and predicts the same; long batches do neither."""
+    tokens = random_tokens(1000)
+
+    def walk(cuts, batch):
+        llm = caches.open_cache(tiny, "balanced", window=window, sinks=sinks, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=1)
+        met, rows = [], []
+        for start, end in zip(cuts, cuts[1:]):
+            met += [packed(llm)] * (end - start)
+            rows.append(feed(llm, tokens[start:end], batch, end - start).copy())
+        return met, log_softmax(np.concatenate(rows)), llm.kv_stats()["bytes_used"]
+
+    met, p, used = walk(range(len(tokens) + 1), 1)
+    met_by_pages, q, used_by_pages = walk(cut(len(tokens), "decode", [window]), 128)
+    met_by_batches, r, _ = walk(cut(len(tokens), "prefill"), 512)
+    assert met_by_pages == met and used_by_pages == used
+    assert met[-1][0] >= 3 and met_by_batches != met
+
+    def kld(other):
+        return float((np.exp(p) * (p - other)).sum(axis=1).mean())
+
+    assert kld(q) < 0.0005  # rounding; queries old and new are weighed a little differently when they fade
+    assert kld(r) > 0.005
+
+
+@pytest.mark.parametrize("name", ["balanced", "q4_0"])
+def test_decode_style_has_the_divergence_of_single_tokens(prose, name):
+    passage = Passage(prose[:900])
+    found = {}
+    for style in ("decode", "token"):
+        ((one,),) = [list(g.values()) for g in compare_caches(MODEL, [name], [passage], style=style, threads=1)]
+        found[style] = one.summary()
+    decode, token = found["decode"], found["token"]
+    assert decode["tokens"] == token["tokens"] == 899 and decode["total_bits"] == token["total_bits"]
+    assert decode["kld_mean"] == pytest.approx(token["kld_mean"], abs=0.0005 + 3 * decode["kld_standard_error"] * 0.3)
+    assert decode["perplexity"] == pytest.approx(token["perplexity"], rel=0.01)
+    assert 0.0005 < decode["kld_mean"] < (0.01 if name == "balanced" else 0.2)
+
+
+def test_only_wanted_rows_come_back(tiny):
+    tokens = random_tokens(40)
+    whole = caches.open_cache(tiny, "f16", n_ctx=256, n_batch=64, n_threads=1)
+    part = caches.open_cache(tiny, "f16", n_ctx=256, n_batch=64, n_threads=1)
+    rows = feed(whole, tokens, 64, 40).copy()
+    assert feed(part, tokens[:20], 8, 0).shape == (0, tiny_models.N_VOCAB)
+    np.testing.assert_allclose(feed(part, tokens[20:], 7, 9), rows[-9:], atol=2e-2)
+    np.testing.assert_array_equal(compare.last_logits(whole).shape, [tiny_models.N_VOCAB])
+    assert part.n_tokens == 40 and part.input_ids[:40].tolist() == tokens
+
+
+def test_what_a_codec_raises_is_the_error():
+    def codec(page):
+        raise ZeroDivisionError("on purpose")
+
+    import bridge
+
+    llm = bridge.Llama(MODEL, kv=Kv(window=0, sinks=0), codec=codec, n_ctx=512, n_batch=128, n_threads=1, verbose=False)
+    with pytest.raises(ContextError, match="on purpose") as e:
+        for _start in range(0, 512, 128):
+            feed(llm, random_tokens(128), 128, 0)
+    assert isinstance(e.value.__cause__, ZeroDivisionError)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------
+
+
+def test_comparison_by_hand():
+    one = Comparison()
+    p, q = np.array([[0.5, 0.5, 0.0], [0.1, 0.7, 0.2]]), np.array([[0.25, 0.75, 0.0], [0.1, 0.7, 0.2]])
+    with np.errstate(divide="ignore"):
+        one.add(np.log(p), np.log(q), [1, 0])
+    assert one.kld == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75), 0])
+    assert one.same_top == [False, True] and one.right == [True, False] and one.right_baseline == [False, False]
+    figures = compare.summarise([one])
+    assert figures["perplexity"] == pytest.approx(1 / math.sqrt(0.75 * 0.1))
+    assert figures["perplexity_ratio"] == pytest.approx(figures["perplexity"] / figures["perplexity_baseline"])
+    assert figures["flips"] == 1 and figures["same_top"] == 0.5 and figures["kld_max"] == max(one.kld)
+    assert figures["kld_standard_error"] is None
+
+
+def test_standard_error_counts_blocks():
+    rng = np.random.default_rng(5)
+    independent = rng.normal(size=128 * 200)
+    assert compare.standard_error([independent]) == pytest.approx(1 / math.sqrt(128 * 200), rel=0.2)
+    dependent = np.repeat(rng.normal(size=200), 128)
+    assert compare.standard_error([dependent]) == pytest.approx(1 / math.sqrt(200), rel=0.2)
+    parts = np.split(dependent, 50)
+    assert compare.standard_error(parts) == pytest.approx(compare.standard_error([dependent]))
+    assert compare.standard_error([np.ones(511)]) is None and compare.standard_error([np.ones(512)]) == 0
+    assert compare.standard_error([np.ones(3), np.ones(2), np.ones(1), np.zeros(1)]) > 0
+
+
+@given(st.integers(0, 30), st.integers(0, 30))
+def test_sign_test(lost, won):
+    n = lost + won
+    likely = [math.comb(n, k) for k in range(n + 1)]
+    expected = sum(x for x in likely if x <= likely[lost] * (1 + 1e-12)) / 2**n
+    assert problems.sign_test(lost, won) == pytest.approx(min(1.0, expected))
+
+
+def test_wilson():
+    assert problems.wilson(0, 0) == (0.0, 1.0)
+    assert problems.wilson(203, 208) == pytest.approx((0.945, 0.990), abs=5e-4)
+    low, high = problems.wilson(0, 10)
+    assert low == 0 and high == pytest.approx(0.2775, abs=5e-4)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1))
+def test_frontier(points):
+    best = plots.frontier(points)
+    assert set(best) <= set(points) and best == sorted(best)
+    for bits, kld in points:
+        assert any(b <= bits and k <= kld for b, k in best)
+    for b, k in best:
+        assert not any((bits <= b and kld < k) or (bits < b and kld <= k) for bits, kld in points)
+
+
+# ---- the command line on text ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    """A result: two styles, four caches, with the default text."""
+    folder = tmp_path_factory.mktemp("run")
+    profile = folder / "mine.gguf"
+    write_profile(profile, uniform_profile(MODEL, "mix8.2", window=256))
+    out = folder / "sub" / "kld.json"
+    arguments = [MODEL, "--kv", f"q4_0,balanced,{profile}", "--kv", "lab:kivi-2", "--ctx", "640", "--style", "decode,prefill", *THREADS]
+    assert evaluate.main([*arguments, "--out", str(out)]) == 0
+    return out, arguments, str(profile)
+
+
+def test_result_is_consistent(run_file):
+    out, _, profile = run_file
+    result = json.loads(out.read_text())
+    assert result["bench"] == "evaluate" and result["commit"] and result["machine"]["cpu"] and result["versions"]["llama_cpp_python"]
+    assert result["model"]["name"] == Path(MODEL).name and len(result["model"]["sha256"]) == 64
+    assert result["settings"]["cuts"] == [128, 256] and result["settings"]["seed"] == 1
+    assert list(result["files"]) == [profile]
+    decode, prefill = result["sections"]
+    assert (decode["style"], prefill["style"]) == ("decode", "prefill")
+    assert decode["text"]["name"] == "the default text" and decode["offsets"] == prefill["offsets"]
+    assert decode["offsets"][0] % 640 == 0
+    for section in (decode, prefill):
+        assert list(section["caches"]) == [NOISE_FLOOR, "q4_0", "balanced", profile, "lab:kivi-2"]
+        for name, f in section["caches"].items():
+            assert f["tokens"] == 639 and f["kld_mean"] >= 0 and f["kld_standard_error"] > 0 and f["seconds"] > 0
+            assert f["kld_median"] <= f["kld_99%"] <= f["kld_99.9%"] <= f["kld_max"]
+            assert f["same_top"] == pytest.approx(1 - f["flips"] / 639)
+            assert f["perplexity_ratio"] == pytest.approx(f["perplexity"] / f["perplexity_baseline"])
+            assert np.mean(f["kld_by_quarter"]) == pytest.approx(f["kld_mean"], rel=0.01)
+            assert list(f["total_bits"]) == ["768", "8192", "32768"]
+            assert f["bytes"] == pytest.approx(f["total_bits"]["768"] * 768 * 10 * 2 * 2 * 128 / 8, rel=0.01), name
+    caches_ = decode["caches"]
+    assert caches_["lab:kivi-2"]["body_bits"] == 3.0 and caches_["lab:kivi-2"]["sinks"] == 0
+    assert caches_[profile]["window"] == 256 and caches_["balanced"]["window"] == 128
+    # A cache that stays F16 for most of such a short text is at the floor; 4 bits without a window are far away, in every style.
+    assert caches_[profile]["kld_mean"] < 2 * caches_[NOISE_FLOOR]["kld_mean"] < caches_["q4_0"]["kld_mean"] / 5
+    assert prefill["caches"]["q4_0"]["kld_mean"] == pytest.approx(caches_["q4_0"]["kld_mean"], rel=0.1)
+    assert str(Path(MODEL).parent) not in json.dumps({**result, "files": {}, "sections": []})
+
+
+def test_what_is_there_is_not_measured_again(run_file, capsys):
+    out, arguments, profile = run_file
+    before = json.loads(out.read_text())
+    code, printed, _ = run(capsys, *arguments, "--kv", "small", "--at-once", "1", "--out", out)
+    after = json.loads(out.read_text())
+    assert code == 0 and "small" in printed and "the default text" in printed and "No --text was given" in printed
+    for old, new in zip(before["sections"], after["sections"], strict=True):
+        assert set(new["caches"]) - set(old["caches"]) == {"small"}
+        assert all(new["caches"][name] == old["caches"][name] for name in old["caches"])
+    # Another number of caches at a time gives the same figures.
+    code, _, _ = run(capsys, *arguments, "--no-floor", "--at-once", "2", "--style", "decode", "-q", "--out", out.with_name("other.json"))
+    again = json.loads(out.with_name("other.json").read_text())["sections"][0]
+    for name, figures in again["caches"].items():
+        assert {**figures, "seconds": 0} == {**before["sections"][0]["caches"][name], "seconds": 0}
+    # Other settings, or another file under the same name, are another run.
+    assert run(capsys, *arguments, "--seed", "2", "--out", out)[0] == 2
+    write_profile(profile, uniform_profile(MODEL, "mix8.2"))
+    code, _, err = run(capsys, *arguments, "--window", "256", "--out", out)
+    assert code == 2 and "another" in err and "--restart" in err
+
+
+def test_plot(run_file, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = json.loads(run_file[0].read_text())
+    result["problems"] = {
+        "kind": "problems", "count": 10, "source": "built in", "sizes": {"balanced": {"body_bits": 3.2, "total_bits": {"512": 5.0}}},
+        "summary": {"balanced": {"accuracy": 0.5, "accuracy_95%": [0.2, 0.8]}},
+    }  # fmt: skip
+    for name in ("one.svg", "same.svg", "one.png"):
+        plots.draw_evaluation(result, tmp_path / name)
+    svg, again, png = ((tmp_path / name).read_bytes() for name in ("one.svg", "same.svg", "one.png"))
+    assert svg == again and b"<svg" in svg and png.startswith(b"\x89PNG")
+    for words in (b"the default text, prefill", b"body bits", b"at 768 tokens", b"noise floor", b"lab:kivi-2", b"10 problems"):
+        assert b"<!-- " in svg and words in svg, words
+
+
+def test_plot_without_matplotlib_is_said_at_once(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run(capsys, MODEL, "--plot", tmp_path / "x.svg")
+    assert code == 2 and "Plots need matplotlib" in err and "mixkvq[plot]" in err
+
+
+def test_windows_and_skip(tiny, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(Random(3).choices(range(97, 123), k=2000)))
+    out = tmp_path / "out.json"
+    code, _, _ = run(capsys, tiny, "--text", text, "--kv", "small", "--ctx", 300, "--windows", 3, "--skip", 100, "--out", out, "-q", *THREADS)
+    (section,) = json.loads(out.read_text())["sections"]
+    assert code == 0 and len(section["offsets"]) == 3 and all(at % 299 == 0 for at in section["offsets"])  # one token is the BOS
+    assert section["caches"]["small"]["tokens"] == 3 * (299 - 100)
+
+
+# ---- the guarantee ---------------------------------------------------------------------------------------
+
+
+def test_guarantee_picks_the_smallest_that_holds(tmp_path, capsys):
+    out = tmp_path / "g.json"
+    arguments = [MODEL, "--ctx", 1024, "--out", out, *THREADS]
+    code, printed, _ = run(capsys, *arguments, "--guarantee", 10)
+    assert code == 0
+    assert "measured on your model: tiny (2.41 body bits) keeps mean KLD at" in printed and "<= 10 on the default text (1023 predictions" in printed
+    assert printed.rstrip().endswith("use --kv tiny")
+    result = json.loads(out.read_text())
+    klds = {name: f["kld_mean"] + f["kld_standard_error"] for name, f in result["sections"][0]["caches"].items()}
+    assert list(klds) == ["tiny", "small", "balanced", "paper"]
+    # Between the smallest and the next: a limit that only the second one keeps.
+    assert klds["small"] < klds["tiny"]
+    limit = (klds["small"] + klds["tiny"]) / 2
+    code, printed, _ = run(capsys, *arguments, "--guarantee", limit, "-q")
+    assert (code, printed) == (0, "small\n")
+    code, printed, err = run(capsys, *arguments, "--guarantee", 1e-9, "--kv", "small,tiny", "-q")
+    assert code == 1 and printed == "" and "no cache that was tried" in err and "small" in err
+    found = json.loads(out.read_text())["guarantee"]
+    assert found["cache"] is None and [entry["cache"] for entry in found["tried"]] == ["tiny", "small"]
+
+
+# ---- derivations and answers -----------------------------------------------------------------------------
+
+
+def test_derivations(tmp_path, capsys):
+    out = tmp_path / "d.json"
+    code, printed, _ = run(
+        capsys, MODEL, "--derivations", 3, "--tasks", "add,mul,sort", "--levels", "easy", "--kv", "q4_0,tiny", "--out", out, *THREADS
+    )  # fmt: skip
+    (section,) = json.loads(out.read_text())["sections"]
+    assert code == 0 and "3 derivations, decode" in printed and section["kind"] == "derivations"
+    assert [p["task"] for p in section["problems"]] == ["add", "mul", "sort"]
+    n = sum(p["tokens"] for p in section["problems"])
+    for name in (NOISE_FLOOR, "q4_0", "tiny"):
+        f = section["caches"][name]
+        assert f["tokens"] == n and len(f["by_problem"]) == 3 and f["baseline_exact"] == 3
+        assert f["wrong"] == sum(p["wrong"] for p in f["by_problem"]) and f["flips"] == sum(p["flips"] for p in f["by_problem"])
+        assert f["exact"] == sum(p["wrong"] == 0 for p in f["by_problem"])
+    assert section["caches"]["tiny"]["kld_mean"] < 0.01
+
+
+def test_built_in_problems_go_on_where_they_stopped(tmp_path, capsys):
+    out = tmp_path / "p.json"
+    common = [MODEL, "--tasks", "add,mul", "--levels", "easy", "--out", out, "--first", 50, "-q"]
+    assert run(capsys, *common, "--problems", 2, "--kv", "balanced", "--workers", 1)[0] == 0
+    before = json.loads(out.read_text())["problems"]
+    assert run(capsys, *common, "--problems", 4, "--kv", "balanced,q8_0", "--workers", 2)[0] == 0
+    after = json.loads(out.read_text())["problems"]
+    assert len(before["records"]) == 2 and len(after["records"]) == 4 and after["count"] == 4
+    for old, new in zip(before["records"], after["records"]):
+        assert all(new["answers"][name] == answer for name, answer in old["answers"].items())
+    assert [r["task"] for r in after["records"]] == ["add", "mul"] * 2
+    for name in ("f16", "balanced", "q8_0"):
+        f = after["summary"][name]
+        assert f["problems"] == 4 and f["correct"] == 4 and f["cut"] == 0 and f["lost"] == f["won"] == 0 and f["sign_test_p"] == 1
+        assert f["tokens"] == sum(len(r["answers"][name]["tokens"]) for r in after["records"])
+    assert after["sizes"]["balanced"]["body_bits"] == pytest.approx(3.21875)
+    # Other problems do not go into the same file.
+    code, _, err = run(capsys, *common, "--problems", 2, "--max-tokens", 9)
+    assert code == 2 and "other problems" in err
+
+
+def test_answers_do_not_depend_on_what_came_before():
+    """The cache learns from queries, so a context that had answered something else would answer a little differently."""
+    source = problems.BuiltIn(("chain",), ("medium",))
+    vocabulary = caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
+    drawn = source.draw(3, 2)
+    n_ctx = problems.add_tokens(vocabulary, drawn, 150)
+    solver = problems.Solver(MODEL, source, n_ctx, 1)
+    first, second = (solver.answers(problem, ["tiny"])["tiny"]["tokens"] for problem in drawn)
+    fresh = problems.Solver(MODEL, source, n_ctx, 1)
+    assert fresh.answers(drawn[1], ["tiny"])["tiny"]["tokens"] == second
+    assert fresh.answers(drawn[0], ["tiny"])["tiny"]["tokens"] == first
+
+
+def test_problems_from_a_file(tmp_path, capsys):
+    file = tmp_path / "gsm.jsonl"
+    sums = [(48291, 73), (917, 46), (1234, 8)]
+    lines = [{"question": f"Compute {a} * {b}.", "answer": f"We say {a}*{b}.\n#### {a * b:,}"} for a, b in sums]
+    lines.append({"question": "Compute 7 * 8.", "answer": "Wrong on purpose\n#### 57"})
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    out = tmp_path / "out.json"
+    code, printed, _ = run(
+        capsys, MODEL, "--problems-file", file, "--instruction", "", "--kv", "balanced", "--workers", 1, "--out", out, *THREADS
+    )  # fmt: skip
+    part = json.loads(out.read_text())["problems"]
+    assert code == 0 and "4 problems, gsm.jsonl" in printed and part["count"] == 4
+    assert part["summary"]["f16"]["correct"] == part["summary"]["balanced"]["correct"] == 3
+    drawn = problems.NumberFile(file).draw(1, 2)
+    assert drawn == problems.NumberFile(file).draw(1, None)[:2] and drawn[0]["prompt"].endswith(problems.INSTRUCTION)
+
+
+def test_numbers():
+    assert problems.last_number("It is 3.\n#### $1,234.50 dollars 7") == problems.number("1234.5")
+    assert problems.last_number("so 5 apples and 12 pears.") == 12
+    assert problems.last_number("#### none, but 4 before 6") == 4
+    assert problems.last_number("the answer is 3/4") == problems.number("0.75")
+    assert problems.last_number("-18") == -18 and problems.last_number("none") is None
+    assert problems.number("18") == problems.number("18.00") != problems.number("18.01")
+    assert problems.number("1/0") is None and problems.number("") is None and problems.number("x") is None
+
+
+CHECKER = """
+from mixkvq import tasks
+
+def problems(rng, n):
+    for _ in range(n):
+        prompt, _, answer = tasks.make("add", rng, 0)
+        yield {"prompt": prompt, "answer": answer, "note": [len(prompt)]}
+
+def check(problem, text):
+    assert problem["note"] == [len(problem["prompt"])]
+    return text.replace("<|im_end|>", "").split("####")[-1].strip() == str(problem["answer"])
+"""
+
+
+def test_checker_module(tmp_path, capsys):
+    module = tmp_path / "sums.py"
+    module.write_text(CHECKER)
+    out = tmp_path / "out.json"
+    code, _, _ = run(capsys, MODEL, "--checker", module, "--problems", 3, "--kv", "balanced", "--workers", 2, "--max-tokens", 200, "-q", "--out", out)
+    part = json.loads(out.read_text())["problems"]
+    assert code == 0 and part["summary"]["balanced"]["correct"] == 3 and part["source"] == "sums.py"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1", "has no function problems"),
+        ("import nonsense_that_is_not_there", "cannot be loaded: ModuleNotFoundError"),
+        ("def check(p, t): return 1\ndef problems(rng, n): return []", "must give 2 dictionaries"),
+        ("def check(p, t): return 1\ndef problems(rng, n): raise OSError('off')", "failed: OSError: off"),
+        ("def check(p, t): return 1 / 0\ndef problems(rng, n): return [{'prompt': 'a', 'answer': 1}] * n", "check.. of .* failed: ZeroDivisionError"),
+    ],
+)
+def test_bad_checker_is_one_sentence(tmp_path, capsys, text, words):
+    module = tmp_path / "bad.py"
+    module.write_text(text)
+    code, _, err = run(capsys, MODEL, "--checker", module, "--problems", 2, "--kv", "tiny", "--max-tokens", 1, "--workers", 1)
+    assert code == 2 and err.count("\n") == 1 and re.search(words, err), err
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing.gguf"], "missing.gguf does not exist"),
+        ([__file__], "not a GGUF file"),
+        ([MODEL, "--text", "missing.txt"], "missing.txt"),
+        ([MODEL, "--text", MODEL], "not UTF-8"),
+        ([MODEL, "--text", "SHORT"], "fewer|less than 1 window of 4096"),
+        ([MODEL, "--ctx", "4000", "--windows", "9"], "less than 9 windows"),
+        ([MODEL, "--kv", "q9_9"], "no cache 'q9_9'"),
+        ([MODEL, "--kv", "f16"], "no cache beside the baseline"),
+        ([MODEL, "--baseline", "nope"], "no cache 'nope'"),
+        ([MODEL, "--kv", "missing.gguf"], "missing.gguf does not exist"),
+        ([MODEL, "--kv", MODEL], "profile"),
+        ([MODEL, "--kv", "lab:nope"], "no codec 'nope'"),
+        ([MODEL, "--kv", "lab:missing.py:x"], "missing.py does not exist"),
+        ([MODEL, "--style", "sideways"], "no style 'sideways'"),
+        ([MODEL, "--style", ","], "no style"),
+        ([MODEL, "--ctx", "100", "--skip", "99"], "--skip 99 leaves nothing"),
+        ([MODEL, "--plot", "x.gif"], "must end in .png or .svg"),
+        ([MODEL, "--guarantee", "-1"], "number above 0"),
+        ([MODEL, "--guarantee", "0.01", "--kv", "q8_0"], "q8_0 is neither"),
+        ([MODEL, "--guarantee", "0.01", "--ctx", "300", "--kv", "tiny"], "at least 512 predictions"),
+        ([MODEL, "--derivations", "2", "--tasks", "sums"], "no task or level 'sums'"),
+        ([MODEL, "--problems", "2", "--levels", "huge"], "no task or level 'huge'"),
+        ([MODEL, "--problems", "2", "--levels", ","], "No task or no level"),
+        ([MODEL, "--checker", __file__], "needs --problems N"),
+        ([MODEL, "--checker", __file__, "--problems-file", __file__], "do not go together"),
+        ([MODEL, "--problems-file", "SHORT"], "line 1, is not"),
+        ([MODEL, "--problems-file", "EMPTY"], "holds no problems"),
+        ([MODEL, "--problems-file", "ONE", "--problems", "2"], "holds 1 problems, fewer than 2"),
+        ([MODEL, "--out", "SHORT"], "not a result"),
+        ([MODEL, "--at-once", "0"], "at-once"),
+        ([MODEL, "--what"], "--what"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, words):
+    files = {"SHORT": "A short text.\n", "EMPTY": "\n", "ONE": '{"question": "2?", "answer": "#### 2"}\n'}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    arguments = [str(tmp_path / a) if a in files else a for a in arguments]
+    code, out, err = run(capsys, *arguments, *THREADS)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    assert re.search(words, err), err
+
+
+def test_presets_are_tried_by_rising_size():
+    names = evaluate.presets_by_size()
+    bits = {p["alias"] or p["name"]: p["body_bits"] for p in native().presets()}
+    assert sorted(bits.values()) == [bits[name] for name in names] and "balanced" in names
+
+
+def test_compare_refuses_an_empty_passage():
+    with pytest.raises(SettingsError, match="nothing to predict"):
+        list(compare_caches(MODEL, ["tiny"], [Passage([1])]))
+    with pytest.raises(SettingsError, match="no style"):
+        list(compare_caches(MODEL, ["tiny"], [Passage([1, 2, 3])], style="sideways"))
