@@ -1,0 +1,314 @@
+"""What calibration measures of a model: its queries, keys and values page by page, and how much the rounding of each layer moves the output.
+
+Everything is seen through the page codec of the backend (`bridge.Llama(codec=...)`), so it is the cache of the running model that is measured:
+after RoPE, with its recent window and its first page in F16, in the order of decoding. Texts are read in batches of a page, aligned to pages, in
+which every query sees the cache that it would see token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge import Kv, Llama, Page
+from bridge.library import native
+
+from .allocate import CODED_BITS, VALUE_BITS, Tables, key_format, key_harm, value_harm
+from .compare import Passage, clear, cut, feed
+from .profile import LayerProfile
+from .reference import PAGE_CELLS, QUAD, KeyFormat, ValueFormat
+
+Progress = Callable[[int], None]
+Passages = Mapping[str, Sequence[Passage]]
+"""What is read, by kind of text."""
+Sample = dict[str, list[tuple[int, int]]]
+"""By kind of text: passages, each its index and how many of its tokens are read."""
+
+
+# ---- the codec that observes and rounds --------------------------------------------------------------------------------------------------
+
+
+class Probe:
+    """A page codec that leaves pages as they are, except those of chosen layers and heads, and can collect statistics of them all.
+
+    rounding: (layer, is_value) -> a format for each head, or None for heads that stay exact.
+    """
+
+    def __init__(self) -> None:
+        self.rounding: dict[tuple[int, bool], list[KeyFormat | ValueFormat | None]] = {}
+        self.collector: Collector | None = None
+
+    def __call__(self, page: Page) -> tuple[NDArray[np.float32], float]:
+        if self.collector is not None:
+            self.collector.add(page)
+        formats = self.rounding.get((page.layer, page.is_value))
+        if formats is None:
+            return page.rows, 16.0 * page.rows.size
+        rows, bits = np.array(page.rows), 0.0
+        for head, fmt in enumerate(formats):
+            if fmt is None:
+                continue
+            half = np.ascontiguousarray(page.rows[head], dtype=np.float16)
+            if isinstance(fmt, KeyFormat):
+                assert page.q_abs is not None
+                native_keys = native().KeyFormat(fmt.head_size, fmt.tiers, fmt.group)
+                record = native().pack_keys(native_keys, half, np.ascontiguousarray(page.q_abs[head]), page.valid)
+                rows[head] = native().unpack_keys(native_keys, record)
+            else:
+                native_values = native().ValueFormat(fmt.head_size, fmt.bits, fmt.group)
+                record = native().pack_values(native_values, half, page.valid)
+                rows[head] = native().unpack_values(native_values, record)
+            bits += 8.0 * len(record)
+        return rows, bits
+
+
+class Collector:
+    """Sums over pages, by layer."""
+
+    def __init__(self, groups: Sequence[int]) -> None:
+        self.groups = tuple(groups)
+        self._keys: dict[int, _KeySums] = {}
+        self._values: dict[int, _ValueSums] = {}
+
+    def add(self, page: Page) -> None:
+        if not page.valid.all():
+            return
+        if page.is_value:
+            self._values.setdefault(page.layer, _ValueSums()).add(page.rows)
+        else:
+            self._keys.setdefault(page.layer, _KeySums()).add(page, self.groups)
+
+    def tables(self, n_layers: int) -> list[Tables | None]:
+        """By layer; None where no page was seen. Weights are still 1."""
+        result: list[Tables | None] = []
+        for i in range(n_layers):
+            k, v = self._keys.get(i), self._values.get(i)
+            if k is None or v is None:
+                result.append(None)
+                continue
+            ones = np.ones(len(v.error))
+            result.append(
+                Tables(
+                    key_error={g: e / k.n for g, e in k.error.items()},
+                    value_error=v.error / v.n,
+                    key_weight=ones.copy(),
+                    value_weight=ones.copy(),
+                    key_even=ones.copy(),
+                    value_even=ones.copy(),
+                    q_abs=(k.q_abs / k.n).astype(np.float32),
+                    q_sqr=(k.q_sqr / k.n).astype(np.float32),
+                    key_range=(k.range / k.n).astype(np.float32),
+                    size_v=v.size,
+                    salience=np.stack(k.salience, axis=1),
+                )
+            )
+        return result
+
+
+class _KeySums:
+    def __init__(self) -> None:
+        self.n = 0
+        self.error: dict[int, NDArray[np.float64]] = {}
+        self.q_abs: NDArray[np.float64] = np.zeros(1)
+        self.q_sqr: NDArray[np.float64] = np.zeros(1)
+        self.range: NDArray[np.float64] = np.zeros(1)
+        self.salience: list[NDArray[np.float32]] = []
+
+    def add(self, page: Page, groups: Sequence[int]) -> None:
+        rows = page.rows
+        n_heads, _, d = rows.shape
+        assert page.q_abs is not None and page.q_sqr is not None
+        spread = rows.max(axis=1) - rows.min(axis=1)  # [heads, D]
+        for group in groups:
+            parts = rows.reshape(n_heads, PAGE_CELLS // group, group, d)
+            low, high = parts.min(axis=2), parts.max(axis=2)
+            order = np.argsort(-page.q_abs * (high - low).sum(axis=1), axis=1, kind="stable")
+            error = np.empty((n_heads, d, len(CODED_BITS)))
+            for b, bits in enumerate(CODED_BITS):
+                step = ((high - low) / (2**bits - 1)).astype(np.float16).astype(np.float32)[:, :, None]
+                code = np.divide(parts - low[:, :, None], step, out=np.zeros_like(parts), where=step > 0)
+                off = np.rint(code) * step + low[:, :, None] - parts
+                error[:, :, b] = (off * off).mean(axis=(1, 2), dtype=np.float64) * page.q_sqr
+            ranked = np.take_along_axis(error, order[:, :, None], axis=1)
+            quads = ranked.reshape(n_heads, d // QUAD, QUAD, len(CODED_BITS)).sum(axis=2)
+            self.error[group] = self.error.get(group, 0.0) + quads
+        self.q_abs = self.q_abs + page.q_abs
+        self.q_sqr = self.q_sqr + page.q_sqr
+        self.range = self.range + spread
+        self.salience.append((page.q_abs * spread / 3).astype(np.float32))
+        self.n += 1
+
+
+class _ValueSums:
+    def __init__(self) -> None:
+        self.n = 0
+        self.size = 0
+        self.error: NDArray[np.float64] = np.zeros(1)
+
+    def add(self, rows: NDArray[np.float32]) -> None:
+        n_heads, _, self.size = rows.shape
+        error = np.empty((n_heads, len(VALUE_BITS)))
+        for b, bits in enumerate(VALUE_BITS):
+            fmt = native().ValueFormat(self.size, bits, 0)
+            for head in range(n_heads):
+                half = np.ascontiguousarray(rows[head], dtype=np.float16)
+                off = native().unpack_values(fmt, native().pack_values(fmt, half)).astype(np.float32) - rows[head]
+                error[head, b] = (off * off).sum(axis=1, dtype=np.float64).mean()
+        self.error = self.error + error
+        self.n += 1
+
+
+# ---- reading sequences and comparing ----------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """A model whose cache goes through a `Probe`, with the predictions of the exact cache for some passages.
+
+    Predictions are kept for at most `max_bytes`; where there are more, the same share of each page's predictions counts.
+    """
+
+    def __init__(self, model: str, passages: Passages, *, window: int, sinks: int, threads: int, max_bytes: int = 1 << 30) -> None:
+        self.probe = Probe()
+        self.passages = passages
+        self.window = window
+        everything = [p for some in passages.values() for p in some]
+        self.n_tokens = sum(len(p.tokens) - 1 for p in everything)
+        self.llm = Llama(
+            model, kv=Kv(window=window, sinks=sinks), codec=self.probe, n_ctx=max(len(p.tokens) for p in everything), n_batch=PAGE_CELLS,
+            n_ubatch=PAGE_CELLS, n_threads=threads, n_threads_batch=threads, verbose=False,
+        )  # fmt: skip
+        n_targets = sum(len(p.tokens) - p.first for p in everything)
+        self._every = max(1, -(-n_targets * self.llm.n_vocab() * 4 // max_bytes))
+        self._exact: dict[str, list[list[NDArray[np.float32]]]] = {}
+
+    def close(self) -> None:
+        self.llm.close()
+
+    def read_exact(self, collector: Collector | None, progress: Progress) -> None:
+        """Keep what the exact cache predicts; show every page to the collector."""
+        self.probe.rounding, self.probe.collector = {}, collector
+        self._exact = {
+            kind: [[_log_softmax(rows) for rows in self._chunks(passage, progress)] for passage in some] for kind, some in self.passages.items()
+        }
+        self.probe.collector = None
+
+    def divergence(self, profiles: Sequence[LayerProfile | None], tables: Sequence[Tables | None], progress: Progress) -> dict[str, float]:
+        """Mean KL divergence from the exact cache, in nats per token, by kind of text, with the cache rounded to these formats."""
+        self.probe.rounding = {}
+        for i, (profile, table) in enumerate(zip(profiles, tables, strict=True)):
+            if profile is not None and table is not None:
+                keys, values = head_formats(profile, table.size_v)
+                self.probe.rounding[i, False] = list(keys)
+                self.probe.rounding[i, True] = list(values)
+        return self.divergence_now(progress)
+
+    def divergence_now(self, progress: Progress, sample: Sample | None = None, robust: bool = False) -> dict[str, float]:
+        """The same with `probe.rounding` as it stands; of a sample of the passages, if one is given.
+
+        robust: the square of the mean root instead of the mean. A small error moves every prediction by a divergence of its square, so both tell the
+        size of the error, but the mean of a text that is easy to predict hangs on a few tokens.
+        """
+        found = {}
+        for kind, some in (sample or self.sample(self.n_tokens)).items():
+            parts = [
+                divergences(exact, rows)
+                for i, n_tokens in some
+                for exact, rows in zip(self._exact[kind][i], self._chunks(self.passages[kind][i], progress, n_tokens))
+            ]
+            kld = np.concatenate(parts)
+            found[kind] = float(np.sqrt(kld).mean() ** 2 if robust else kld.mean())
+        return found
+
+    def sample(self, tokens: int) -> Sample:
+        """About so many tokens of every kind, but at least one passage or 8 pages: the shortest passages, the beginning of one that is too long."""
+        found: Sample = {}
+        for kind, some in self.passages.items():
+            left = tokens
+            for i in sorted(range(len(some)), key=lambda i: len(some[i].tokens)):
+                n = len(some[i].tokens)
+                if kind in found and n > left:
+                    break
+                # A passage of which only the end counts cannot be cut; another one where it is cut into batches.
+                if n > left and some[i].first == 1:
+                    wanted = max(left, 8 * PAGE_CELLS)
+                    n = 1 + max(c for c in cut(n - 1, "decode", [self.window]) if c <= wanted)
+                found.setdefault(kind, []).append((i, n))
+                left -= n
+        return found
+
+    def _chunks(self, passage: Passage, progress: Progress, n_tokens: int | None = None) -> Iterator[NDArray[np.float32]]:
+        """Logits of the predictions that count, page by page."""
+        clear(self.llm)
+        cuts = cut(min(len(passage.tokens), n_tokens or len(passage.tokens)) - 1, "decode", [self.window])
+        for start, end in zip(cuts, cuts[1:]):
+            wanted = min(end - start, max(0, end + 1 - passage.first))
+            rows = feed(self.llm, passage.tokens[start:end], PAGE_CELLS, -(-wanted // self._every))
+            progress(end - start)
+            if len(rows):
+                yield rows
+
+
+def _log_softmax(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    shifted = rows - rows.max(axis=1, keepdims=True)
+    return (shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64))).astype(np.float32)
+
+
+def divergences(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL divergence of each row of logits [n, vocabulary] from log-probabilities, in nats, at least 0."""
+    candidate = _log_softmax(logits)
+    kld = (np.exp(reference) * (reference - candidate)).sum(axis=1, dtype=np.float64)
+    return np.maximum(kld, 0.0)
+
+
+def head_formats(profile: LayerProfile, size_v: int) -> tuple[list[KeyFormat], list[ValueFormat]]:
+    """The formats of a layer's heads as the reference describes them."""
+    keys = [key_format(row) for row in profile.tiers]
+    values = [ValueFormat(size_v, int(bits), int(group)) for bits, group in profile.values]
+    return keys, values
+
+
+# ---- sensitivity -----------------------------------------------------------------------------------------------------------------------------
+
+
+def measure_weights(
+    reader: Reader,
+    layers: Sequence[Tables | None],
+    probe: Sequence[LayerProfile | None],
+    *,
+    by_head: bool,
+    sample: Sample,
+    progress: Progress,
+) -> None:
+    """Sets the weights of `layers`: what rounding one part at a time to the formats of `probe` does to the predictions, per unit of its error.
+
+    A part is the keys or the values of a layer, or of one head of it. Each kind of text counts alike: a part's effect on it is its share of the
+    effects of all parts. The sum over all parts of weight times error is 1 for `probe`.
+    """
+    parts: list[tuple[int, bool, list[int]]] = []
+    effects: list[dict[str, float]] = []
+    for i, (tables, profile) in enumerate(zip(layers, probe, strict=True)):
+        if tables is None or profile is None:
+            continue
+        keys, values = head_formats(profile, tables.size_v)
+        everyone = list(range(tables.n_heads))
+        for heads in [[h] for h in everyone] if by_head else [everyone]:
+            for is_value in (False, True):
+                formats: Sequence[KeyFormat | ValueFormat] = values if is_value else keys
+                rounding: list[KeyFormat | ValueFormat | None] = [f if h in heads else None for h, f in enumerate(formats)]
+                reader.probe.rounding = {(i, is_value): rounding}
+                parts.append((i, is_value, heads))
+                effects.append(reader.divergence_now(progress, sample, robust=True))
+    total = {kind: sum(effect[kind] for effect in effects) or 1.0 for kind in effects[0]}
+    for (i, is_value, heads), effect in zip(parts, effects, strict=True):
+        tables, profile = layers[i], probe[i]
+        assert tables is not None and profile is not None
+        share = sum(effect[kind] / total[kind] for kind in total) / len(total)
+        # A part whose rounding did not show on a short text is not free.
+        share = max(share, 1 / (20 * len(parts)))
+        keys, values = head_formats(profile, tables.size_v)
+        weight, even = (tables.value_weight, tables.value_even) if is_value else (tables.key_weight, tables.key_even)
+        weight[heads] = 1.0
+        error = sum(value_harm(tables, h, values[h].bits) if is_value else key_harm(tables, h, keys[h]) for h in heads)
+        weight[heads], even[heads] = share / error, 1 / (len(parts) * error)

@@ -1,0 +1,232 @@
+"""Calibration: allocation against its bounds, statistics against the packer, and the whole command on the built-in model."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bridge
+from bridge.model_file import open_model
+from mixkvq import allocate, calibrate, sensitivity
+from mixkvq.allocate import CODED_BITS, VALUE_BITS, Tables
+from mixkvq.compare import Passage
+from mixkvq.profile import read_profile, uniform_profile
+from mixkvq.reference import KeyFormat, ValueFormat, pack_keys, pack_values, unpack_keys, unpack_values
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models" / "cot-tiny-34m-q8_0.gguf"
+
+
+def random_tables(rng, n_heads=2, head_size=32):
+    """Errors as real pages have them: falling along the order of salience, four times as large for a bit less."""
+    loud = np.sort(rng.gamma(0.5, size=(n_heads, head_size // 4)))[:, ::-1]
+    key_error = {g: loud[:, :, None] * 4.0 ** -np.array(CODED_BITS) * (g / 128) ** 0.3 for g in (128, 64)}
+    value_error = rng.gamma(2, size=(n_heads, 1)) * 4.0 ** -np.array(VALUE_BITS)
+    weights = [rng.gamma(1, size=n_heads) for _ in range(2)]
+    zeros = np.zeros((n_heads, head_size), np.float32)
+    return Tables(key_error, value_error, *weights, zeros, zeros, zeros, head_size)
+
+
+# ---- allocation --------------------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(2.8, 8))
+def test_allocation_keeps_the_budget_and_is_no_worse_than_uniform_formats(seed, bits):
+    rng = np.random.default_rng(seed)
+    layers = [random_tables(rng), None, random_tables(rng)]
+    found = allocate.allocate(layers, bits)
+    size = allocate.body_bits(layers, found)
+    assert size <= bits and found[1] is None
+    harm = allocate.harm(layers, found)
+    splits = [(0, 0, 8, 8, 16), (0, 0, 0, 32, 0), (0, 4, 8, 0, 20), (0, 0, 32, 0, 0), (0, 32, 0, 0, 0)]
+    for counts, value_bits in itertools.product(splits, VALUE_BITS):
+        tiers, values = np.array([(*counts, 128)] * 2, np.int32), np.array([(value_bits, 0)] * 2, np.int32)
+        uniform = [None if t is None else calibrate.LayerProfile(tiers, values) for t in layers]
+        # A record is a multiple of 64 bytes, so tenths of a bit of these short heads cannot be had.
+        if allocate.body_bits(layers, uniform) <= size - 0.15:
+            assert harm <= allocate.harm(layers, uniform)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_more_bits_do_less_harm(seed):
+    layers = [random_tables(np.random.default_rng(seed))]
+    harms = [allocate.harm(layers, allocate.allocate(layers, bits)) for bits in (3, 3.5, 4, 5, 6, 8)]
+    assert harms == sorted(harms, reverse=True)
+
+
+def test_a_part_that_matters_more_gets_more():
+    rng = np.random.default_rng(1)
+    tables = random_tables(rng)
+    quiet, loud = (Tables(**{**vars(tables), "key_weight": tables.key_weight * f, "value_weight": tables.value_weight * f}) for f in (1, 50))
+    low, high = allocate.allocate([quiet, loud], 4)
+    assert low.packed_bytes()[0] < high.packed_bytes()[0] and low.packed_bytes()[1] < high.packed_bytes()[1]
+
+
+def test_too_few_bits_are_refused():
+    with pytest.raises(ValueError, match="fewer than the smallest formats take"):
+        allocate.allocate([random_tables(np.random.default_rng(1))], 2)
+
+
+def test_thresholds_of_the_paper():
+    tables = random_tables(np.random.default_rng(1), n_heads=1)
+    salience = np.zeros((1, 2, 32), np.float32)
+    salience[0, :, :3], salience[0, 0, 3:12], salience[0, 1, 3:8] = 5.0, 1.0, 1.0  # 3 above t16; 9 and 5 above t4
+    tables.salience = salience
+    (layer,) = allocate.thresholds([tables], 2.0, 0.5)
+    assert layer.tiers.tolist() == [[4, 0, 8, 0, 20, 32]] and layer.values.tolist() == [[2, 32]]
+
+
+# ---- statistics --------------------------------------------------------------------------------------------------------------------------
+
+
+def page_of(rows, is_value, q_abs=None, q_sqr=None):
+    return bridge.Page(0, is_value, 0, 0, rows, np.ones(128, bool), q_abs, q_sqr)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_key_error_is_that_of_the_packer(group):
+    rng = np.random.default_rng(3)
+    rows = (rng.normal(size=(2, 128, 64)) * rng.gamma(0.5, 4, size=(2, 1, 64))).astype(np.float16).astype(np.float32)
+    q_abs, q_sqr = (rng.gamma(1, size=(2, 64)).astype(np.float32) for _ in range(2))
+    collector = sensitivity.Collector([group])
+    collector.add(page_of(rows, False, q_abs, q_sqr))
+    collector.add(page_of(rows, True))
+    (tables,) = collector.tables(1)
+    for tiers in ((0, 0, 16, 32, 16), (0, 8, 0, 0, 56), (4, 0, 60, 0, 0)):
+        fmt = KeyFormat(64, tiers, group)
+        for head in range(2):
+            read = unpack_keys(fmt, pack_keys(fmt, rows[head].astype(np.float16), q_abs[head])).astype(np.float64)
+            wanted = (q_sqr[head] * ((read - rows[head]) ** 2).mean(axis=0)).sum()
+            assert allocate.key_harm(tables, head, fmt) == pytest.approx(wanted, rel=0.02)
+    for bits in VALUE_BITS:
+        fmt = ValueFormat(64, bits)
+        read = unpack_values(fmt, pack_values(fmt, rows[1].astype(np.float16))).astype(np.float64)
+        assert allocate.value_harm(tables, 1, bits) == pytest.approx(((read - rows[1]) ** 2).sum(axis=1).mean(), rel=1e-3)
+    np.testing.assert_allclose(tables.key_range[0], rows[0].max(axis=0) - rows[0].min(axis=0))
+
+
+@pytest.fixture(scope="module")
+def reader():
+    llm = bridge.Llama(str(MODEL), stock="f16", n_ctx=1024, verbose=False)
+    tokens = llm.tokenize(calibrate.DEFAULT_TEXT.read_bytes())[:900]
+    llm.close()
+    reader = sensitivity.Reader(str(MODEL), {"text": [Passage(tokens)]}, window=128, sinks=128, threads=2)
+    yield reader
+    reader.close()
+
+
+def test_exact_cache_does_not_diverge_and_rounding_does(reader):
+    collector = sensitivity.Collector([128])
+    reader.read_exact(collector, lambda n: None)
+    tables = collector.tables(10)
+    reader.probe.rounding = {}
+    assert reader.divergence_now(lambda n: None)["text"] < 1e-6
+    profile = uniform_profile(MODEL, "mix2.5")
+    coarse = reader.divergence(profile.layers, tables, lambda n: None)["text"]
+    fine = reader.divergence(uniform_profile(MODEL, "mix8.2").layers, tables, lambda n: None)["text"]
+    assert fine < coarse / 5
+    sample = reader.sample(400)
+    assert sample == {"text": [(0, len(reader.passages["text"][0].tokens))]}  # 8 pages at least, and there are fewer
+    sensitivity.measure_weights(reader, tables, profile.layers, by_head=False, sample=sample, progress=lambda n: None)
+    assert allocate.harm(tables, profile.layers) == pytest.approx(1, rel=0.01)
+    weights = np.concatenate([t.key_weight / t.key_even for t in tables])
+    assert weights.min() > 0 and weights.max() / weights.min() > 2  # layers differ
+
+
+# ---- the command -------------------------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "mixkvq.calibrate", *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrate")
+    model = folder / "model.gguf"
+    model.symlink_to(MODEL)
+    done = run(model, "--bits", 3, "--tokens", 1200, "--minutes", 0.2)
+    assert done.returncode == 0, done.stderr
+    return model, done.stdout
+
+
+def test_command_writes_a_profile_that_is_found_and_used(calibrated):
+    model, said = calibrated
+    path = model.with_name("model.mixkvq.gguf")
+    assert "It is used with this model from now on." in said
+    profile = read_profile(path, model)
+    assert profile.body_bits <= 3 and profile.body_bits == pytest.approx(profile.packed_bits())
+    assert profile.made_by.startswith("mixkvq.calibrate")
+    assert [entry["text"] for entry in profile.measured] == ["the default text", "retrieval"]
+    for entry in profile.measured:
+        assert entry["tokens"] > 100 and entry["against"] == "f16" and 0 <= entry["kld_median"] <= entry["kld_p999"]
+    for layer in profile.layers:
+        assert layer.query_prior.shape == layer.key_range.shape == (2, 128) and (layer.key_range > 0).all()
+    llm = bridge.Llama(str(model), n_ctx=512, verbose=False)
+    llm.eval(llm.tokenize(b"A short text."))
+    assert llm.kv_stats()["body_bits"] == pytest.approx(profile.body_bits, abs=0.01)
+    llm.close()
+
+
+def test_existing_file_is_not_lost(calibrated):
+    model, _ = calibrated
+    path = model.with_name("model.mixkvq.gguf")
+    before = path.read_bytes()
+    done = run(model, "--bits", 3)
+    assert done.returncode == 2 and "exists; give --force" in done.stderr and "Traceback" not in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_budget_holds_for_the_whole_cache(tmp_path):
+    file = open_model(MODEL)
+    for mib, n_ctx, window in ((20, 8192, 128), (70, 32768, 256), (9, 2048, 128)):
+        bits = calibrate.bits_of_budget(file, mib, n_ctx, window, 128)
+        name, _, body = calibrate.preset_of_size(str(MODEL), bits)
+        assert body <= bits
+        llm = bridge.Llama(str(MODEL), kv=bridge.Kv(preset=name, window=window), n_ctx=n_ctx, verbose=False)
+        llm.eval(llm.tokenize(b"A short text."))
+        assert llm.kv_stats()["bytes"] <= mib * 2**20
+        llm.close()
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--bits", 3, "--max-kld", 0.01], "give one of them"),
+        (["--bits", 1], "1 bits per element; give 2.25 to 8"),
+        (["--budget-mib", 100], "go together"),
+        (["--budget-mib", 1, "--ctx", 32768], "needs at least"),
+        (["--thresholds", "1,2"], "--policy paper"),
+        (["--policy", "paper", "--thresholds", "many"], "not two numbers"),
+        (["--text", "missing.txt"], "does not exist"),
+        (["-o", "/no/such/folder/x.gguf"], "folder"),
+    ],
+)
+def test_mistakes_get_one_sentence(arguments, sentence, tmp_path):
+    if "-o" not in arguments:
+        arguments = [*arguments, "-o", tmp_path / "out.gguf"]
+    done = run(MODEL, *arguments)
+    assert done.returncode in (1, 2) and sentence in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_short_text_and_wrong_model_get_one_sentence(tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("Only a few words.")
+    for arguments in ([MODEL, "--text", text, "-o", tmp_path / "out.gguf"], [text], [tmp_path / "none.gguf"]):
+        done = run(*arguments)
+        assert done.returncode in (1, 2) and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def test_measured_figures_are_json(calibrated):
+    model, _ = calibrated
+    profile = read_profile(model.with_name("model.mixkvq.gguf"))
+    assert json.loads(json.dumps(profile.measured)) == profile.measured
