@@ -59,7 +59,7 @@ neon: .venv/.tools
 	@ctest --test-dir $(NEON) --output-on-failure --no-tests=error
 	@QEMU_CPU=cortex-a53 ctest --test-dir $(NEON) --output-on-failure --no-tests=error
 
-bench: $(NATIVE)/.built .venv/.bench $(BENCH)/8b-2layers.gguf
+bench: $(NATIVE)/.built .venv/.plot $(BENCH)/8b-2layers.gguf
 	@for bench in $(NATIVE)/bench_*; do [ ! -x "$$bench" ] || { echo "== $${bench##*/}"; "$$bench" || exit 1; }; done
 	@echo "== Speed in llama.cpp: this takes a while, less with DEPTHS=0,2048,8192; results go to $(BENCH)"
 	@$(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --depths "$(DEPTHS)" --rounds 5 --out $(BENCH)/speed-builtin.json
@@ -109,8 +109,8 @@ clean:
 	@$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-.venv/.bench: .venv/.installed
-	@$(PIP) install --quiet --no-build-isolation --editable '.[bench]'
+.venv/.plot: .venv/.installed
+	@$(PIP) install --quiet --no-build-isolation --editable '.[plot]'
 	@touch $@
 
 $(NATIVE)/.built: .venv/.llama .venv/.tools $(SOURCES) $(wildcard tests/native tests/native/*)

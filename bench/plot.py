@@ -20,7 +20,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise click.ClickException("Plots need matplotlib: pip install 'mixkvq[bench]'.") from None
+        raise click.ClickException("Plots need matplotlib: pip install 'mixkvq[plot]'.") from None
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "mixkvq"  # the same figures give the same file
     from matplotlib import pyplot

@@ -307,8 +307,10 @@ void PageStore::observe(int head, const float * q, size_t stride, int n) {
     float * sum = q_sum_.data() + size_t(head) * head_size_;
     float * sqr = q_sqr_.data() + size_t(head) * head_size_;
     for (int i = 0; i < n; ++i, q += stride) {
-        for (int d = 0; d < head_size_; ++d) sum[d] += std::fabs(q[d]);
-        for (int d = 0; d < head_size_; ++d) sqr[d] += q[d] * q[d];
+        for (int d = 0; d < head_size_; ++d) {
+            sum[d] += std::fabs(q[d]);
+            sqr[d] += q[d] * q[d];
+        }
     }
     if (head == 0) q_pending_ += n;
 }

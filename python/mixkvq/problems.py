@@ -156,7 +156,7 @@ class Module:
 Source = BuiltIn | NumberFile | Module
 _modules: dict[Path, ModuleType] = {}
 
-_NUMBER = re.compile(r"[-+]?\$?(?:\d[\d,]*)?\.?\d+(?:/\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\d)])[-+])?\$?(?:\d[\d,]*)?\.?\d+(?:/\d+)?")  # the minus of 16-7 is no sign
 
 
 def number(text: str) -> Fraction | None:

@@ -84,6 +84,29 @@ def test_thresholds_of_the_paper():
     assert layer.tiers.tolist() == [[4, 0, 8, 0, 20, 32]] and layer.values.tolist() == [[2, 32]]
 
 
+def test_search_of_the_paper_keeps_the_budget():
+    pytest.importorskip("optuna")
+    rng = np.random.default_rng(2)
+    tables = random_tables(rng)
+    tables.salience = rng.lognormal(0, 1.5, size=(2, 6, 32)).astype(np.float32)
+    tables.key_error[32] = tables.key_error[64]
+
+    class Fake:  # what a calibration measures, without a model: errors fall with the bits
+        def __init__(self):
+            self.tables, self.seen = [tables], []
+
+        def objective(self, formats):
+            self.seen.append(allocate.body_bits(self.tables, formats))
+            return 1 / self.seen[-1]
+
+    calibration = Fake()
+    found = calibrate.best_thresholds(calibration, 5.0, 20, seed=1)
+    size = allocate.body_bits([tables], found)
+    assert len(calibration.seen) == 20 and size == max(bits for bits in calibration.seen if bits <= 5)
+    with pytest.raises(bridge.SettingsError, match="None of 20 trials"):
+        calibrate.best_thresholds(calibration, 2.0, 20, seed=1)
+
+
 # ---- statistics --------------------------------------------------------------------------------------------------------------------------
 
 

@@ -446,7 +446,7 @@ def test_problems_from_a_file(tmp_path, capsys):
     file = tmp_path / "gsm.jsonl"
     sums = [(48291, 73), (917, 46), (1234, 8)]
     lines = [{"question": f"Compute {a} * {b}.", "answer": f"We say {a}*{b}.\n#### {a * b:,}"} for a, b in sums]
-    lines.append({"question": "Compute 7 * 8.", "answer": "Wrong on purpose\n#### 57"})
+    lines.append({"question": "Compute 91 * 7.", "answer": "Wrong on purpose\n#### 638"})
     file.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
     out = tmp_path / "out.json"
     code, printed, _ = run(
@@ -464,6 +464,7 @@ def test_numbers():
     assert problems.last_number("so 5 apples and 12 pears.") == 12
     assert problems.last_number("#### none, but 4 before 6") == 4
     assert problems.last_number("the answer is 3/4") == problems.number("0.75")
+    assert problems.last_number("so 16-7") == 7 and problems.last_number("x=-7") == -7
     assert problems.last_number("-18") == -18 and problems.last_number("none") is None
     assert problems.number("18") == problems.number("18.00") != problems.number("18.01")
     assert problems.number("1/0") is None and problems.number("") is None and problems.number("x") is None
@@ -505,7 +506,7 @@ def test_checker_module(tmp_path, capsys):
 def test_bad_checker_is_one_sentence(tmp_path, capsys, text, words):
     module = tmp_path / "bad.py"
     module.write_text(text)
-    code, _, err = run(capsys, MODEL, "--checker", module, "--problems", 2, "--kv", "tiny", "--max-tokens", 1, "--workers", 1)
+    code, _, err = run(capsys, MODEL, "--checker", module, "--problems", 2, "--kv", "tiny", "--max-tokens", 1, "--workers", 2)
     assert code == 2 and err.count("\n") == 1 and re.search(words, err), err
 
 

@@ -34,10 +34,13 @@ VARIANTS = [
     "mixkvq:score=E,G=32,mse,ls",
     "mixkvq:score=S,pairs=near,clip=0.98,clipbits=2",
     "mixkvq:score=M,pairs=far,norm",
-    "mixkvq:score=static,K=16@4+48@3+64@2,V=2,vlm,vls",
+    "mixkvq:score=static,K=16@4+48@3+64@2,V=2,vlm,vfit=ls",
     "mixkvq:K=auto@3,V=4,vmean,vmse",
     "mixkvq:V=3,vg=32,vclip=0.95",
     "mixkvq:V=3,vshare=4,vclip=0.99",
+    "mixkvq:V=2,vfit=length",
+    "mixkvq:V=3,vfit=dot,vsign",
+    "mixkvq:V=8,vsign=2,vmean",
     "mixkvq:K=16,V=8",
     "kvarn-4/turbo-2",
 ]
@@ -515,7 +518,7 @@ def test_a_prior_decides_without_looking_at_the_page(tmp_path, with_ranges):
         ("mixkvq:K=3,G=32", "mixkvq:K=3", False),
         ("mixkvq:V=3,vlm", "mixkvq:V=3", True),
         ("mixkvq:V=4,vlm", "mixkvq:V=4", True),
-        ("mixkvq:V=3,vls", "mixkvq:V=3", True),
+        ("mixkvq:V=3,vfit=ls", "mixkvq:V=3", True),
         ("mixkvq:V=2,vmse", "mixkvq:V=2", True),
         ("mixkvq:V=3", "mixkvq:V=3,vshare=4", True),
         ("mixkvq:V=2,vg=32,vclip=0.95", "mixkvq:V=2,vg=32", True),
@@ -525,6 +528,24 @@ def test_options_lower_the_squared_error(better, worse, is_value):
     page = lab.sample_page(is_value=is_value)
     low, high = (error(read(name, page)[0], page.rows) for name in (better, worse))
     assert 0.4 * high < low < 0.999 * high
+
+
+def test_a_refitted_scale_keeps_what_it_says():
+    page = gaussian()
+    y, length, dot = page.rows, *(read(f"mixkvq:V=2,vfit={fit}", page)[0] for fit in ("length", "dot"))
+    assert turbo.norm(length) == pytest.approx(turbo.norm(y), rel=2e-3)
+    assert (dot * y).sum(axis=2) == pytest.approx((y * y).sum(axis=2), rel=2e-3)
+    plain, _ = read("mixkvq:V=2", page)
+    assert (plain * y).sum() / (y * y).sum() == pytest.approx(1 - 0.1188, abs=0.01)  # the codes of least error are short
+
+
+def test_signs_break_up_what_the_rotation_gathers():
+    """A row of equal numbers is one loud coordinate after a Hadamard rotation, which a Gaussian step cannot reach."""
+    page = with_rows(gaussian(), gaussian(scale=0.1).rows + 1)
+    plain, once, twice = (error(read(f"mixkvq:V=3{signs}", page)[0], page.rows) for signs in ("", ",vsign", ",vsign=2"))
+    assert plain > 0.3 and once < 0.06 and twice < 0.06
+    for signs in ("vsign", "vsign=2"):  # they are undone
+        assert error(read(f"mixkvq:V=8,{signs}", page)[0], page.rows) < 1e-4
 
 
 def test_removing_the_mean_helps_what_has_one():

@@ -59,6 +59,12 @@ def random_rotation(size: int, seed: int = 0) -> Array:
     return (q * np.sign(np.diag(r))).astype(np.float32)
 
 
+@lru_cache
+def random_signs(size: int, seed: int = 0) -> Array:
+    """+1 and -1 at random; the same for the same arguments."""
+    return np.random.default_rng([seed, size]).choice(np.array([-1, 1], np.float32), size)
+
+
 # ---- scalar quantisers ---------------------------------------------------------------------------------------------------------------
 
 

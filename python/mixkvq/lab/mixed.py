@@ -34,6 +34,7 @@ from ._tools import (
     min_max_dims,
     nearest,
     power_of_two,
+    random_signs,
 )
 
 Order = NDArray[np.intp]
@@ -117,7 +118,8 @@ class ValueOptions:
     mean_bits: int
     clip: float
     search: bool
-    refit: bool
+    fit: str
+    signs: int
     levels: bool
 
 
@@ -284,8 +286,15 @@ def values(o: ValueOptions) -> Callable[[Page], tuple[Rows, float]]:
         else:
             mean = _rounded_mean(x, o.mean_bits)
             block = power_of_two(size)
-            y = reference.rotate(x - mean, block)
-            y = reference.rotate(_coded(y, o), block) + mean
+            signs = [random_signs(size, i) for i in range(o.signs)]
+            y = x - mean
+            for sign in signs[1:]:
+                y = reference.rotate(y * sign, block)
+            y = reference.rotate(y * signs[0] if signs else y, block)
+            y = reference.rotate(_coded(y, o), block)
+            for i, sign in enumerate(signs):
+                y = (reference.rotate(y, block) if i else y) * sign
+            y = y + mean
             bits = n_tokens * size * o.bits + n_tokens // o.shared * HALF + size * o.mean_bits + HALF * (o.mean_bits == 8)
         return reference.to_half(y).astype(np.float32), per_head(bits, page)
 
@@ -301,6 +310,19 @@ def _rounded_mean(x: Array, bits: int) -> Array:
         return half(mean)
     scale = half(np.abs(mean).max(axis=2, keepdims=True) / np.float32(127))
     return np.asarray(np.clip(np.rint(mean * inverse(scale)), -127, 127) * scale)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return (a * b).sum(axis=2, keepdims=True)
+
+
+# What the scale of rotated rows y may be once their codes c are known. Codes of least error are shorter than the row, and attention, which
+# averages away what errors have no direction, is left with that.
+FITS: dict[str, Callable[[Array, Array], Array]] = {
+    "ls": lambda y, c: _dot(c, y) * inverse(_dot(c, c)),  # least squared error
+    "length": lambda y, c: np.sqrt(_dot(y, y) * inverse(_dot(c, c))),  # as long as the row
+    "dot": lambda y, c: _dot(y, y) * inverse(_dot(c, y)),  # as far along the row as the row itself
+}
 
 
 def _coded(y: Array, o: ValueOptions) -> Array:
@@ -330,11 +352,8 @@ def _coded(y: Array, o: ValueOptions) -> Array:
             error = ((code(tried) * tried - y) ** 2).sum(axis=2, keepdims=True)
             best, least = np.where(error < least, tried, best), np.minimum(error, least)
         scale = best
-    if o.refit:
-        c = code(scale)
-        scale = half((c * y).sum(axis=2, keepdims=True) * inverse((c * c).sum(axis=2, keepdims=True)))
-        return c * scale
-    return code(scale) * scale
+    c = code(scale)
+    return c * (half(FITS[o.fit](y, c)) if o.fit else scale)
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------------------------
@@ -391,7 +410,8 @@ def make(name: str, options: Options) -> Codec:
         mean_bits=options.integer("vmean", 0, (8, 16), bare=16),
         clip=options.number("vclip", 1, 0.5, 1),
         search=options.flag("vmse"),
-        refit=options.flag("vls"),
+        fit=options.text("vfit", "", ["", *FITS]),
+        signs=options.integer("vsign", 0, (1, 2), bare=1),
         levels=options.flag("vlm"),
     )
     _check(options, key_options, value_options)
@@ -405,10 +425,10 @@ def _check(options: Options, k: KeyOptions, v: ValueOptions) -> None:
         raise options.fail("rotk needs a last tier of 1 to 6 bits")
     if (k.power or k.levels) and not k.rotated:
         raise options.fail("qpow and klm are for rotated keys; add rotk")
-    if v.group and (v.shared > 1 or v.mean_bits or v.search or v.refit or v.levels):
-        raise options.fail("vshare, vmean, vmse, vls and vlm are for rotated values, without vg")
-    if v.bits in (8, 16) and (v.shared > 1 or v.search or v.refit or v.levels or v.clip < 1) and not v.group:
-        raise options.fail("8-bit values scale with the loudest number and have none of vshare, vclip, vmse, vls, vlm")
+    if v.group and (v.shared > 1 or v.mean_bits or v.search or v.fit or v.signs or v.levels):
+        raise options.fail("vshare, vmean, vmse, vfit, vsign and vlm are for rotated values, without vg")
+    if v.bits in (8, 16) and (v.shared > 1 or v.search or v.fit or v.levels or v.clip < 1) and not v.group:
+        raise options.fail("8-bit values scale with the loudest number and have none of vshare, vclip, vmse, vfit, vlm")
 
 
 MAKERS: dict[str, Maker] = {"mixkvq": make}
