@@ -75,7 +75,7 @@ class Material:
 
 
 def gather(llm: Llama, texts: Sequence[Path], tokens: int, own: int, seed: int) -> Material:
-    """At most `tokens` tokens of text and twice as many of problems for each of the two purposes, and `own` tokens of the model's own words.
+    """At most `tokens` tokens of each kind for each of the two purposes (of problems twice as many to calibrate), and `own` of the model's own words.
 
     Raises SettingsError if a text is too short to calibrate with.
     """
@@ -91,7 +91,8 @@ def gather(llm: Llama, texts: Sequence[Path], tokens: int, own: int, seed: int) 
         encoded = encoded[:tokens]
         n = -(-len(encoded) // (longest - len(bos)))
         part["text"] = [Passage(bos + piece.tolist()) for piece in np.array_split(np.array(encoded), n)]
-        if found := _derivations(llm, 2 * tokens, longest, Random(f"{name} {seed}")):  # of which the solutions count: about half
+        # Only the solutions of problems count, about half.
+        if found := _derivations(llm, tokens if part is material.held_out else 2 * tokens, longest, Random(f"{name} {seed}")):
             part["retrieval"] = found
     if own >= 3 * PAGE_CELLS:
         material.calibration["own"] = [Passage(_own_words(llm, min(own, longest), seed))]
@@ -363,7 +364,7 @@ def calibrate(
     t16_t4: tuple[float, float] | None = None,
     window: int | None = None,
     sinks: int | None = None,
-    minutes: float = 2.5,
+    minutes: float = 2,
     seed: int = 1,
     threads: int | None = None,
     quiet: bool = True,
@@ -392,7 +393,7 @@ def calibrate(
         name, probe, _ = preset_of_size(model, bits)
         reader = Reader(model, material.calibration, window=default_window, sinks=default_sinks, threads=threads)
         try:
-            calibration = prepare(reader, file.n_layers, probe, steps, seconds=60 * minutes / 2.5)
+            calibration = prepare(reader, file.n_layers, probe, steps, seconds=60 * minutes / 3)
 
             def find(bits: float) -> Profile:
                 nonlocal fell_back
@@ -530,7 +531,7 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
 @click.option("--window", type=click.IntRange(0, 1 << 20), help="Recent tokens in F16.  [default: 128]")
 @click.option("--sinks", type=click.IntRange(0, 1 << 20), help="First tokens in F16.  [default: 128]")
 @click.option("--tokens", type=click.IntRange(min=1024), default=4096, show_default=True, help="Of each kind of text, to calibrate and to measure.")
-@click.option("--minutes", type=click.FloatRange(min=0.1), default=2.5, show_default=True, help="About how long it may take; less is coarser.")
+@click.option("--minutes", type=click.FloatRange(min=0.1), default=2, show_default=True, help="About how long it may take; less is coarser.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=available_cores, show_default="all cores")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
