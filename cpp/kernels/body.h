@@ -274,11 +274,41 @@ void rotate(float * x, int head_size, int block) {
     }
 }
 
-half rotated_scale(const ValueFormat & f, const float * y) {
+// Means and scales of rotated values are halves cut down to a byte: scalar.cpp says how.
+constexpr int kMeanShift = 8, kScaleShift = 7;
+
+uint8_t scale_byte(float x, int rounding) {
+    const int byte = (int(half_of(x)) + rounding) >> kScaleShift;
+    return uint8_t(byte < 0xf7 ? byte : 0xf7);
+}
+
+// The means of the page's rows, rotated, as bytes and as what these read back.
+void rotated_means(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * bytes, float * means) {
+    const int n = f.head_size;
+    int count = 0;
+    for (int d = 0; d < n; ++d) means[d] = 0.0f;
+    for (int t = 0; t < kPageCells; ++t) {
+        if (!valid.test(t)) continue;
+        ++count;
+        for (int d = 0; d < n; d += kLanes) store(means + d, add(load(means + d), load_half(rows + t * stride + d)));
+    }
+    const F all = splat(count > 0 ? float(count) : 1.0f);
+    for (int d = 0; d < n; d += kLanes) store(means + d, div(load(means + d), all));
+    rotate(means, n, f.rotation_block());
+    half h[kMaxHeadSize];
+    for (int d = 0; d < n; d += kLanes) store_half(h + d, load(means + d));
+    for (int d = 0; d < n; ++d) {
+        const int magnitude = ((h[d] & 0x7fff) + 0x80) >> kMeanShift;
+        bytes[d] = uint8_t((h[d] & 0x8000) >> kMeanShift | (magnitude < 0x7b ? magnitude : 0x7b));
+    }
+    for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(bytes + d));
+}
+
+uint8_t rotated_scale(const ValueFormat & f, const float * y) {
     F s = splat(0.0f);
     if (f.bits == 8) {
         for (int d = 0; d < f.head_size; d += kLanes) s = max(s, abs(load(y + d)));
-        return half_of(highest(s) / 127.5f);
+        return scale_byte(highest(s) / 127.5f, 0x7f);  // upwards: nothing is cut off
     }
     for (int d = 0; d < f.head_size; d += kLanes) s = add(s, mul(load(y + d), load(y + d)));
     float l[kLanes];
@@ -286,23 +316,25 @@ half rotated_scale(const ValueFormat & f, const float * y) {
     const float total = ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
     float root[kLanes] = {total / float(f.head_size)};
     store(root, sqrt(load(root)));
-    return half_of(root[0] * gaussian_step(f.bits));
+    return scale_byte(root[0] * gaussian_step(f.bits), 0x40);
 }
 
-// Codes of one token, as integers. Rotates y if the format says so.
-void value_codes(const ValueFormat & f, float * y, int t, uint8_t * record, I * code) {
-    const int groups = f.n_groups();
-    half s[kMaxHeadSize / 32], m[kMaxHeadSize / 32];
+// Codes of one token, as integers. Rotates y if the format says so, and takes the rotated means off.
+void value_codes(const ValueFormat & f, float * y, const float * means, int t, uint8_t * record, I * code) {
     if (f.rotated()) {
         rotate(y, f.head_size, f.rotation_block());
-        s[0] = rotated_scale(f, y);
-        const float step = float_of(s[0]), middle = float(1 << (f.bits - 1));
-        const F inv = splat(step > 0 ? 1.0f / step : 0.0f);
+        for (int d = 0; d < f.head_size; d += kLanes) store(y + d, sub(load(y + d), load(means + d)));
+        const uint8_t s = rotated_scale(f, y);
+        record[f.offset_scale() + t] = s;
+        const float middle = float(1 << (f.bits - 1));
+        const F inv = splat(s > 0 ? 1.0f / float_of(half(s << kScaleShift)) : 0.0f);
         for (int d = 0; d < f.head_size; d += kLanes) {
             const F v = min(max(floor(mul(load(y + d), inv)), splat(-middle)), splat(middle - 1.0f));
             code[d / kLanes] = to_int(add(v, splat(middle)));
         }
     } else {
+        const int groups = f.n_groups();
+        half s[kMaxHeadSize / 32], m[kMaxHeadSize / 32];
         for (int g = 0; g < groups; ++g) {
             const int begin = g * f.group, end = begin + f.group < f.head_size ? begin + f.group : f.head_size;
             F a = load(y + begin), b = a;
@@ -315,15 +347,17 @@ void value_codes(const ValueFormat & f, float * y, int t, uint8_t * record, I * 
             m[g] = affine.min_half;
             for (int d = begin; d < end; d += kLanes) code[d / kLanes] = affine.codes(load(y + d));
         }
+        std::memcpy(record + f.offset_scale() + size_t(t) * 2 * groups, s, 2 * groups);
         std::memcpy(record + f.offset_min() + size_t(t) * 2 * groups, m, 2 * groups);
     }
-    std::memcpy(record + f.offset_scale() + size_t(t) * 2 * groups, s, 2 * groups);
 }
 
 void pack_values(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
     const int n = f.head_size;
     const size_t row = size_t(4) * n;
+    float means[kMaxHeadSize];
     std::memset(record + f.offset_scale(), 0, f.record_bytes() - f.offset_scale());
+    if (f.rotated()) rotated_means(f, rows, stride, valid, record + f.offset_mean(), means);
     for (int chunk = 0; chunk < kPageCells / 32; ++chunk) {
         B joined[kMaxHeadSize / kLanes][8];
         for (int k = 0; k < 8; ++k) {
@@ -333,7 +367,7 @@ void pack_values(const ValueFormat & f, const half * rows, size_t stride, const 
                 if (valid.test(t)) {
                     float y[kMaxHeadSize];
                     from_half(rows + t * stride, y, n);
-                    value_codes(f, y, t, record, code[r]);
+                    value_codes(f, y, means, t, record, code[r]);
                 } else {
                     for (int i = 0; i < n / kLanes; ++i) code[r][i] = zero_int();
                 }
@@ -354,6 +388,8 @@ void unpack_values(const ValueFormat & f, const uint8_t * record, half * rows, s
     const size_t row = size_t(4) * n;
     const int width = f.rotated() ? n : f.group;
     const F middle = splat(0.5f - float(1 << (f.bits - 1)));
+    float means[kMaxHeadSize];
+    for (int d = 0; d < n && f.rotated(); d += kLanes) store(means + d, load_byte_halves<kMeanShift>(record + f.offset_mean() + d));
     with_bits(f.bits, [&](auto bits) {
         for (int chunk = 0; chunk < kPageCells / 32; ++chunk) {
             constexpr int low_bits = bits == 3 ? 2 : bits;
@@ -364,9 +400,12 @@ void unpack_values(const ValueFormat & f, const uint8_t * record, half * rows, s
                 half h[kMaxHeadSize / 32];
                 float y[4][kMaxHeadSize], s[4][kMaxHeadSize / 32], m[4][kMaxHeadSize / 32];
                 for (int r = 0; r < 4; ++r) {
+                    if (f.rotated()) {
+                        s[r][0] = float_of(half(record[f.offset_scale() + t + r] << kScaleShift));
+                        continue;
+                    }
                     std::memcpy(h, record + f.offset_scale() + size_t(t + r) * 2 * groups, 2 * groups);
                     from_half(h, s[r], groups);
-                    if (f.rotated()) continue;
                     std::memcpy(h, record + f.offset_min() + size_t(t + r) * 2 * groups, 2 * groups);
                     from_half(h, m[r], groups);
                 }
@@ -375,7 +414,8 @@ void unpack_values(const ValueFormat & f, const uint8_t * record, half * rows, s
                     const int g = d / width;
                     unroll<4>([&](auto r) {
                         const F x = to_float(byte_of<r>(codes));
-                        store(y[r] + d, f.rotated() ? mul(add(x, middle), splat(s[r][g])) : add(splat(m[r][g]), mul(x, splat(s[r][g]))));
+                        store(y[r] + d, f.rotated() ? add(load(means + d), mul(add(x, middle), splat(s[r][g])))
+                                                    : add(splat(m[r][g]), mul(x, splat(s[r][g]))));
                     });
                 }
                 for (int r = 0; r < 4; ++r) {
@@ -658,6 +698,7 @@ struct TokenWeights {
     int32_t wide[kPageCells / 4][2];  // even and odd pairs
     int32_t narrow[kPageCells / 4];
     float factor[kChunks], bias;      // value sum = sum over chunks of factor * integer sum, + bias
+    float total;                      // of the weights as given, for the means
 };
 
 // `min` is null if the format is rotated. A register is eight tokens of one chunk and, in its other half, of the next.
@@ -666,11 +707,12 @@ __attribute__((noinline)) void fold_weights(const float * weight, const float * 
     const float middle = 0.5f * float((1 << bits) - 1);
     constexpr float steps = wide ? 32767.0f : 255.0f;
     const auto load_both = [](const float * p) { return join(load(p), load(p + kChunkTokens)); };
-    F2 folded[kChunks / 2][4], largest[kChunks / 2], bias = splat2(0.0f);
+    F2 folded[kChunks / 2][4], largest[kChunks / 2], bias = splat2(0.0f), all = splat2(0.0f);
     for (int c = 0; c < kChunks / 2; ++c) {
         for (int j = 0; j < 4; ++j) {
             const int t = 2 * c * kChunkTokens + j * kLanes;
             const F2 x = load_both(weight + t), y = mul(x, load_both(scale + t));
+            all = add(all, x);
             largest[c] = j ? max(largest[c], y) : y;
             // Rotated codes lie around 0. Beside a minimum the middle code stands for something: its exact share, as for keys.
             if (min) bias = fma(x, load_both(min + t), fma(y, splat2(middle), bias));
@@ -703,16 +745,21 @@ __attribute__((noinline)) void fold_weights(const float * weight, const float * 
         bias = fma(total, mul(factors, splat2(-middle)), bias);
     }
     w.bias = sum(bias);
+    w.total = sum(all);
 }
 
 // acc += the weighted sum of 16 * pairs dimensions from dimension d, or of eight.
 template <int bits, int m, int pairs, bool both = true>
-inline void add_values(const ValueFormat & f, const uint8_t * record, int d, const TokenWeights * w, float * acc) {
+inline void add_values(const ValueFormat & f, const uint8_t * record, const float * means, int d, const TokenWeights * w, float * acc) {
     constexpr int low_bits = bits == 3 ? 2 : bits;
     const size_t row = size_t(4) * f.head_size;
     const uint8_t * low = record + 4 * d;
     const uint8_t * high = low + f.offset_high();
     F2 total[m][pairs];
+    for (int p = 0; p < pairs; ++p) {
+        const F2 mean = load2(means + d + p * kPair);
+        for (int i = 0; i < m; ++i) total[i][p] = fma(mean, splat2(w[i].total), splat2(w[i].bias));
+    }
     if constexpr (wide_weights(bits)) {
         WideSum2 sum[m][pairs];
         for (int i = 0; i < m; ++i) {
@@ -729,13 +776,10 @@ inline void add_values(const ValueFormat & f, const uint8_t * record, int d, con
             });
         }
         for (int i = 0; i < m; ++i) {
-            for (int p = 0; p < pairs; ++p) total[i][p] = fma(to_float(widen(sum[i][p])), splat2(w[i].factor[0]), splat2(w[i].bias));
+            for (int p = 0; p < pairs; ++p) total[i][p] = fma(to_float(widen(sum[i][p])), splat2(w[i].factor[0]), total[i][p]);
         }
     } else {
         static_assert(narrow_limit(bits) / 2 >= 8, "a chunk fits a narrow sum");
-        for (int i = 0; i < m; ++i) {
-            for (int p = 0; p < pairs; ++p) total[i][p] = splat2(w[i].bias);
-        }
         for (int c = 0; c < kChunks; ++c, low += row * low_bits, high += row) {
             Narrow2 sum[m][pairs];
             for (int i = 0; i < m; ++i) {
@@ -774,8 +818,14 @@ void values_packed(const ValueFormat & f, const uint8_t * record, const uint8_t 
     if (all_zero(weight, n * kPageCells)) return;
     const int groups = f.n_groups(), width = f.rotated() ? f.head_size : f.group;
     float scale[kMaxHeadSize / 32][kPageCells], min[kMaxHeadSize / 32][kPageCells];
-    read_by_group(record + f.offset_scale(), kPageCells, groups, scale[0]);
-    if (!f.rotated()) read_by_group(record + f.offset_min(), kPageCells, groups, min[0]);
+    float means[kMaxHeadSize + kLanes] = {};
+    if (f.rotated()) {
+        for (int t = 0; t < kPageCells; t += kLanes) store(scale[0] + t, load_byte_halves<kScaleShift>(record + f.offset_scale() + t));
+        for (int d = 0; d < f.head_size; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(record + f.offset_mean() + d));
+    } else {
+        read_by_group(record + f.offset_scale(), kPageCells, groups, scale[0]);
+        read_by_group(record + f.offset_min(), kPageCells, groups, min[0]);
+    }
     by_queries(n, [&](auto m, int first) {
         TokenWeights w[m];
         float * out = acc + size_t(first) * f.head_size;
@@ -788,10 +838,10 @@ void values_packed(const ValueFormat & f, const uint8_t * record, const uint8_t 
                 int d = g * width;
                 for (; d + kPair * kValuePairs <= end; d += kPair * kValuePairs) {
                     if (first == 0) prefetch(next, f.record_bytes(), d / (kPair * kValuePairs), f.head_size / (kPair * kValuePairs));
-                    add_values<bits, m, kValuePairs>(f, record, d, w, out);
+                    add_values<bits, m, kValuePairs>(f, record, means, d, w, out);
                 }
-                if (kValuePairs > 1 && d + kPair <= end) add_values<bits, m, 1>(f, record, d, w, out), d += kPair;
-                if (d < end) add_values<bits, m, 1, false>(f, record, d, w, out);
+                if (kValuePairs > 1 && d + kPair <= end) add_values<bits, m, 1>(f, record, means, d, w, out), d += kPair;
+                if (d < end) add_values<bits, m, 1, false>(f, record, means, d, w, out);
             });
         }
     });

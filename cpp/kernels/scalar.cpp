@@ -62,6 +62,17 @@ half load_half(const uint8_t * section, size_t index) {
     return half(section[2 * index] | section[2 * index + 1] << 8);
 }
 
+// Rotated values keep their means and scales in a byte: the upper byte of a half (5 bits of exponent, 2 of mantissa), and a positive half
+// without its sign and its last seven bits (5 and 3).
+uint8_t mean_byte(float x) {
+    const half h = float_to_half(x);
+    return uint8_t((h & 0x8000) >> 8 | std::min(((h & 0x7fff) + 0x80) >> 8, 0x7b));
+}
+float mean_of(uint8_t byte) { return half_to_float(half(byte << 8)); }
+
+uint8_t scale_byte(half h, int rounding) { return uint8_t(std::min((h + rounding) >> 7, 0xf7)); }
+float scale_of(uint8_t byte) { return half_to_float(half(byte << 7)); }
+
 // --- places of codes ------------------------------------------------------------------------------------------
 
 // Codes of one key quad; `r` is the channel within the quad, `t` the token.
@@ -244,30 +255,46 @@ void rotate(float * x, int head_size, int block) {
     scale(x, head_size, 1.0f / std::sqrt(float(block)));
 }
 
-half rotated_scale(const ValueFormat & f, const float * y) {
+// The means of the page's rows, rotated, as bytes.
+void rotated_means(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * means) {
+    float sum[kMaxHeadSize] = {};
+    int count = 0;
+    for (int t = 0; t < kPageCells; ++t) {
+        if (!valid.test(t)) continue;
+        ++count;
+        for (int d = 0; d < f.head_size; ++d) sum[d] += half_to_float(rows[t * stride + d]);
+    }
+    for (int d = 0; d < f.head_size && count > 0; ++d) sum[d] /= float(count);
+    rotate(sum, f.head_size, f.rotation_block());
+    for (int d = 0; d < f.head_size; ++d) means[d] = mean_byte(sum[d]);
+}
+
+uint8_t rotated_scale(const ValueFormat & f, const float * y) {
     if (f.bits == 8) {
         float top = 0;
         for (int d = 0; d < f.head_size; ++d) top = std::max(top, std::fabs(y[d]));
-        return float_to_half(top / 127.5f);
+        return scale_byte(float_to_half(top / 127.5f), 0x7f);  // upwards: nothing is cut off
     }
     float s[8] = {};
     for (int d = 0; d < f.head_size; ++d) s[d % 8] += y[d] * y[d];
     const float sum = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-    return float_to_half(std::sqrt(sum / float(f.head_size)) * gaussian_step(f.bits));
+    return scale_byte(float_to_half(std::sqrt(sum / float(f.head_size)) * gaussian_step(f.bits)), 0x40);
 }
 
 void pack_values(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
     const int n = f.head_size, groups = f.n_groups(), middle = 1 << (f.bits - 1);
     std::memset(record, 0, f.record_bytes());
+    if (f.rotated()) rotated_means(f, rows, stride, valid, record + f.offset_mean());
     for (int t = 0; t < kPageCells; ++t) {
         if (!valid.test(t)) continue;
         float y[kMaxHeadSize];
         from_half(rows + t * stride, y, n);
         if (f.rotated()) {
             rotate(y, n, f.rotation_block());
-            const half s = rotated_scale(f, y);
-            const float inv = half_to_float(s) > 0 ? 1.0f / half_to_float(s) : 0.0f;
-            store_half(record + f.offset_scale(), t, s);
+            for (int d = 0; d < n; ++d) y[d] -= mean_of(record[f.offset_mean() + d]);
+            const uint8_t s = rotated_scale(f, y);
+            const float inv = s > 0 ? 1.0f / scale_of(s) : 0.0f;
+            record[f.offset_scale() + t] = s;
             for (int d = 0; d < n; ++d) {
                 const float v = std::floor(y[d] * inv);
                 put_value_code(f, record, t, d, int(std::min(std::max(v, float(-middle)), float(middle - 1))) + middle);
@@ -291,7 +318,7 @@ void decode_value(const ValueFormat & f, const uint8_t * record, int t, float * 
     for (int d = 0; d < f.head_size; ++d) {
         const float code = float(get_value_code(f, record, t, d));
         if (f.rotated()) {
-            y[d] = (code + 0.5f - float(1 << (f.bits - 1))) * half_to_float(load_half(record + f.offset_scale(), t));
+            y[d] = mean_of(record[f.offset_mean() + d]) + (code + 0.5f - float(1 << (f.bits - 1))) * scale_of(record[f.offset_scale() + t]);
         } else {
             const size_t at = size_t(t) * f.n_groups() + d / f.group;
             y[d] = half_to_float(load_half(record + f.offset_min(), at)) + code * half_to_float(load_half(record + f.offset_scale(), at));

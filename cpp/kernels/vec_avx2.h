@@ -118,6 +118,11 @@ inline F exp2_whole(F n) {
 // --- halves ---------------------------------------------------------------------------------------------------
 
 inline F load_half(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
+// Eight halves that were cut down to a byte each.
+template <int shift>
+inline F load_byte_halves(const uint8_t * p) {
+    return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))), shift));
+}
 // Nearest even; clamps to +-65504.
 inline void store_half(uint16_t * p, F x) {
     x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-65504.0f)), _mm256_set1_ps(65504.0f));

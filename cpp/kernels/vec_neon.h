@@ -94,6 +94,12 @@ inline F load_half(const uint16_t * p) {
     const float16x8_t h = vreinterpretq_f16_u16(vld1q_u16(p));
     return {vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)};
 }
+// Eight halves that were cut down to a byte each.
+template <int shift>
+inline F load_byte_halves(const uint8_t * p) {
+    const float16x8_t h = vreinterpretq_f16_u16(vshlq_n_u16(vmovl_u8(vld1_u8(p)), shift));
+    return {vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)};
+}
 // Nearest even; clamps to +-65504.
 inline void store_half(uint16_t * p, F x) {
     x = min(max(x, splat(-65504.0f)), splat(65504.0f));

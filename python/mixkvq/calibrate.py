@@ -295,11 +295,11 @@ class Verdict:
 
     @property
     def worse(self) -> bool:
-        return self.difference > self.standard_error
+        return self.difference > 2 * self.standard_error
 
     @property
     def better(self) -> bool:
-        return self.difference < -self.standard_error
+        return self.difference < -2 * self.standard_error
 
 
 def measure(

@@ -112,7 +112,7 @@ class ValueFormat:
 
     head_size: dimensions Dv, a multiple of 8 from 32 to 256.
     bits: 2, 3, 4 or 8.
-    group: 0 for rotated values with one scale per token; 32 or 64 for a scale and a minimum per so many.
+    group: 0 for rotated values with a mean per dimension and a scale per token; 32 or 64 for a scale and a minimum per so many.
 
     Raises ValueError if it is not such a format.
     """
@@ -147,14 +147,19 @@ class ValueFormat:
         return self.head_size * _channel_bytes(self.bits)
 
     @property
+    def offset_mean(self) -> int:
+        """Where the means of a rotated format begin."""
+        return self.offset_scale + PAGE_CELLS
+
+    @property
     def offset_min(self) -> int:
-        """Where the minima begin; the end of the scales if the format is rotated and has none."""
+        """Where the minima of a grouped format begin."""
         return self.offset_scale + 2 * PAGE_CELLS * self.n_groups
 
     @property
     def record_bytes(self) -> int:
         """Bytes of a record, its padding included."""
-        return _aligned(self.offset_min + (0 if self.rotated else 2 * PAGE_CELLS * self.n_groups))
+        return _aligned(self.offset_mean + self.head_size if self.rotated else self.offset_min + 2 * PAGE_CELLS * self.n_groups)
 
     @property
     def body_bits(self) -> float:
@@ -277,7 +282,7 @@ def _quantise(
     return np.clip(code, np.float32(0), top).astype(np.uint8), scale
 
 
-def _inverse(scale: NDArray[np.float16]) -> NDArray[np.float32]:
+def _inverse(scale: NDArray[Any]) -> NDArray[np.float32]:
     wide = scale.astype(np.float32)
     return np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide > 0)
 
@@ -324,30 +329,27 @@ def pack_values(fmt: ValueFormat, rows: NDArray[np.float16], valid: NDArray[np.b
     Returns uint8 [fmt.record_bytes]. Raises ValueError if a shape, a type or a number is not as stated.
     """
     x, valid = _check_rows(fmt.head_size, rows, valid)
-    minima = []
+    held = valid[:, None]
     if fmt.rotated:
-        code, scale = _quantise_rotated(rotate(x, fmt.rotation_block), fmt.bits)
-        scales = [scale]
+        mean = _rotated_mean(fmt, x[valid])
+        code, scale = _quantise_rotated(rotate(x, fmt.rotation_block) - unpack_mean(mean), fmt.bits)
+        sections = [np.where(valid, scale, np.uint8(0)), mean]
     else:
-        codes, scales = [], []
+        codes, scales, minima = [], [], []
         for dims in _dim_groups(fmt):
             part = x[:, dims]
             low, high = _ranges(part, np.ones_like(part, dtype=bool), axis=1)
-            code, scale = _quantise(part, low[:, None], high[:, None], fmt.bits)
+            code, half_scale = _quantise(part, low[:, None], high[:, None], fmt.bits)
             codes.append(code)
-            scales.append(scale)
+            scales.append(half_scale)
             minima.append(to_half(low)[:, None])
         code = np.concatenate(codes, axis=1)
-    held = valid[:, None]
-    sections = [_pack_value_codes(np.where(held, code, np.uint8(0)), fmt.bits)]
-    for halfs in (scales, minima):
-        if halfs:
-            sections.append(_half_bytes([np.where(held, np.concatenate(halfs, axis=1), np.float16(0))]))
-    return _record(sections, fmt.record_bytes)
+        sections = [_half_bytes([np.where(held, np.concatenate(halfs, axis=1), np.float16(0))]) for halfs in (scales, minima)]
+    return _record([_pack_value_codes(np.where(held, code, np.uint8(0)), fmt.bits), *sections], fmt.record_bytes)
 
 
 def unpack_values(fmt: ValueFormat, record: NDArray[np.uint8]) -> NDArray[np.float16]:
-    """Reads a value record back: float16 [128, Dv]. Cells that held no token read as 0.
+    """Reads a value record back: float16 [128, Dv]. Cells that held no token read as some finite number.
 
     Raises ValueError if `record` is not uint8 [fmt.record_bytes].
     """
@@ -355,16 +357,47 @@ def unpack_values(fmt: ValueFormat, record: NDArray[np.uint8]) -> NDArray[np.flo
     return to_half(rotate(y, fmt.rotation_block) if fmt.rotated else y)
 
 
-def _quantise_rotated(y: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """Symmetric mid-rise codes of rotated rows, and one scale per row."""
+def _rotated_mean(fmt: ValueFormat, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The mean of rows, float32 [n, Dv], rotated; uint8 [Dv], a byte for each, see `unpack_mean`. 0 if there are no rows."""
+    mean = np.zeros(fmt.head_size, dtype=np.float32)
+    for row in rows:  # in this order
+        mean = mean + row
+    return pack_mean(rotate(mean / np.float32(max(len(rows), 1)), fmt.rotation_block))
+
+
+def pack_mean(mean: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Means as bytes: see `unpack_mean`. To the nearest, ties away from 0."""
+    bits = to_half(mean).view(np.uint16).astype(np.int32)
+    magnitude = np.minimum((bits & 0x7FFF) + 0x80 >> 8, 0x7B)
+    return ((bits & 0x8000) >> 8 | magnitude).astype(np.uint8)
+
+
+def unpack_mean(byte: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The upper byte of a half: 5 bits of exponent, 2 of mantissa."""
+    return (byte.astype(np.uint16) << np.uint16(8)).view(np.float16).astype(np.float32)
+
+
+def pack_scale(scale: NDArray[np.float32], upwards: bool) -> NDArray[np.uint8]:
+    """Scales, not negative, as bytes: see `unpack_scale`. To the nearest, ties away from 0, or upwards."""
+    bits = to_half(scale).view(np.uint16).astype(np.int32)
+    return np.minimum(bits + (0x7F if upwards else 0x40) >> 7, 0xF7).astype(np.uint8)
+
+
+def unpack_scale(byte: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """A half without its sign and its last seven bits: 5 bits of exponent, 3 of mantissa."""
+    return (byte.astype(np.uint16) << np.uint16(7)).view(np.float16).astype(np.float32)
+
+
+def _quantise_rotated(y: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Symmetric mid-rise codes of rotated rows [n, Dv], and one scale per row as a byte."""
     if bits == 8:
-        scale = to_half(np.abs(y).max(axis=1, keepdims=True) / np.float32(127.5))
+        byte = pack_scale(np.abs(y).max(axis=1) / np.float32(127.5), upwards=True)
     else:
-        sigma = np.sqrt(_sum_of_squares(y) / np.float32(y.shape[1]))
-        scale = to_half(sigma * GAUSSIAN_STEP[bits])
+        sigma = np.sqrt(_sum_of_squares(y)[:, 0] / np.float32(y.shape[1]))
+        byte = pack_scale(sigma * GAUSSIAN_STEP[bits], upwards=False)
     half_range = np.float32(2 ** (bits - 1))
-    code = np.floor(y * _inverse(scale)) + half_range
-    return np.clip(code, np.float32(0), np.float32(2**bits - 1)).astype(np.uint8), scale
+    code = np.floor(y * _inverse(unpack_scale(byte))[:, None]) + half_range
+    return np.clip(code, np.float32(0), np.float32(2**bits - 1)).astype(np.uint8), byte
 
 
 def _sum_of_squares(y: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -382,9 +415,11 @@ def _decode_values(fmt: ValueFormat, record: NDArray[np.uint8], real: type[np.fl
     """[128, Dv] in `real` arithmetic, in the rotated basis if the format is rotated."""
     record = _check_record(fmt.record_bytes, record)
     code = _unpack_value_codes(record[: fmt.offset_scale], fmt.bits, fmt.head_size).astype(real)
-    scale = _halfs(record, fmt.offset_scale, (PAGE_CELLS, fmt.n_groups)).astype(real)
     if fmt.rotated:
-        return np.asarray((code + real(0.5) - real(2 ** (fmt.bits - 1))) * scale)
+        byte_scale = unpack_scale(record[fmt.offset_scale :][:PAGE_CELLS]).astype(real)
+        mean = unpack_mean(record[fmt.offset_mean :][: fmt.head_size]).astype(real)
+        return np.asarray(mean + (code + real(0.5) - real(2 ** (fmt.bits - 1))) * byte_scale[:, None])
+    scale = _halfs(record, fmt.offset_scale, (PAGE_CELLS, fmt.n_groups)).astype(real)
     low = _halfs(record, fmt.offset_min, (PAGE_CELLS, fmt.n_groups)).astype(real)
     parts = [low[:, g, None] + code[:, dims] * scale[:, g, None] for g, dims in enumerate(_dim_groups(fmt))]
     return np.concatenate(parts, axis=1)

@@ -195,7 +195,7 @@ class Reader:
         self.probe.collector = None
 
     def divergence(self, profiles: Sequence[LayerProfile | None], tables: Sequence[Tables | None], progress: Progress) -> dict[str, float]:
-        """Mean KL divergence from the exact cache, in nats per token, by kind of text, with the cache rounded to these formats."""
+        """Divergence from the exact cache, in nats per token, by kind of text, with the cache rounded to these formats: see `divergence_now`."""
         self.probe.rounding = {}
         for i, (profile, table) in enumerate(zip(profiles, tables, strict=True)):
             if profile is not None and table is not None:
@@ -204,11 +204,11 @@ class Reader:
                 self.probe.rounding[i, True] = list(values)
         return self.divergence_now(progress)
 
-    def divergence_now(self, progress: Progress, sample: Sample | None = None, robust: bool = False) -> dict[str, float]:
+    def divergence_now(self, progress: Progress, sample: Sample | None = None) -> dict[str, float]:
         """The same with `probe.rounding` as it stands; of a sample of the passages, if one is given.
 
-        robust: the square of the mean root instead of the mean. A small error moves every prediction by a divergence of its square, so both tell the
-        size of the error, but the mean of a text that is easy to predict hangs on a few tokens.
+        It is the square of the mean root of the KL divergence. A small error moves every prediction by a divergence of its square, so this tells the
+        size of the error as the mean does, but the mean of a text that is easy to predict hangs on a few tokens.
         """
         found = {}
         for kind, some in (sample or self.sample(self.n_tokens)).items():
@@ -218,7 +218,7 @@ class Reader:
                 for exact, rows in zip(self._exact[kind][i], self._chunks(self.passages[kind][i], progress, n_tokens))
             ]
             kld = np.concatenate(parts)
-            found[kind] = float(np.sqrt(kld).mean() ** 2 if robust else kld.mean())
+            found[kind] = float(np.sqrt(kld).mean() ** 2)
         return found
 
     def sample(self, tokens: int) -> Sample:
@@ -299,7 +299,7 @@ def measure_weights(
                 rounding: list[KeyFormat | ValueFormat | None] = [f if h in heads else None for h, f in enumerate(formats)]
                 reader.probe.rounding = {(i, is_value): rounding}
                 parts.append((i, is_value, heads))
-                effects.append(reader.divergence_now(progress, sample, robust=True))
+                effects.append(reader.divergence_now(progress, sample))
     total = {kind: sum(effect[kind] for effect in effects) or 1.0 for kind in effects[0]}
     for (i, is_value, heads), effect in zip(parts, effects, strict=True):
         tables, profile = layers[i], probe[i]

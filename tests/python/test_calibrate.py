@@ -155,7 +155,7 @@ def test_exact_cache_does_not_diverge_and_rounding_does(reader):
     profile = uniform_profile(MODEL, "mix2.5")
     coarse = reader.divergence(profile.layers, tables, lambda n: None)["text"]
     fine = reader.divergence(uniform_profile(MODEL, "mix8.2").layers, tables, lambda n: None)["text"]
-    assert fine < coarse / 5
+    assert fine < coarse / 4  # what is left is the arithmetic of the cache itself
     sample = reader.sample(400)
     assert sample == {"text": [(0, len(reader.passages["text"][0].tokens))]}  # 8 pages at least, and there are fewer
     sensitivity.measure_weights(reader, tables, profile.layers, by_head=False, sample=sample, progress=lambda n: None)

@@ -35,12 +35,12 @@ VARIANTS = [
     "mixkvq:score=S,pairs=near,clip=0.98,clipbits=2",
     "mixkvq:score=M,pairs=far,norm",
     "mixkvq:score=static,K=16@4+48@3+64@2,V=2,vlm,vfit=ls",
-    "mixkvq:K=auto@3,V=4,vmean,vmse",
+    "mixkvq:K=auto@3,V=4,vmean=0,vmse",
     "mixkvq:V=3,vg=32,vclip=0.95",
     "mixkvq:V=3,vshare=4,vclip=0.99",
     "mixkvq:V=2,vfit=length",
     "mixkvq:V=3,vfit=dot,vsign",
-    "mixkvq:V=8,vsign=2,vmean",
+    "mixkvq:V=8,vsign=2,vmean=16,vscale=16",
     "mixkvq:K=16,V=8",
     "kvarn-4/turbo-2",
 ]
@@ -141,9 +141,10 @@ BITS = {
     "mixkvq:K=auto@3.5": (3.8125, 3.125),
     "mixkvq:norm": (3.4375, 3.125),
     "mixkvq:G=32": (4.0625, 3.125),
-    "mixkvq:vmean,vlm": (3.3125, 3.25),
-    "mixkvq:vmean=8": (3.3125, 3.21875),  # 3.1885 with the scale of the means, padded to 64 bytes
-    "mixkvq:vshare=2": (3.3125, 3.0625),
+    "mixkvq:vmean=16,vlm": (3.3125, 3.1875),
+    "mixkvq:vmean=0,vscale=16": (3.3125, 3.125),
+    "mixkvq:vscale=16": (3.3125, 3.1875),
+    "mixkvq:vshare=2": (3.3125, 3.09375),
     "mixkvq:vg=32": (3.3125, 4),
     "kivi-2/q8_0": (3, 8.5),
 }
@@ -532,17 +533,17 @@ def test_options_lower_the_squared_error(better, worse, is_value):
 
 def test_a_refitted_scale_keeps_what_it_says():
     page = gaussian()
-    y, length, dot = page.rows, *(read(f"mixkvq:V=2,vfit={fit}", page)[0] for fit in ("length", "dot"))
+    y, length, dot = page.rows, *(read(f"mixkvq:V=2,vmean=0,vscale=16,vfit={fit}", page)[0] for fit in ("length", "dot"))
     assert turbo.norm(length) == pytest.approx(turbo.norm(y), rel=2e-3)
     assert (dot * y).sum(axis=2) == pytest.approx((y * y).sum(axis=2), rel=2e-3)
-    plain, _ = read("mixkvq:V=2", page)
+    plain, _ = read("mixkvq:V=2,vmean=0", page)
     assert (plain * y).sum() / (y * y).sum() == pytest.approx(1 - 0.1188, abs=0.01)  # the codes of least error are short
 
 
 def test_signs_break_up_what_the_rotation_gathers():
     """A row of equal numbers is one loud coordinate after a Hadamard rotation, which a Gaussian step cannot reach."""
     page = with_rows(gaussian(), gaussian(scale=0.1).rows + 1)
-    plain, once, twice = (error(read(f"mixkvq:V=3{signs}", page)[0], page.rows) for signs in ("", ",vsign", ",vsign=2"))
+    plain, once, twice = (error(read(f"mixkvq:V=3,vmean=0{signs}", page)[0], page.rows) for signs in ("", ",vsign", ",vsign=2"))
     assert plain > 0.3 and once < 0.06 and twice < 0.06
     for signs in ("vsign", "vsign=2"):  # they are undone
         assert error(read(f"mixkvq:V=8,{signs}", page)[0], page.rows) < 1e-4
@@ -551,8 +552,8 @@ def test_signs_break_up_what_the_rotation_gathers():
 def test_removing_the_mean_helps_what_has_one():
     offset = np.linspace(-6, 6, 128)
     values = with_rows(lab.sample_page(is_value=True), lab.sample_page(is_value=True).rows + offset)
-    assert error(read("mixkvq:V=3,vmean", values)[0], values.rows) < 0.3 * error(read("mixkvq:V=3", values)[0], values.rows)
-    assert error(read("mixkvq:V=3,vmean=8", values)[0], values.rows) < 1.02 * error(read("mixkvq:V=3,vmean", values)[0], values.rows)
+    none, byte, half = (error(read(f"mixkvq:V=3,vmean={bits}", values)[0], values.rows) for bits in (0, 8, 16))
+    assert half < 0.3 * none and byte < 1.3 * half  # means of four times the deviation: a byte leaves a quarter of it
     keys = with_rows(gaussian(is_value=False), gaussian().rows + offset)
     # Without the mean the rotated numbers are a unit Gaussian: 3 bits miss by 3.7 % of the variance.
     assert ((read("mixkvq:K=3,rotk", keys)[0] - keys.rows) ** 2).mean() == pytest.approx(0.03744, rel=0.05)

@@ -106,19 +106,42 @@ class KeyRecord:
         return x
 
 
+def small_floats(mantissa_bits, signed):
+    """What the bytes of a float with 5 bits of exponent stand for, without infinities: {byte: number}."""
+    numbers = {}
+    for byte in range(256):
+        sign = -1.0 if signed and byte >= 128 else 1.0
+        exponent, mantissa = divmod(byte % 128 if signed else byte, 2**mantissa_bits)
+        if exponent < 31:
+            fraction = mantissa / 2**mantissa_bits
+            numbers[byte] = sign * (math.ldexp(1 + fraction, exponent - 15) if exponent else math.ldexp(fraction, -14))
+    return numbers
+
+
+MEANS, SCALES = small_floats(2, signed=True), small_floats(3, signed=False)
+
+
+def nearest(numbers, x):
+    """The number of a table, and of those as near the one further from 0."""
+    return min(numbers.values(), key=lambda y: (abs(y - float(x)), -abs(y)))
+
+
 class ValueRecord:
-    """The sections of a value record: codes [128, Dv], scales and minima [128, groups]."""
+    """The sections of a value record: codes [128, Dv], scales and minima [128, groups], means [Dv]."""
 
     def __init__(self, fmt, record):
         size = fmt.head_size
         groups = 1 if fmt.group == 0 else math.ceil(size / fmt.group)
         self.codes = np.array([[read_bits(record, value_places(fmt.bits, size, t, d)) for d in range(size)] for t in range(CELLS)])
         offset = {8: 128, 4: 64, 3: 48, 2: 32}[fmt.bits] * size
-        self.scale = halfs(record, offset, CELLS * groups).reshape(CELLS, groups)
-        end = offset + 2 * CELLS * groups
         if fmt.group:
-            self.min = halfs(record, end, CELLS * groups).reshape(CELLS, groups)
-            end += 2 * CELLS * groups
+            self.scale = halfs(record, offset, CELLS * groups).reshape(CELLS, groups)
+            end = offset + 4 * CELLS * groups
+            self.min = halfs(record, end - 2 * CELLS * groups, CELLS * groups).reshape(CELLS, groups)
+        else:
+            self.scale = np.array([[SCALES[byte]] for byte in record[offset : offset + CELLS].tolist()])
+            end = offset + CELLS + size
+            self.mean = np.array([MEANS[byte] for byte in record[offset + CELLS : end].tolist()])
         self.padding = record[end:]
         self.fmt = fmt
 
@@ -127,7 +150,7 @@ class ValueRecord:
         if self.fmt.group:
             g = np.arange(self.fmt.head_size) // self.fmt.group
             return self.min.astype(float)[:, g] + self.codes * self.scale.astype(float)[:, g]
-        y = (self.codes + 0.5 - 2 ** (self.fmt.bits - 1)) * self.scale.astype(float)
+        y = self.mean + (self.codes + 0.5 - 2 ** (self.fmt.bits - 1)) * self.scale
         return y @ hadamard(self.fmt.head_size)
 
 
@@ -183,6 +206,12 @@ def test_value_records_follow_the_tables(page):
     f32 = np.float32
     record = ValueRecord(fmt, pack_values(fmt, x, valid))
     block = fmt.head_size & -fmt.head_size
+    if fmt.group == 0:
+        sums = [f32(0)] * fmt.head_size
+        for t in np.flatnonzero(valid):
+            sums = [a + f32(b) for a, b in zip(sums, x[t], strict=True)]
+        means = np.clip(slow_rotate([a / f32(max(valid.sum(), 1)) for a in sums], block), -65504, 65504).astype(np.float16)
+        assert record.mean.tolist() == [nearest(MEANS, mean) for mean in means]
     for t in range(CELLS):
         if not valid[t]:
             assert not record.codes[t].any() and not record.scale[t].any()
@@ -194,16 +223,17 @@ def test_value_records_follow_the_tables(page):
                 assert record.codes[t, dims].tolist() == codes
                 assert (record.scale[t, g], record.min[t, g]) == (scale, low)
             continue
-        y = slow_rotate(x[t].astype(f32), block)
+        y = slow_rotate(x[t].astype(f32), block) - record.mean.astype(f32)
         if fmt.bits == 8:
-            scale = np.float16(max(abs(v) for v in y) / f32(127.5))
+            exact = np.float16(max(abs(v) for v in y) / f32(127.5))
+            scale = min((s for s in SCALES.values() if s >= exact), default=max(SCALES.values()))
         else:
             lane = [f32(0)] * 8
             for i, v in enumerate(y):
                 lane[i % 8] = lane[i % 8] + v * v
             total = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]))
             step = {2: f32(0.9957), 3: f32(0.5860), 4: f32(0.3352)}[fmt.bits]
-            scale = np.float16(np.sqrt(total / f32(fmt.head_size)) * step)
+            scale = nearest(SCALES, np.float16(min(np.sqrt(total / f32(fmt.head_size)) * step, 65504)))
         inv = f32(1) / f32(scale) if scale > 0 else f32(0)
         middle, top = 2 ** (fmt.bits - 1), 2**fmt.bits - 1
         assert record.scale[t, 0] == scale
@@ -236,7 +266,7 @@ def test_unpacking_reads_what_the_tables_say(key_page, value_page):
     packed = pack_values(fmt, *page)
     record = ValueRecord(fmt, packed)
     # Rotating back in float32 adds an error that goes with the largest number, not with the result.
-    loudest = np.abs(record.codes + 0.5 - 2 ** (fmt.bits - 1)).max() * np.abs(record.scale).max()
+    loudest = np.abs(record.codes + 0.5 - 2 ** (fmt.bits - 1)).max() * np.abs(record.scale).max() + (0 if fmt.group else np.abs(record.mean).max())
     exact = np.clip(record.decoded(), -65504, 65504)
     atol = 2**-25 * 1.01 + 2**-18 * float(loudest)
     np.testing.assert_allclose(unpack_values(fmt, packed), exact, rtol=2**-11 + 2**-22, atol=atol)
@@ -264,11 +294,11 @@ def test_the_golden_records_have_not_changed():
             256 * 16 + 128 * 16 + (64 + 48 + 32) * 32 + 4 * 112 * 4 + 128,
         ),
         (KeyFormat(80, (4, 8, 16, 20, 32), 64), 4 * 1024 + 48 * 20 + 4 * 76 * 2 + 80),
-        (ValueFormat(128, 2), 32 * 128 + 256),
-        (ValueFormat(80, 3), 48 * 80 + 256),
+        (ValueFormat(128, 2), 32 * 128 + 128 + 128),
+        (ValueFormat(80, 3), 48 * 80 + 128 + 80),
         (ValueFormat(80, 2, 32), 32 * 80 + 2 * 256 * 3),
         (ValueFormat(40, 4, 64), 64 * 40 + 2 * 256),
-        (ValueFormat(256, 8), 128 * 256 + 256),
+        (ValueFormat(256, 8), 128 * 256 + 128 + 256),
     ],
 )
 def test_record_sizes(fmt, size):
@@ -354,7 +384,8 @@ def test_what_invalid_cells_hold_does_not_matter():
     np.testing.assert_array_equal(pack_keys(MIXED, junk, importance, valid), pack_keys(MIXED, x, importance, valid))
     for fmt in (ValueFormat(80, 3), ValueFormat(80, 2, 32)):
         np.testing.assert_array_equal(pack_values(fmt, junk, valid), pack_values(fmt, x, valid))
-        assert not unpack_values(fmt, pack_values(fmt, x, valid))[~valid].any()
+        back = unpack_values(fmt, pack_values(fmt, x, valid))[~valid]
+        assert np.isfinite(back).all() and (fmt.group == 0 or not back.any())  # rotated, they read as the page's mean
 
 
 def test_a_page_without_a_token_is_zero_but_for_the_order():

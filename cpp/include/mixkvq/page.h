@@ -10,7 +10,7 @@ constexpr int kPageCells   = 128;  // cells per page
 constexpr int kMinHeadSize = 32;
 constexpr int kMaxHeadSize = 256;
 constexpr int kRecordAlign = 64;
-constexpr int kFormatVersion = 1;
+constexpr int kFormatVersion = 2;
 
 // A key format: how many channels of a head sit in each tier.
 struct KeyFormat {
@@ -35,7 +35,7 @@ struct KeyFormat {
     const char * error() const;
 };
 
-// A value format. group 0: rotated, one scale per token; 32 or 64: minimum and scale per group of dimensions.
+// A value format. group 0: rotated, a mean per dimension and a scale per token; 32 or 64: minimum and scale per group of dimensions.
 struct ValueFormat {
     int head_size = 0;  // Dv
     int bits = 0;       // 2, 3, 4 or 8
@@ -48,9 +48,10 @@ struct ValueFormat {
 
     size_t offset_high() const { return size_t(32) * head_size; }  // 3 bits only: the plane of top bits
     size_t offset_scale() const { return size_t(16) * head_size * bits; }
-    size_t offset_min() const { return offset_scale() + size_t(2) * kPageCells * n_groups(); }
+    size_t offset_mean() const { return offset_scale() + kPageCells; }                             // rotated
+    size_t offset_min() const { return offset_scale() + size_t(2) * kPageCells * n_groups(); }  // grouped
     size_t record_bytes() const {
-        const size_t end = offset_min() + (group == 0 ? 0 : size_t(2) * kPageCells * n_groups());
+        const size_t end = rotated() ? offset_mean() + head_size : offset_min() + size_t(2) * kPageCells * n_groups();
         return (end + kRecordAlign - 1) / kRecordAlign * kRecordAlign;
     }
 

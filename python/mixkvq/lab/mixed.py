@@ -115,6 +115,7 @@ class ValueOptions:
     bits: int
     group: int
     shared: int
+    scale_bits: int
     mean_bits: int
     clip: float
     search: bool
@@ -284,32 +285,35 @@ def values(o: ValueOptions) -> Callable[[Page], tuple[Rows, float]]:
             y = min_max_dims(x, o.bits, o.group, o.clip)
             bits = n_tokens * (size * o.bits + -(-size // o.group) * 2 * HALF)
         else:
-            mean = _rounded_mean(x, o.mean_bits)
             block = power_of_two(size)
             signs = [random_signs(size, i) for i in range(o.signs)]
-            y = x - mean
-            for sign in signs[1:]:
-                y = reference.rotate(y * sign, block)
-            y = reference.rotate(y * signs[0] if signs else y, block)
-            y = reference.rotate(_coded(y, o), block)
+
+            def rotated(y: Array) -> Array:
+                for sign in signs[1:]:
+                    y = reference.rotate(y * sign, block)
+                return reference.rotate(y * signs[0] if signs else y, block)
+
+            # Token by token, as docs/format.md says.
+            total = np.where(page.valid[:, None], x, np.float32(0)).cumsum(axis=1)[:, -1:]
+            mean = _stored_mean(rotated(total / np.float32(max(page.valid.sum(), 1))), o.mean_bits)
+            y = reference.rotate(mean + _coded(rotated(x) - mean, o), block)
             for i, sign in enumerate(signs):
                 y = (reference.rotate(y, block) if i else y) * sign
-            y = y + mean
-            bits = n_tokens * size * o.bits + n_tokens // o.shared * HALF + size * o.mean_bits + HALF * (o.mean_bits == 8)
+            bits = n_tokens * size * o.bits + n_tokens // o.shared * o.scale_bits + size * o.mean_bits
         return reference.to_half(y).astype(np.float32), per_head(bits, page)
 
     return function
 
 
-def _rounded_mean(x: Array, bits: int) -> Array:
-    """The mean of every dimension over the page in F16, or in 8 bits with a scale for the head, or 0."""
+def _stored_mean(mean: Array, bits: int) -> Array:
+    """In F16, in its upper byte, or not at all."""
     if not bits:
-        return np.zeros_like(x[:, :1])
-    mean = x.mean(axis=1, keepdims=True)
-    if bits == 16:
-        return half(mean)
-    scale = half(np.abs(mean).max(axis=2, keepdims=True) / np.float32(127))
-    return np.asarray(np.clip(np.rint(mean * inverse(scale)), -127, 127) * scale)
+        return np.zeros_like(mean)
+    return half(mean) if bits == 16 else reference.unpack_mean(reference.pack_mean(mean))
+
+
+def _stored_scale(scale: Array, bits: int, upwards: bool = False) -> Array:
+    return half(scale) if bits == 16 else reference.unpack_scale(reference.pack_scale(scale, upwards))
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -328,7 +332,7 @@ FITS: dict[str, Callable[[Array, Array], Array]] = {
 def _coded(y: Array, o: ValueOptions) -> Array:
     """Rotated rows there and back."""
     if o.bits == 8:
-        scale = half(np.abs(y).max(axis=2, keepdims=True) / np.float32(127.5))
+        scale = _stored_scale(np.abs(y).max(axis=2, keepdims=True) / np.float32(127.5), o.scale_bits, upwards=True)
         return mid_rise(y, scale, 8) * scale
     n_heads, n_tokens, size = y.shape
     # In the order of additions that docs/format.md fixes.
@@ -344,16 +348,16 @@ def _coded(y: Array, o: ValueOptions) -> Array:
     def code(scale: Array) -> Array:
         return nearest(y * inverse(scale), unit) if unit is not None else mid_rise(y, scale, o.bits)
 
-    scale = half(sigma * step)
+    scale = _stored_scale(sigma * step, o.scale_bits)
     if o.search:
         least, best = np.full_like(scale, np.inf), scale
         for factor in np.array([0.8, 0.87, 0.94, 1, 1.06, 1.13, 1.2], np.float32):
-            tried = half(scale * factor)
+            tried = _stored_scale(scale * factor, o.scale_bits)
             error = ((code(tried) * tried - y) ** 2).sum(axis=2, keepdims=True)
             best, least = np.where(error < least, tried, best), np.minimum(error, least)
         scale = best
     c = code(scale)
-    return c * (half(FITS[o.fit](y, c)) if o.fit else scale)
+    return c * (_stored_scale(FITS[o.fit](y, c), o.scale_bits) if o.fit else scale)
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------------------------
@@ -407,7 +411,8 @@ def make(name: str, options: Options) -> Codec:
         bits=options.integer("V", 3, (1, 2, 3, 4, 5, 6, 8, 16)),
         group=options.integer("vg", 0, (0, 16, 32, 64, 128)),
         shared=options.integer("vshare", 1, (1, 2, 4, 8)),
-        mean_bits=options.integer("vmean", 0, (8, 16), bare=16),
+        scale_bits=options.integer("vscale", 8, (8, 16)),
+        mean_bits=options.integer("vmean", 8, (0, 8, 16)),
         clip=options.number("vclip", 1, 0.5, 1),
         search=options.flag("vmse"),
         fit=options.text("vfit", "", ["", *FITS]),
@@ -425,8 +430,8 @@ def _check(options: Options, k: KeyOptions, v: ValueOptions) -> None:
         raise options.fail("rotk needs a last tier of 1 to 6 bits")
     if (k.power or k.levels) and not k.rotated:
         raise options.fail("qpow and klm are for rotated keys; add rotk")
-    if v.group and (v.shared > 1 or v.mean_bits or v.search or v.fit or v.signs or v.levels):
-        raise options.fail("vshare, vmean, vmse, vfit, vsign and vlm are for rotated values, without vg")
+    if v.group and (v.shared > 1 or v.mean_bits != 8 or v.scale_bits != 8 or v.search or v.fit or v.signs or v.levels):
+        raise options.fail("vshare, vmean, vscale, vmse, vfit, vsign and vlm are for rotated values, without vg")
     if v.bits in (8, 16) and (v.shared > 1 or v.search or v.fit or v.levels or v.clip < 1) and not v.group:
         raise options.fail("8-bit values scale with the loudest number and have none of vshare, vclip, vmse, vfit, vlm")
 
