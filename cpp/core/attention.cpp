@@ -102,15 +102,7 @@ void attention(const Kernels & kernels, PageStore & keys, PageStore & values, co
     const size_t rows = plan.rows;
     const size_t row_k = keys.shape().row, row_v = values.shape().row;
 
-    // Counting a few queries is done before another thread would wake up.
-    parallel_for(c.n_tokens >= 16 ? n_threads : 1, plan.n_kv_heads, [&](int kv, int) {
-        for (int s = 0; s < c.n_streams; ++s) {
-            for (int g = 0; g < plan.group; ++g) {
-                keys.observe(kv, c.q + s * c.q_stream + (size_t(kv) * plan.group + g) * c.q_head, c.q_token, c.n_tokens);
-            }
-        }
-    });
-    keys.end_observation();
+    keys.observe({c.q, c.q_token, c.q_head, c.q_stream, c.n_tokens, c.n_heads, c.n_streams}, n_threads);
 
     // Results of the items, then each thread's own scratch.
     const size_t result_floats = padded(rows * dv) + 2 * padded(rows);

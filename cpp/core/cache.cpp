@@ -1,15 +1,8 @@
 #include "mixkvq/cache.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-
-#include "parallel.h"
 
 namespace mixkvq {
-
-// Queries beyond this many fade: I_d follows the last few thousand queries, as the paper's I_d follows the current ones.
-constexpr double kQueryMemory = 4096;
 
 int StoreShape::sink_pages() const { return std::min((sinks + kPageCells - 1) / kPageCells, n_pages()); }
 
@@ -24,47 +17,51 @@ size_t reserve_bytes(const StoreShape & s, size_t records_per_page) {
     return size_t(s.n_streams) * (s.home_pages() * s.page_bytes() + s.record_pages() * records_per_page);
 }
 
-PageStore::PageStore(const StoreShape & shape, const Kernels & kernels, uint8_t * memory, size_t memory_bytes, ScratchPool & pool)
-    : shape_(shape), k_(kernels), memory_(memory), memory_bytes_(memory_bytes), pool_(pool) {
+PageStore::PageStore(const StoreShape & shape, std::unique_ptr<PageMemory> memory, uint8_t * region, size_t region_bytes)
+    : shape_(shape), memory_(std::move(memory)), region_(region), region_bytes_(region_bytes) {
     pages_.resize(size_t(shape.n_streams) * shape.n_pages());
     half_pages_.resize(shape.n_streams);
     clock_.resize(shape.n_streams, 0);
     newest_.resize(shape.n_streams, -1);
-    for (int i = shape.home_pages() * shape.n_streams; i-- > 0;) free_home_.push_back(memory + i * shape.page_bytes());
+    for (int i = shape.home_pages() * shape.n_streams; i-- > 0;) free_home_.push_back(region + i * shape.page_bytes());
 }
+
+PageStore::PageStore(const StoreShape & shape, const Kernels & kernels, uint8_t * region, size_t region_bytes, ScratchPool & pool)
+    : PageStore(shape, std::make_unique<HostMemory>(kernels, pool, shape.row), region, region_bytes) {}
 
 PageStore::~PageStore() { clear(); }
 
 // The heads of a cell and their records, which lie behind the F16 pages. Free lists are in falling order: low addresses are taken first.
 template <class Format> void PageStore::lay_out(const std::vector<Format> & formats) {
-    n_heads_ = int(formats.size());
-    head_size_ = formats[0].head_size;
+    layout_.n_heads = int(formats.size());
+    layout_.head_size = formats[0].head_size;
+    size_t bytes = 0;
     for (const Format & f : formats) {
-        record_offset_.push_back(records_bytes_);
-        records_bytes_ += f.record_bytes();
+        layout_.record_offset.push_back(bytes);
+        bytes += f.record_bytes();
     }
     const size_t home_bytes = size_t(shape_.home_pages()) * shape_.n_streams * shape_.page_bytes();
-    const size_t n = std::min((memory_bytes_ - home_bytes) / records_bytes_, size_t(shape_.record_pages()) * shape_.n_streams);
-    for (size_t i = n; i-- > 0 && !codec_;) free_records_.push_back(memory_ + home_bytes + i * records_bytes_);
-    if (codec_) records_bytes_ = 0;
+    const size_t n = std::min((region_bytes_ - home_bytes) / bytes, size_t(shape_.record_pages()) * shape_.n_streams);
+    for (size_t i = n; i-- > 0 && !codec_;) free_records_.push_back(region_ + home_bytes + i * bytes);
+    layout_.record_bytes = codec_ ? 0 : bytes;
+    memory_->set_layout(layout_);
     configured_ = true;
 }
 
 void PageStore::set_formats(std::vector<KeyFormat> formats, std::vector<float> query_prior) {
-    keys_ = std::move(formats);
-    lay_out(keys_);
-    q_prior_ = std::move(query_prior);
-    q_sum_.assign(size_t(n_heads_) * head_size_, 0.0f);
-    q_sqr_ = q_sum_;
+    layout_.keys = std::move(formats);
+    layout_.query_prior = std::move(query_prior);
+    lay_out(layout_.keys);
 }
 
 void PageStore::set_formats(std::vector<ValueFormat> formats) {
-    values_ = std::move(formats);
-    lay_out(values_);
+    layout_.values = std::move(formats);
+    lay_out(layout_.values);
 }
 
 half * PageStore::stage(int stream, int p) {
     Page & page = at(stream, p);
+    calm_ = false;
     if (page.rows) {
         if (page.coded) {
             page.coded = 0;
@@ -74,18 +71,26 @@ half * PageStore::stage(int stream, int p) {
         return page.rows;
     }
     if (free_home_.empty()) {
-        page.rows = static_cast<half *>(pool_.get(shape_.page_bytes()));
+        page.rows = memory_->get();
     } else {
         page.rows = reinterpret_cast<half *>(free_home_.back());
         free_home_.pop_back();
-        std::memset(page.rows, 0, shape_.page_bytes());
+        memory_->zero(page.rows, kPageCells);
     }
+    mark_moved(stream, p);
     if (page.records) {
-        unpack(page, page.rows);
-        drop_records(page);
+        const PageJob job = {page.rows, page.records, {}};
+        memory_->unpack(&job, 1, 1);
+        drop_records(stream, p);
     }
     recent(stream, p);
     return page.rows;
+}
+
+void PageStore::mark_moved(int stream, int p) {
+    Page & page = at(stream, p);
+    if (!page.moved) moved_.push_back(stream * shape_.n_pages() + p);
+    page.moved = 1;
 }
 
 void PageStore::recent(int stream, int p) {
@@ -93,13 +98,16 @@ void PageStore::recent(int stream, int p) {
     ++n_half_;
 }
 
-void PageStore::drop_rows(Page & page, int stream, int p) {
+void PageStore::drop_rows(int stream, int p) {
+    Page & page = at(stream, p);
+    calm_ = false;
     if (owns(page.rows)) {
         free_home_.push_back(reinterpret_cast<uint8_t *>(page.rows));
     } else {
-        pool_.put(page.rows, shape_.page_bytes());
+        memory_->put(page.rows);
     }
     page.rows = nullptr;
+    mark_moved(stream, p);
     if (page.coded) {
         page.coded = 0;
         --n_packed_;
@@ -114,46 +122,59 @@ void PageStore::forget(int stream, int p) {
     --n_half_;
 }
 
-void PageStore::drop_records(Page & page) {
+void PageStore::take_record(int stream, int p) {
+    at(stream, p).records = free_records_.back();
+    free_records_.pop_back();
+    ++n_packed_;
+    mark_moved(stream, p);
+}
+
+void PageStore::drop_records(int stream, int p) {
+    Page & page = at(stream, p);
+    calm_ = false;
     free_records_.push_back(page.records);
     page.records = nullptr;
     --n_packed_;
+    mark_moved(stream, p);
 }
 
-void PageStore::unpack(const Page & page, half * rows) const {
-    for (int h = 0; h < n_heads_; ++h) {
-        if (shape_.is_value) {
-            k_.unpack_values(values_[h], record(page, h), rows + h * head_size_, shape_.row);
-        } else {
-            k_.unpack_keys(keys_[h], record(page, h), rows + h * head_size_, shape_.row);
-        }
-    }
+// The page is empty afterwards.
+void PageStore::drop(int stream, int p) {
+    Page & page = at(stream, p);
+    if (page.rows) drop_rows(stream, p);
+    if (page.records) drop_records(stream, p);
+    page.valid = CellMask();
 }
 
 // The page in F32 to the codec and its answer back in place.
 bool PageStore::code(Place place) {
     Page & page = at(place.stream, place.page);
-    const size_t n = size_t(kPageCells) * shape_.row, n_queries = q_sum_.size();
+    const int n_heads = layout_.n_heads, d = layout_.head_size;
+    const size_t n = size_t(kPageCells) * shape_.row, n_queries = shape_.is_value ? 0 : shape_.row;
+    codec_half_.resize(n);
     codec_rows_.resize(2 * n + 2 * n_queries);
     float * rows = codec_rows_.data();
     float * result = rows + n;
     float * q_abs = shape_.is_value ? nullptr : result + n;
     float * q_sqr = shape_.is_value ? nullptr : q_abs + n_queries;
-    auto each_cell = [&](auto && f) {  // its place in a head of the page, and in the store's rows
-        for (int h = 0; h < n_heads_; ++h) {
-            for (int t = 0; t < kPageCells; ++t) f(t, (size_t(h) * kPageCells + t) * head_size_, page.rows + size_t(t) * shape_.row + h * head_size_);
+    auto each_valid = [&](auto && f) {  // its place in a head of the page, and in the store's rows
+        for (int h = 0; h < n_heads; ++h) {
+            for (int t = 0; t < kPageCells; ++t) {
+                if (page.valid.test(t)) f((size_t(h) * kPageCells + t) * d, codec_half_.data() + size_t(t) * shape_.row + h * d);
+            }
         }
     };
+    const PageSpan span = {page.rows, nullptr, 0, kPageCells};
+    memory_->read(&span, 1, codec_half_.data());
     std::fill(rows, result + n, 0.0f);
-    each_cell([&](int t, size_t at, const half * row) {
-        if (page.valid.test(t)) k_.from_half(row, rows + at, head_size_);
-    });
+    each_valid([&](size_t at, const half * row) { codec_kernels_->from_half(row, rows + at, d); });
     if (!shape_.is_value) query_statistics(q_abs, q_sqr);
     double bits = 0;
     if (!codec_({place.stream, place.page * kPageCells, page.valid, rows, q_abs, q_sqr}, result, bits)) return false;
-    each_cell([&](int t, size_t at, half * row) {
-        if (page.valid.test(t)) k_.to_half(result + at, row, head_size_);
-    });
+    each_valid([&](size_t at, half * row) { codec_kernels_->to_half(result + at, row, d); });
+    half * to[kPageCells];
+    for (int t = 0; t < kPageCells; ++t) to[t] = page.valid.test(t) ? page.rows + size_t(t) * shape_.row : nullptr;
+    memory_->write(to, kPageCells, {codec_half_.data(), size_t(2) * shape_.row, true});
     forget(place.stream, place.page);
     page.coded = 1;
     ++n_packed_;
@@ -164,32 +185,20 @@ bool PageStore::code(Place place) {
 
 bool PageStore::pack(const std::vector<Place> & places, int n_threads) {
     if (codec_) return std::all_of(places.begin(), places.end(), [&](Place place) { return code(place); });
-    if (!shape_.is_value) read_importance(importance_);
+    jobs_.clear();
     for (const Place & place : places) {
-        Page & page = at(place.stream, place.page);
-        page.records = free_records_.back();
-        free_records_.pop_back();
-    }
-    parallel_for(n_threads, int(places.size()) * n_heads_, [&](int i, int) {
-        const Place & place = places[i / n_heads_];
-        const int h = i % n_heads_;
+        take_record(place.stream, place.page);
         const Page & page = at(place.stream, place.page);
-        uint8_t * record = page.records + record_offset_[h];
-        const half * rows = page.rows + h * head_size_;
-        if (shape_.is_value) {
-            k_.pack_values(values_[h], rows, shape_.row, page.valid, record);
-        } else {
-            k_.pack_keys(keys_[h], rows, shape_.row, page.valid, importance_.data() + h * head_size_, record);
-        }
-    });
-    for (const Place & place : places) drop_rows(at(place.stream, place.page), place.stream, place.page);
-    n_packed_ += int(places.size());
+        jobs_.push_back({page.rows, page.records, page.valid});
+    }
+    memory_->pack(jobs_.data(), int(jobs_.size()), n_threads);
+    for (const Place & place : places) drop_rows(place.stream, place.page);
     packed_ever_ += places.size();
     return true;
 }
 
 bool PageStore::settle(int n_threads) {
-    if (!configured_) return true;
+    if (!configured_ || calm_) return true;
     ready_.clear();
     for (int s = 0; s < shape_.n_streams; ++s) {
         int staying = 0;
@@ -218,7 +227,7 @@ bool PageStore::settle(int n_threads) {
     }
     const bool taken = ready_.empty() || pack(ready_, n_threads);
     come_home();
-    return taken;
+    return calm_ = taken;
 }
 
 // Moves F16 pages from the shared scratch to the store's own memory, as far as packing has made room there: the scratch is for one layer at a time.
@@ -230,35 +239,44 @@ void PageStore::come_home() {
             if (owns(page.rows)) continue;
             half * home = reinterpret_cast<half *>(free_home_.back());
             free_home_.pop_back();
-            std::memcpy(home, page.rows, shape_.page_bytes());
-            pool_.put(page.rows, shape_.page_bytes());
+            memory_->copy(home, page.rows);
+            memory_->put(page.rows);
             page.rows = home;
+            mark_moved(s, p);
         }
     }
 }
 
-template <class Row> void PageStore::write_rows(int stream, int cell, int n, const Row * rows, size_t stride) {
-    for (int i = 0; i < n; ++i, ++cell, rows += stride) {
-        const int p = cell / kPageCells, t = cell % kPageCells;
-        half * to = stage(stream, p) + size_t(t) * shape_.row;
-        if constexpr (std::is_same_v<Row, float>) {
-            k_.to_half(rows, to, shape_.row);
-        } else {
-            for (int d = 0; d < shape_.row; ++d) {
-                const half x = rows[d];
-                const half magnitude = x & 0x7fff;
-                to[d] = magnitude < 0x7c00 ? x : magnitude > 0x7c00 ? half(0) : half((x & 0x8000) | 0x7bff);
-            }
-        }
-        Page & page = at(stream, p);
-        page.valid.set(t);
-        page.written = ++clock_[stream];
-        newest_[stream] = p;
+// `cells(i)` is the place of row i. Every page is staged before the first mark is set: staging may throw.
+template <class Cells> void PageStore::write_cells(Cells && cells, int n, const Rows & rows) {
+    constexpr int kFew = 64;  // a token of every sequence: allocates nothing
+    half * few[kFew];
+    std::vector<half *> many(n > kFew ? n : 0);
+    half ** to = n > kFew ? many.data() : few;
+    for (int i = 0; i < n; ++i) {
+        const Cell c = cells(i);
+        to[i] = stage(c.stream, c.cell / kPageCells) + size_t(c.cell % kPageCells) * shape_.row;
     }
+    for (int i = 0; i < n; ++i) {
+        const Cell c = cells(i);
+        const int p = c.cell / kPageCells;
+        Page & page = at(c.stream, p);
+        page.valid.set(c.cell % kPageCells);
+        page.written = ++clock_[c.stream];
+        newest_[c.stream] = p;
+    }
+    memory_->write(to, n, rows);
 }
 
-void PageStore::write(int stream, int cell, int n, const float * rows, size_t stride) { write_rows(stream, cell, n, rows, stride); }
-void PageStore::write(int stream, int cell, int n, const half * rows, size_t stride) { write_rows(stream, cell, n, rows, stride); }
+void PageStore::write(const Cell * cells, int n, const Rows & rows) {
+    write_cells([&](int i) { return cells[i]; }, n, rows);
+}
+void PageStore::write(int stream, int cell, int n, const float * rows, size_t stride) {
+    write_cells([&](int i) { return Cell{stream, cell + i}; }, n, {rows, stride * sizeof(float), false});
+}
+void PageStore::write(int stream, int cell, int n, const half * rows, size_t stride) {
+    write_cells([&](int i) { return Cell{stream, cell + i}; }, n, {rows, stride * sizeof(half), true});
+}
 
 void PageStore::erase(int stream, int cell, int n) {
     while (n > 0) {
@@ -268,12 +286,11 @@ void PageStore::erase(int stream, int cell, int n) {
             CellMask left = page.valid;
             for (int i = t; i < t + m; ++i) left.word[i >> 6] &= ~(uint64_t(1) << (i & 63));
             if (left.empty()) {
-                if (page.rows) drop_rows(page, stream, p);
-                if (page.records) drop_records(page);
+                drop(stream, p);
             } else {
-                std::memset(stage(stream, p) + size_t(t) * shape_.row, 0, size_t(2) * m * shape_.row);
+                memory_->zero(stage(stream, p) + size_t(t) * shape_.row, m);
+                page.valid = left;
             }
-            page.valid = left;
         }
         cell += m;
         n -= m;
@@ -281,94 +298,44 @@ void PageStore::erase(int stream, int cell, int n) {
 }
 
 void PageStore::read(int stream, int cell, int n, half * rows) const {
-    std::vector<half> unpacked;
+    std::vector<PageSpan> spans;
     while (n > 0) {
         const int p = cell / kPageCells, t = cell % kPageCells, m = std::min(n, kPageCells - t);
         const Page & page = this->page(stream, p);
-        const size_t bytes = size_t(2) * m * shape_.row;
-        if (page.rows) {
-            std::memcpy(rows, page.rows + size_t(t) * shape_.row, bytes);
-        } else if (page.records && m == kPageCells) {
-            unpack(page, rows);
-        } else if (page.records) {
-            unpacked.resize(size_t(kPageCells) * shape_.row);
-            unpack(page, unpacked.data());
-            std::memcpy(rows, unpacked.data() + size_t(t) * shape_.row, bytes);
-        } else {
-            std::memset(rows, 0, bytes);
-        }
+        spans.push_back({page.rows, page.records, t, m});
         cell += m;
         n -= m;
-        rows += size_t(m) * shape_.row;
     }
+    memory_->read(spans.data(), int(spans.size()), rows);
 }
 
-void PageStore::observe(int head, const float * q, size_t stride, int n) {
-    float * sum = q_sum_.data() + size_t(head) * head_size_;
-    float * sqr = q_sqr_.data() + size_t(head) * head_size_;
-    for (int i = 0; i < n; ++i, q += stride) {
-        for (int d = 0; d < head_size_; ++d) {
-            sum[d] += std::fabs(q[d]);
-            sqr[d] += q[d] * q[d];
-        }
-    }
-    if (head == 0) q_pending_ += n;
-}
-
-void PageStore::end_observation() {
-    q_count_ += q_pending_;
-    q_pending_ = 0;
-    while (q_count_ > 2 * kQueryMemory) {
-        q_count_ *= 0.5;
-        for (float & x : q_sum_) x *= 0.5f;
-        for (float & x : q_sqr_) x *= 0.5f;
-    }
-}
-
-bool PageStore::query_statistics(float * mean_abs, float * mean_sqr) const {
-    const bool any = q_count_ > 0;
-    for (size_t i = 0; i < q_sum_.size(); ++i) {
-        mean_abs[i] = any ? float(q_sum_[i] / q_count_) : 1.0f;
-        mean_sqr[i] = any ? float(q_sqr_[i] / q_count_) : 1.0f;
-    }
-    return any;
-}
-
-void PageStore::read_importance(std::vector<float> & mean) const {
-    if (q_count_ > 0) {
-        mean = q_sum_;
-        for (float & x : mean) x = float(x / q_count_);
-    } else if (q_prior_.empty()) {
-        mean.assign(q_sum_.size(), 1.0f);
-    } else {
-        mean = q_prior_;
-    }
+std::vector<float> PageStore::importance() const {
+    std::vector<float> mean(size_t(layout_.n_heads) * layout_.head_size), sqr(mean.size());
+    return query_statistics(mean.data(), sqr.data()) || layout_.query_prior.empty() ? mean : layout_.query_prior;
 }
 
 bool PageStore::same_layout(const PageStore & other) const {
     return shape_.is_value == other.shape_.is_value && shape_.row == other.shape_.row && shape_.n_cells == other.shape_.n_cells &&
-           configured_ == other.configured_ && record_offset_ == other.record_offset_ && records_bytes_ == other.records_bytes_;
+           configured_ == other.configured_ && layout_.record_offset == other.layout_.record_offset &&
+           layout_.record_bytes == other.layout_.record_bytes;
 }
 
 void PageStore::copy_stream(const PageStore & other, int from, int to) {
     if (&other == this && from == to) return;
     for (int p = 0; p < shape_.n_pages(); ++p) {
+        drop(to, p);
         Page & page = at(to, p);
-        if (page.rows) drop_rows(page, to, p);
-        if (page.records) drop_records(page);
-        page = Page();
         const Page & source = other.page(from, p);
         if (source.records && !free_records_.empty()) {
-            page.records = free_records_.back();
-            free_records_.pop_back();
-            std::memcpy(page.records, source.records, records_bytes_);
-            ++n_packed_;
+            take_record(to, p);
+            memory_->copy_records(page.records, source.records);
         } else if (!source.empty()) {
             half * rows = stage(to, p);
             if (source.records) {
-                other.unpack(source, rows);
+                const PageJob job = {rows, source.records, {}};
+                other.memory_->unpack(&job, 1, 1);
             } else {
-                std::memcpy(rows, source.rows, shape_.page_bytes());
+                memory_->copy(rows, source.rows);
             }
             if (source.coded) {
                 forget(to, p);
@@ -386,10 +353,8 @@ void PageStore::copy_stream(const PageStore & other, int from, int to) {
 void PageStore::clear() {
     for (int s = 0; s < shape_.n_streams; ++s) {
         for (int p = 0; p < shape_.n_pages(); ++p) {
-            Page & page = at(s, p);
-            if (page.rows) drop_rows(page, s, p);
-            if (page.records) drop_records(page);
-            page = Page();
+            drop(s, p);
+            at(s, p).written = 0;
         }
         clock_[s] = 0;
         newest_[s] = -1;
@@ -399,6 +364,6 @@ void PageStore::clear() {
     std::sort(free_records_.rbegin(), free_records_.rend());
 }
 
-size_t PageStore::bytes_used() const { return n_half_ * shape_.page_bytes() + n_packed_ * (codec_ ? shape_.page_bytes() : records_bytes_); }
+size_t PageStore::bytes_used() const { return n_half_ * shape_.page_bytes() + n_packed_ * (codec_ ? shape_.page_bytes() : layout_.record_bytes); }
 
 }  // namespace mixkvq

@@ -275,7 +275,7 @@ ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
         auto * memory = static_cast<uint8_t *>(t->data);
         const size_t bytes = std::min(ggml_backend_buft_get_alloc_size(cpu_buffer_type(), t), buffer.region.size() - size_t(memory - buffer.region.data()));
         cache->store = std::make_unique<PageStore>(shape_of(t, is_value, buffer.session->settings), kernels(), memory, bytes, buffer.pool);
-        if (buffer.session->settings.codec) cache->store->set_codec(codec_of(*buffer.session, layer, is_value, *cache->store));
+        if (buffer.session->settings.codec) cache->store->set_codec(codec_of(*buffer.session, layer, is_value, *cache->store), kernels());
         if (t->type != GGML_TYPE_F16) {
             cache->mode = CacheTensor::Mode::plain;
             cache->plain_data = memory;

@@ -115,6 +115,7 @@ struct BackendContext {
     ggml_backend_t inner = nullptr;
     int n_threads = 1;
     AttentionWorkspace workspace;
+    std::vector<PageStore::Cell> cells;  // of a write
 };
 
 extern ggml_guid backend_guid;

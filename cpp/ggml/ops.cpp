@@ -65,17 +65,13 @@ ggml_status write_rows(BackendContext & backend, CacheTensor & t, const ggml_ten
     const int n_cells = t.store->shape().n_cells;
     const int64_t n_all = int64_t(n_cells) * t.store->shape().n_streams;
     if (!t.store->settle(backend.n_threads)) return GGML_STATUS_FAILED;  // normally nothing to do: the attention of the last batch did it
+    backend.cells.clear();
     for (int64_t i = 0; i < rows->ne[1]; ++i) {
         const int64_t cell = index_at(op->src[1], i);
         if (cell < 0 || cell >= n_all) return GGML_STATUS_FAILED;
-        const char * row = static_cast<const char *>(rows->data) + i * rows->nb[1];
-        const int stream = int(cell / n_cells), at = int(cell % n_cells);
-        if (rows->type == GGML_TYPE_F32) {
-            t.store->write(stream, at, 1, reinterpret_cast<const float *>(row), 0);
-        } else {
-            t.store->write(stream, at, 1, reinterpret_cast<const half *>(row), 0);
-        }
+        backend.cells.push_back({int(cell / n_cells), int(cell % n_cells)});
     }
+    t.store->write(backend.cells.data(), int(backend.cells.size()), {rows->data, rows->nb[1], rows->type != GGML_TYPE_F32});
     return GGML_STATUS_SUCCESS;
 }
 

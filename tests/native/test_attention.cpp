@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <random>
 #include <string>
@@ -76,7 +77,7 @@ Input make_input(const Case & c) {
 struct Stores {
     Region memory[2];
     ScratchPool pool;
-    std::vector<PageStore> store;
+    std::deque<PageStore> store;
 
     Stores(const Kernels & kernels, const Case & c, const Input & in) {
         for (int i = 0; i < 2; ++i) {

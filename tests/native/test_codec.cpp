@@ -213,16 +213,13 @@ void test_query_statistics() {
     double count = 0;
     for (int batch = 0; batch < 40; ++batch) {
         const int n = any(1, 900);
-        std::vector<float> q(size_t(n) * 40);
-        for (int h = 0; h < 2; ++h) {
-            for (float & x : q) x = std::normal_distribution<float>(0, 1)(rng) * (1 + batch % 7);
-            coding->observe(h, q.data(), 40, n);
-            for (size_t i = 0; i < q.size(); ++i) {
-                sum_abs[h * 40 + i % 40] += std::fabs(double(q[i]));
-                sum_sqr[h * 40 + i % 40] += double(q[i]) * double(q[i]);
-            }
+        std::vector<float> q(size_t(n) * 80);
+        for (float & x : q) x = std::normal_distribution<float>(0, 1)(rng) * (1 + batch % 7);
+        coding->observe({q.data(), 80, 40, 0, n, 2, 1}, 1);
+        for (size_t i = 0; i < q.size(); ++i) {
+            sum_abs[i % 80] += std::fabs(double(q[i]));
+            sum_sqr[i % 80] += double(q[i]) * double(q[i]);
         }
-        coding->end_observation();
         count += n;
         for (; count > 8192; count /= 2) {
             for (double & x : sum_abs) x /= 2;

@@ -4,10 +4,11 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <utility>
 #include <vector>
 
-#include "mixkvq/kernels.h"
-#include "mixkvq/memory.h"
+#include "mixkvq/page_memory.h"
 
 namespace mixkvq {
 
@@ -43,23 +44,37 @@ using PageCodec = std::function<bool(const CodecPage & page, float * rows, doubl
 
 class PageStore {
   public:
+    // Rows and records are addresses in the page memory: only who knows that it is the host's may follow them.
     struct Page {
         half *    rows = nullptr;    // F16, [128][row]; nullptr when packed or empty
         uint8_t * records = nullptr; // head records; nullptr unless packed
         CellMask  valid;
-        uint64_t  written : 63;      // stream clock after the last write
+        uint64_t  written : 62;      // stream clock after the last write
         uint64_t  coded : 1;         // a codec has rewritten the rows: the page counts as packed
-        Page() : written(0), coded(0) {}
+        uint64_t  moved : 1;         // on the list of take_moved
+        Page() : written(0), coded(0), moved(0) {}
         bool empty() const { return !rows && !records; }
         bool settled() const { return records || coded; }
     };
 
-    // `memory` (zeroed, 64-byte aligned) holds what reserve_bytes says; it and the pool outlive the store.
-    PageStore(const StoreShape & shape, const Kernels & kernels, uint8_t * memory, size_t memory_bytes, ScratchPool & pool);
+    struct Cell {
+        int stream, cell;
+    };
+
+    // `region` (64-byte aligned, an address in `memory`) holds what reserve_bytes says and outlives the store.
+    PageStore(const StoreShape & shape, std::unique_ptr<PageMemory> memory, uint8_t * region, size_t region_bytes);
+    // The same in host memory; the pool outlives the store.
+    PageStore(const StoreShape & shape, const Kernels & kernels, uint8_t * region, size_t region_bytes, ScratchPool & pool);
+    PageStore(const PageStore &) = delete;
+    PageStore & operator=(const PageStore &) = delete;
     ~PageStore();
 
-    // Pages go to the codec instead of being packed. Comes before set_formats, which then say the geometry only.
-    void set_codec(PageCodec codec) { codec_ = std::move(codec); }
+    // Pages go to the codec instead of being packed. Comes before set_formats, which then say the geometry only. The codec works on the host; the
+    // kernels convert for it.
+    void set_codec(PageCodec codec, const Kernels & kernels = *kernels_for(Isa::scalar)) {
+        codec_ = std::move(codec);
+        codec_kernels_ = &kernels;
+    }
     bool has_codec() const { return bool(codec_); }
 
     // Until one of these is called every page stays F16. A format per head.
@@ -68,20 +83,32 @@ class PageStore {
     bool configured() const { return configured_; }
 
     const StoreShape & shape() const { return shape_; }
-    int n_heads() const { return n_heads_; }
-    int head_size() const { return head_size_; }
-    const KeyFormat & key_format(int head) const { return keys_[head]; }
-    const ValueFormat & value_format(int head) const { return values_[head]; }
+    int n_heads() const { return layout_.n_heads; }
+    int head_size() const { return layout_.head_size; }
+    const KeyFormat & key_format(int head) const { return layout_.keys[head]; }
+    const ValueFormat & value_format(int head) const { return layout_.values[head]; }
     const Page & page(int stream, int p) const { return pages_[size_t(stream) * shape_.n_pages() + p]; }
-    const uint8_t * record(const Page & page, int head) const { return page.records + record_offset_[head]; }
+    const uint8_t * record(const Page & page, int head) const { return page.records + layout_.record_offset[head]; }
 
-    // Writes `n` rows of `row` numbers to consecutive cells. NaN becomes 0, infinity +-65504.
+    // Pages whose rows or records are not where they were at the last call: f(stream, page), each once. For a page table that is kept elsewhere.
+    template <class F> void take_moved(F && f) {
+        for (int i : moved_) {
+            pages_[i].moved = 0;
+            f(i / shape_.n_pages(), i % shape_.n_pages());
+        }
+        moved_.clear();
+    }
+
+    // Writes rows of `row` numbers, one to each cell (no cell twice). NaN becomes 0, infinity +-65504.
+    void write(const Cell * cells, int n, const Rows & rows);
+    // The same to consecutive cells, `stride` in elements.
     void write(int stream, int cell, int n, const float * rows, size_t stride);
     void write(int stream, int cell, int n, const half * rows, size_t stride);
     // Cells read as zero afterwards and hold no token.
     void erase(int stream, int cell, int n);
     void read(int stream, int cell, int n, half * rows) const;
-    // Rewrites a page in place: `edit` gets its F16 rows. A packed page is packed again at once (one that the codec refuses: by the next settle).
+    // Rewrites a page in place: `edit` gets the address of its F16 rows; on a device it only has to queue its work behind the memory's. A packed
+    // page is packed again at once (one that the codec refuses: by the next settle).
     template <class Edit> void edit_page(int stream, int p, int n_threads, Edit && edit) {
         if (this->page(stream, p).empty()) return;
         const bool packed = this->page(stream, p).settled();
@@ -94,24 +121,19 @@ class PageStore {
     // recently written ones early. Call after the attention that reads the last written cells. False: the codec refused a page, which stays F16.
     bool settle(int n_threads);
 
-    // Adds queries to the statistics of a head: `n` vectors of head_size.
-    void observe(int head, const float * q, size_t stride, int n);
-    void end_observation();  // once per batch: lets old queries fade
+    // Adds a batch of queries to the statistics of the keys.
+    void observe(const Queries & queries, int n_threads) { memory_->observe(queries, n_threads); }
     // Mean |q_d| per channel, [head][channel]; ones before any query without a prior.
-    std::vector<float> importance() const {
-        std::vector<float> mean;
-        read_importance(mean);
-        return mean;
-    }
+    std::vector<float> importance() const;
     // Mean |q_d| and mean q_d^2, [head][channel]; ones and false before any query.
-    bool query_statistics(float * mean_abs, float * mean_sqr) const;
+    bool query_statistics(float * mean_abs, float * mean_sqr) const { return memory_->query_statistics(mean_abs, mean_sqr); }
 
     bool same_layout(const PageStore & other) const;
     // Makes a stream equal to one of a store with the same layout (this one included); packed pages are copied as they are.
     void copy_stream(const PageStore & other, int from, int to);
     void clear();  // keeps the query statistics: they belong to the model
 
-    size_t records_per_page() const { return records_bytes_; }
+    size_t records_per_page() const { return layout_.record_bytes; }
     size_t bytes_used() const;
     int pages_packed() const { return n_packed_; }
     int pages_half() const { return n_half_; }
@@ -126,33 +148,28 @@ class PageStore {
     half * stage(int stream, int p);  // makes the page F16, one that may be written to, and returns its rows
     void recent(int stream, int p);   // the page is on the list of those in F16 from now on,
     void forget(int stream, int p);   // and no longer
-    void drop_rows(Page & page, int stream, int p);
-    void drop_records(Page & page);
+    void mark_moved(int stream, int p);
+    void take_record(int stream, int p);
+    void drop_rows(int stream, int p);
+    void drop_records(int stream, int p);
+    void drop(int stream, int p);
     bool owns(const half * rows) const {
         const uint8_t * at = reinterpret_cast<const uint8_t *>(rows);
-        return at >= memory_ && at < memory_ + memory_bytes_;
+        return at >= region_ && at < region_ + region_bytes_;
     }
     void come_home();
-    void read_importance(std::vector<float> & mean) const;
     bool pack(const std::vector<Place> & places, int n_threads);
     bool code(Place place);
-    void unpack(const Page & page, half * rows) const;
-    template <class Row> void write_rows(int stream, int cell, int n, const Row * rows, size_t stride);
+    template <class Cells> void write_cells(Cells && cells, int n, const Rows & rows);
     template <class Format> void lay_out(const std::vector<Format> & formats);
 
     StoreShape shape_;
-    const Kernels & k_;
-    uint8_t * memory_;
-    size_t memory_bytes_;
-    ScratchPool & pool_;
+    std::unique_ptr<PageMemory> memory_;
+    uint8_t * region_;
+    size_t region_bytes_;
 
     bool configured_ = false;
-    int n_heads_ = 1, head_size_ = 0;
-    std::vector<KeyFormat> keys_;
-    std::vector<ValueFormat> values_;
-    std::vector<size_t> record_offset_;
-    size_t records_bytes_ = 0;
-
+    bool calm_ = false;  // no page has been staged or dropped since the last settle, so that another has nothing to do
     std::vector<Page> pages_;
     std::vector<std::vector<int>> half_pages_;  // by stream: pages in F16
     std::vector<uint64_t> clock_;               // by stream: rows written
@@ -160,16 +177,18 @@ class PageStore {
     std::vector<uint8_t *> free_home_, free_records_;
     int n_packed_ = 0, n_half_ = 0;
     uint64_t packed_ever_ = 0;
-    PageCodec codec_;
-    double coded_bits_ = 0;
+    std::vector<int> moved_;                    // stream * n_pages + page
 
-    std::vector<float> q_sum_, q_sqr_, q_prior_;
+    PageLayout layout_;
+    PageCodec codec_;
+    const Kernels * codec_kernels_ = nullptr;
+    double coded_bits_ = 0;
 
     // Kept between calls, so that a token allocates nothing.
     std::vector<Place> ready_, waiting_;
-    std::vector<float> importance_;
+    std::vector<PageJob> jobs_;
+    std::vector<half> codec_half_;
     std::vector<float> codec_rows_;
-    double q_count_ = 0, q_pending_ = 0;
 };
 
 }  // namespace mixkvq
