@@ -40,6 +40,14 @@ STRUCTS = {  # (member, offset, size)...; the last entry is the size of the stru
     "ggml_backend_buffer": [("iface", 0, 88), ("buft", 88, 8), ("context", 96, 8), ("size", 104, 8), ("usage", 112, 4), 120],
     "ggml_backend": [("guid", 0, 8), ("iface", 8, 128), ("device", 136, 8), ("context", 144, 8), 152],
     "ggml_backend_device": [("iface", 0, 120), ("reg", 120, 8), ("context", 128, 8), 136],
+    "ggml_backend_event": [("device", 0, 8), ("context", 8, 8), 16],
+    "ggml_hash_set": [("size", 0, 8), ("used", 8, 8), ("keys", 16, 8), 24],
+    "ggml_cgraph": [
+        *((name, 4 * i, 4) for i, name in enumerate(("size", "n_nodes", "n_leafs"))),
+        *((name, 16 + 8 * i, 8) for i, name in enumerate(("nodes", "grads", "grad_accs", "leafs", "use_counts"))),
+        *(("visited_hash_set", 56, 24), ("order", 80, 4), ("uid", 88, 8)),
+        96,
+    ],
     "ggml_backend_reg": [("api_version", 0, 4), ("iface", 8, 32), ("context", 40, 8), 48],
 }
 

@@ -141,6 +141,7 @@ BITS = {
     "mixkvq:K=auto@3.5": (3.8125, 3.125),
     "mixkvq:norm": (3.4375, 3.125),
     "mixkvq:G=32": (4.0625, 3.125),
+    "mixkvq:G=32,nested": (3.5625, 3.125),  # 32 bits for the page and 8 for each group
     "mixkvq:vmean=16,vlm": (3.3125, 3.1875),
     "mixkvq:vmean=0,vscale=16": (3.3125, 3.125),
     "mixkvq:vscale=16": (3.3125, 3.1875),
@@ -517,6 +518,8 @@ def test_a_prior_decides_without_looking_at_the_page(tmp_path, with_ranges):
         ("mixkvq:K=3,mse,ls", "mixkvq:K=3,mse", False),
         ("mixkvq:K=2,clip=0.98", "mixkvq:K=2", False),
         ("mixkvq:K=3,G=32", "mixkvq:K=3", False),
+        ("mixkvq:K=3,G=32,nested", "mixkvq:K=3", False),
+        ("mixkvq:K=3,G=32", "mixkvq:K=3,G=32,nested", False),
         ("mixkvq:V=3,vlm", "mixkvq:V=3", True),
         ("mixkvq:V=4,vlm", "mixkvq:V=4", True),
         ("mixkvq:V=3,vfit=ls", "mixkvq:V=3", True),

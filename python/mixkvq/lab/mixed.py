@@ -96,6 +96,7 @@ class Tiers:
 class KeyOptions:
     tiers: Tiers
     group: int
+    nested: bool
     score: str
     static: bool
     prior: str
@@ -143,6 +144,8 @@ class Keys:
             x = x / token
         groups = by_tokens(x, o.group)
         low, high = groups.min(axis=2) + np.float32(0), groups.max(axis=2) + np.float32(0)
+        if o.nested:
+            low, high = _nested(low, high)
         score, order = self._order(page, high - low)
         bits = self._bits(score, order)
 
@@ -151,7 +154,7 @@ class Keys:
         out = np.where(bits[:, None] == 16, x, out)
         codes = n_tokens * np.where(turned, 0, bits).sum(axis=1)
         coded = (~turned & (bits < 16)).sum(axis=1)
-        total = codes + coded * (n_tokens // o.group) * 2 * HALF
+        total = codes + coded * (n_tokens // o.group * 8 + 2 * HALF if o.nested else n_tokens // o.group * 2 * HALF)
         if o.tiers.ordered and not o.static:
             total = total + 8 * size
         if o.rotated:
@@ -237,6 +240,15 @@ class Keys:
         return hadamard(y) / weight + mean, n_tokens * (size * b + HALF) + per_channel
 
 
+def _nested(low: Array, high: Array) -> tuple[Array, Array]:
+    """Ranges of groups, [n_heads, groups, D], as whole sixteenths of the page's range, outwards."""
+    first = half(low.min(axis=1, keepdims=True))
+    step = half((high.max(axis=1, keepdims=True) - first) / np.float32(16))
+    below = np.clip(np.floor((low - first) * inverse(step)), 0, 15)
+    above = np.clip(np.ceil((high - first) * inverse(step)), 1, 16)
+    return first + below * step, first + above * step
+
+
 def _least_error(x: Array, low: Array, high: Array, bits: Array, where: NDArray[np.bool_]) -> tuple[Array, Array]:
     """Ranges drawn in around their middle by the factor, of a few, that reads back with the least squared error."""
     middle, width = (low + high) / 2, (high - low) / 2
@@ -294,8 +306,8 @@ def values(o: ValueOptions) -> Callable[[Page], tuple[Rows, float]]:
                 return reference.rotate(y * signs[0] if signs else y, block)
 
             # Token by token, as docs/format.md says.
-            total = np.where(page.valid[:, None], x, np.float32(0)).cumsum(axis=1)[:, -1:]
-            mean = _stored_mean(rotated(total / np.float32(max(page.valid.sum(), 1))), o.mean_bits)
+            total = np.cumsum(np.where(page.valid[:, None], x, np.float32(0)), axis=1, dtype=np.float32)[:, -1:]
+            mean = _stored_mean(rotated(np.asarray(total / max(int(page.valid.sum()), 1), np.float32)), o.mean_bits)
             y = reference.rotate(mean + _coded(rotated(x) - mean, o), block)
             for i, sign in enumerate(signs):
                 y = (reference.rotate(y, block) if i else y) * sign
@@ -394,6 +406,7 @@ def make(name: str, options: Options) -> Codec:
     key_options = KeyOptions(
         tiers=_tiers(options, tiers),
         group=options.integer("G", PAGE_CELLS, (32, 64, 128)),
+        nested=options.flag("nested"),
         score="A" if score == "static" else score,
         static=options.flag("static") or score == "static" or bool(prior),
         prior=prior,
