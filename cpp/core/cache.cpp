@@ -35,6 +35,8 @@ PageStore::~PageStore() { clear(); }
 template <class Format> void PageStore::lay_out(const std::vector<Format> & formats) {
     layout_.n_heads = int(formats.size());
     layout_.head_size = formats[0].head_size;
+    layout_.record_offset.clear();  // an earlier call may have thrown
+    free_records_.clear();
     size_t bytes = 0;
     for (const Format & f : formats) {
         layout_.record_offset.push_back(bytes);

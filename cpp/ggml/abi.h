@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -113,6 +114,32 @@ struct ggml_backend_reg {
     void * context;
 };
 
+struct ggml_backend_event {
+    ggml_backend_dev_t device;
+    void * context;
+};
+
+// Of the graph, too: a part of one that still knows how often each result is used is one that a backend can fuse.
+struct ggml_hash_set {
+    size_t size;
+    uint32_t * used;
+    ggml_tensor ** keys;
+};
+
+struct ggml_cgraph {
+    int size;
+    int n_nodes;
+    int n_leafs;
+    ggml_tensor ** nodes;
+    ggml_tensor ** grads;
+    ggml_tensor ** grad_accs;
+    ggml_tensor ** leafs;
+    int32_t * use_counts;
+    ggml_hash_set visited_hash_set;
+    int order;     // an enum
+    uint64_t uid;  // equal for graphs that are the same; 0: not known
+};
+
 // Exported by ggml-base, not declared in its public headers.
 extern "C" ggml_backend_buffer_t ggml_backend_buffer_init(ggml_backend_buffer_type_t, ggml_backend_buffer_i, void * context, size_t size);
 
@@ -122,4 +149,5 @@ static_assert(sizeof(ggml_backend_i) == 16 * sizeof(void *), "backend interface 
 static_assert(sizeof(ggml_backend_device_i) == 15 * sizeof(void *), "backend interface version 2");
 static_assert(sizeof(ggml_backend_reg_i) == 4 * sizeof(void *), "backend interface version 2");
 static_assert(offsetof(ggml_backend_buffer, size) == 13 * sizeof(void *), "backend interface version 2");
+static_assert(offsetof(ggml_cgraph, uid) == 11 * sizeof(void *) || sizeof(void *) != 8, "graphs of ggml 0.25");
 static_assert(offsetof(ggml_backend_reg, iface) == sizeof(void *), "backend interface version 2");

@@ -49,6 +49,7 @@ ggml_backend_t make_backend(ggml_backend_dev_t device) {
 }
 
 void set_n_threads(ggml_backend_t backend, int n_threads) {
+    if (backend->device != cpu_device()) return;
     BackendContext & context = get(backend);
     context.n_threads = n_threads;
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(inner_device());

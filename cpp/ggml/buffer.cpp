@@ -12,8 +12,6 @@ namespace mixkvq::glue {
 
 namespace {
 
-constexpr size_t kAlignment = 64;
-
 // "cache_k_l12" or "cache_v_l12": a layer's keys or values in llama.cpp's main cache. Its other tensors (recurrent states, indexer keys)
 // are named cache_* too and stay as they are.
 bool parse_name(const char * name, int & layer, bool & is_value) {
@@ -90,13 +88,20 @@ thread_local std::string pending_error;
 
 // ---- cache tensors ----
 
+std::atomic<uint64_t> mode_changes{0};
+
 const ggml_tensor * root_of(const ggml_tensor * t) {
     while (t->view_src) t = t->view_src;
     return t;
 }
 
-static Buffer * buffer_of(const ggml_tensor * root) {
-    if (!root->buffer || ggml_backend_buffer_get_type(root->buffer) != cpu_buffer_type()) return nullptr;
+// The devices share the functions of their buffer types.
+static size_t get_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor * t);
+static bool is_ours(ggml_backend_buffer_t buffer) { return buffer && buffer->buft->iface.get_alloc_size == get_alloc_size; }
+
+Buffer * buffer_of(const ggml_tensor * t) {
+    const ggml_tensor * root = root_of(t);
+    if (!is_ours(root->buffer)) return nullptr;
     auto * holder = static_cast<std::shared_ptr<Buffer> *>(root->buffer->context);
     return holder ? holder->get() : nullptr;  // dummies that measure memory have no context
 }
@@ -108,7 +113,7 @@ CacheTensor * cache_of(const ggml_tensor * t) {
 
 bool is_in_memory_of_llama(const ggml_tensor * t) {
     const ggml_tensor * root = root_of(t);
-    return root->buffer && ggml_backend_buffer_get_type(root->buffer) == cpu_buffer_type() && std::strncmp(root->name, "cache_", 6) == 0;
+    return is_ours(root->buffer) && std::strncmp(root->name, "cache_", 6) == 0;
 }
 
 size_t offset_in_cache(const ggml_tensor * t) {
@@ -140,6 +145,7 @@ void CacheTensor::decide(int heads_size, int heads) {
     }
     if (error.empty()) {
         mode = Mode::packed;
+        ++mode_changes;
     } else {
         const auto & profile = owner->session->settings.profile;
         make_plain(error, profile ? profile->path : "");  // one line for a profile, not one for every layer
@@ -149,26 +155,27 @@ void CacheTensor::decide(int heads_size, int heads) {
 void CacheTensor::make_plain(const std::string & why, const std::string & topic) {
     if (mode == Mode::plain) return;
     const StoreShape & shape = store->shape();
-    Region region(nominal_bytes);
-    if (!region.data()) throw std::bad_alloc();
+    uint8_t * data = owner->memory->allocate(nominal_bytes);
+    std::vector<half> rows(size_t(kPageCells) * shape.row);
     for (int s = 0; s < shape.n_streams; ++s) {
         for (int p = 0; p < shape.n_pages(); ++p) {
             if (store->page(s, p).empty()) continue;
             const int cell = p * kPageCells, n = std::min(kPageCells, shape.n_cells - cell);
-            store->read(s, cell, n, reinterpret_cast<half *>(region.data() + (size_t(s) * shape.n_cells + cell) * row_bytes));
+            store->read(s, cell, n, rows.data());
+            owner->memory->set(data + (size_t(s) * shape.n_cells + cell) * row_bytes, rows.data(), n * row_bytes);
         }
     }
     store->clear();
-    plain_region = std::move(region);
-    plain_data = plain_region.data();
+    plain_data = data;
     mode = Mode::plain;
+    ++mode_changes;
     reason = why;
     warn_once(std::string(is_value ? "values" : "keys") + " of some layers are stored plainly in F16: " + why, topic);
 }
 
 void CacheTensor::read(size_t offset, void * data, size_t size) const {
     if (mode == Mode::plain) {
-        std::memcpy(data, plain_data + offset, size);
+        owner->memory->get(data, plain_data + offset, size);
         return;
     }
     const int n_cells = store->shape().n_cells;
@@ -199,7 +206,7 @@ void CacheTensor::read(size_t offset, void * data, size_t size) const {
 
 void CacheTensor::write(size_t offset, const void * data, size_t size, int n_threads) {
     if (mode == Mode::plain) {
-        std::memcpy(plain_data + offset, data, size);
+        owner->memory->set(plain_data + offset, data, size);
         return;
     }
     const int n_cells = store->shape().n_cells;
@@ -218,12 +225,12 @@ void CacheTensor::write(size_t offset, const void * data, size_t size, int n_thr
         store->settle(n_threads);  // a page that the codec refuses fails the next decode, which tries it again
         in += bytes, offset += bytes, size -= bytes;
     }
-    owner->pool.trim();
+    owner->memory->trim();
 }
 
 void CacheTensor::erase(size_t offset, size_t size) {
     if (mode == Mode::plain) {
-        std::memset(plain_data + offset, 0, size);
+        owner->memory->fill(plain_data + offset, 0, size);
         return;
     }
     const int n_cells = store->shape().n_cells;
@@ -239,11 +246,7 @@ void CacheTensor::erase(size_t offset, size_t size) {
 
 void CacheTensor::clear() {
     store->clear();
-    if (plain_region.data()) {
-        plain_region.zero();
-    } else if (plain_data) {
-        std::memset(plain_data, 0, nominal_bytes);
-    }
+    if (plain_data) owner->memory->fill(plain_data, 0, nominal_bytes);
 }
 
 // ---- the buffer ----
@@ -254,7 +257,7 @@ Buffer & get(ggml_backend_buffer_t buffer) { return **static_cast<std::shared_pt
 
 void free_buffer(ggml_backend_buffer_t buffer) { delete static_cast<std::shared_ptr<Buffer> *>(buffer->context); }
 
-void * get_base(ggml_backend_buffer_t buffer) { return get(buffer).region.data(); }
+void * get_base(ggml_backend_buffer_t buffer) { return get(buffer).memory->base(); }
 
 ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
     Buffer & buffer = get(ggml_buffer);
@@ -262,7 +265,7 @@ ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
     bool is_value;
     if (!is_cache_tensor(t, layer, is_value)) {
         if (!t->view_src && std::strncmp(t->name, "cache_", 6) == 0) buffer.direct.push_back({t->data, ggml_nbytes(t)});
-        return GGML_STATUS_SUCCESS;
+        return t->view_src ? GGML_STATUS_SUCCESS : buffer.memory->init(t);
     }
     try {
         auto cache = std::make_unique<CacheTensor>();
@@ -272,13 +275,15 @@ ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
         cache->is_value = is_value;
         cache->nominal_bytes = ggml_nbytes(t);
         cache->row_bytes = t->nb[1];
-        auto * memory = static_cast<uint8_t *>(t->data);
-        const size_t bytes = std::min(ggml_backend_buft_get_alloc_size(cpu_buffer_type(), t), buffer.region.size() - size_t(memory - buffer.region.data()));
-        cache->store = std::make_unique<PageStore>(shape_of(t, is_value, buffer.session->settings), kernels(), memory, bytes, buffer.pool);
+        auto * region = static_cast<uint8_t *>(t->data);
+        const size_t bytes = std::min(get_alloc_size(ggml_buffer->buft, t), buffer.size - size_t(region - buffer.memory->base()));
+        const StoreShape shape = shape_of(t, is_value, buffer.session->settings);
+        cache->store = std::make_unique<PageStore>(shape, buffer.memory->pages(*cache, shape), region, bytes);
         if (buffer.session->settings.codec) cache->store->set_codec(codec_of(*buffer.session, layer, is_value, *cache->store), kernels());
         if (t->type != GGML_TYPE_F16) {
             cache->mode = CacheTensor::Mode::plain;
-            cache->plain_data = memory;
+            cache->plain_data = region;
+            buffer.memory->init(t);
             cache->reason = std::string("its type is ") + ggml_type_name(t->type);
             warn_once(std::string(is_value ? "values" : "keys") + " of some layers are stored plainly: llama.cpp was asked for a cache of type " +
                       ggml_type_name(t->type) + "; leave the type at f16 for a MixKVQ cache");
@@ -304,7 +309,7 @@ void memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, uint8_t value,
     CacheTensor * cache = cache_of(t);
     get(buffer).touched = true;
     if (!cache) {
-        std::memset(static_cast<char *>(t->data) + offset, value, size);
+        get(buffer).memory->fill(static_cast<uint8_t *>(t->data) + offset, value, size);
     } else if (value == 0) {
         guarded([&] { cache->erase(offset_in_cache(t) + offset, size); });
     } else {
@@ -320,15 +325,15 @@ void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data
     if (CacheTensor * cache = cache_of(t)) {
         guarded([&] { cache->write(offset_in_cache(t) + offset, data, size, get(buffer).session->n_threads); });
     } else {
-        std::memcpy(static_cast<char *>(t->data) + offset, data, size);
+        get(buffer).memory->set(static_cast<uint8_t *>(t->data) + offset, data, size);
     }
 }
 
-void get_tensor(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * t, void * data, size_t offset, size_t size) {
     if (const CacheTensor * cache = cache_of(t)) {
         guarded([&] { cache->read(offset_in_cache(t) + offset, data, size); });
     } else {
-        std::memcpy(data, static_cast<const char *>(t->data) + offset, size);
+        get(buffer).memory->get(data, static_cast<const uint8_t *>(t->data) + offset, size);
     }
 }
 
@@ -336,7 +341,9 @@ void get_tensor(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_
 bool cpy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * src, ggml_tensor * dst) {
     CacheTensor * from = cache_of(src);
     CacheTensor * to = cache_of(dst);
-    if (!from || !to || from->mode != CacheTensor::Mode::packed || to->mode != from->mode || !from->store->same_layout(*to->store)) return false;
+    if (!from && !to) return get(buffer).memory->copy(src, dst);
+    if (!from || !to || (from->owner != to->owner && (from->cuda || to->cuda))) return false;  // on a GPU a buffer has a queue of its own
+    if (from->mode != CacheTensor::Mode::packed || to->mode != from->mode || !from->store->same_layout(*to->store)) return false;
     const size_t stream_bytes = from->row_bytes * from->store->shape().n_cells;
     const size_t a = offset_in_cache(src), b = offset_in_cache(dst);
     if (a % stream_bytes || b % stream_bytes || ggml_nbytes(src) != stream_bytes) return false;
@@ -350,18 +357,20 @@ void clear(ggml_backend_buffer_t ggml_buffer, uint8_t value) {
     if (!buffer.touched && value == 0) return;  // fresh memory is zero; writing it would make it resident
     for (auto & cache : buffer.tensors) cache->clear();
     if (buffer.tensors.empty()) {
-        std::memset(buffer.region.data(), value, buffer.region.size());
+        buffer.memory->fill(buffer.memory->base(), value, buffer.size);
     } else {
-        for (auto & d : buffer.direct) std::memset(d.first, value, d.second);
-        if (buffer.direct.empty()) buffer.region.zero();
-        buffer.pool.trim();
+        for (auto & d : buffer.direct) buffer.memory->fill(static_cast<uint8_t *>(d.first), value, d.second);
+        if (buffer.direct.empty()) buffer.memory->zero_all();
+        buffer.memory->trim();
     }
-    buffer.touched = value != 0;
+    buffer.touched = value != 0 || !buffer.memory->is_zero();
 }
 
 // ---- the buffer type ----
 
-const char * buft_name(ggml_backend_buffer_type_t) { return "MIXKVQ-CPU"; }
+Device & device_at(ggml_backend_buffer_type_t type) { return *static_cast<Device *>(type->context); }
+
+const char * buft_name(ggml_backend_buffer_type_t type) { return device_at(type).name.c_str(); }
 
 ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
     auto session = current_session();
@@ -371,21 +380,14 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size)
         warn_once(sentence);
         return nullptr;
     };
-    const std::string error = std::exchange(pending_error, std::string());
+    std::string error = std::exchange(pending_error, std::string());
     if (!error.empty()) return fail(error);
-    const uint64_t memory = physical_memory();
-    char text[160];
-    if (memory && size > memory) {
-        std::snprintf(text, sizeof(text), "the cache needs %.1f GiB and this machine has %.1f GiB of memory; choose a smaller context",
-                      size / 1073741824.0, memory / 1073741824.0);
-        return fail(text);
-    }
     auto buffer = std::make_shared<Buffer>();
-    buffer->region = Region(size);
-    if (!buffer->region.data()) {
-        std::snprintf(text, sizeof(text), "there is no memory for a cache of %.1f GiB; choose a smaller context", size / 1073741824.0);
-        return fail(text);
-    }
+    buffer->device = &device_at(type);
+    buffer->memory = buffer->device->allocate(*buffer->device, size, error);
+    if (!buffer->memory) return fail(error);
+    buffer->size = size;
+    buffer->touched = !buffer->memory->is_zero();
     buffer->session = session;
     {
         std::lock_guard<std::mutex> lock(session->mutex);
@@ -405,12 +407,21 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size)
     return ggml_backend_buffer_init(type, iface, new std::shared_ptr<Buffer>(buffer), size);
 }
 
-size_t get_alignment(ggml_backend_buffer_type_t) { return kAlignment; }
+size_t get_alignment(ggml_backend_buffer_type_t type) {
+    const size_t inner = ggml_backend_buft_get_alignment(ggml_backend_dev_buffer_type(device_at(type).inner));
+    return std::max<size_t>(64, inner);
+}
 
-size_t get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * t) {
+bool is_host(ggml_backend_buffer_type_t) { return false; }
+
+}  // namespace
+
+size_t get_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor * t) {
     int layer;
     bool is_value;
-    if (!is_cache_tensor(t, layer, is_value) || t->type != GGML_TYPE_F16) return ggml_nbytes(t);
+    if (!is_cache_tensor(t, layer, is_value) || t->type != GGML_TYPE_F16) {
+        return ggml_backend_buft_get_alloc_size(ggml_backend_dev_buffer_type(device_at(type).inner), t);
+    }
     const Settings & s = current_session()->settings;
     std::string error;
     // A codec's pages stay F16, in the scratch pool where the home pages do not hold them.
@@ -419,13 +430,8 @@ size_t get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * t) {
     return reserve_bytes(shape_of(t, is_value, s), records);
 }
 
-bool is_host(ggml_backend_buffer_type_t) { return false; }
-
-}  // namespace
-
-ggml_backend_buffer_type_t cpu_buffer_type() {
-    static ggml_backend_buffer_type type = {{buft_name, alloc_buffer, get_alignment, nullptr, get_alloc_size, is_host}, cpu_device(), nullptr};
-    return &type;
+void init_buffer_type(Device & device) {
+    device.type = {{buft_name, alloc_buffer, get_alignment, nullptr, get_alloc_size, is_host}, &device.ggml, &device};
 }
 
 }  // namespace mixkvq::glue

@@ -1,4 +1,5 @@
-// The device that owns the cache. It claims only operations on cache tensors; weights and all else stay with ggml's CPU backend.
+// The device that owns the cache. It claims only operations on cache tensors; weights and all else stay with ggml's CPU backend. And what all
+// our devices have in common.
 
 #if defined(_WIN32)
 #define WIN32_LEAN_AND_MEAN
@@ -7,7 +8,9 @@
 #include <dlfcn.h>
 #endif
 
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "glue.h"
@@ -16,13 +19,14 @@ namespace mixkvq::glue {
 
 namespace {
 
-ggml_backend_device device;
-ggml_backend_dev_t inner = nullptr;
+Device device;
+std::vector<std::unique_ptr<Device>> others;
+std::vector<Device *> all;
 const Kernels * table = nullptr;
 
-const char * get_name(ggml_backend_dev_t) { return "MIXKVQ-CPU"; }
-const char * get_description(ggml_backend_dev_t) { return "CPU with a MixKVQ cache"; }
-void get_memory(ggml_backend_dev_t, size_t * free, size_t * total) { ggml_backend_dev_memory(inner, free, total); }
+const char * get_name(ggml_backend_dev_t) { return device.name.c_str(); }
+const char * get_description(ggml_backend_dev_t) { return device.description.c_str(); }
+void get_memory(ggml_backend_dev_t, size_t * free, size_t * total) { ggml_backend_dev_memory(device.inner, free, total); }
 // An integrated device: llama.cpp picks it by itself only where there is no discrete GPU.
 enum ggml_backend_dev_type get_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_IGPU; }
 
@@ -35,19 +39,73 @@ void get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
 }
 
 ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) { return make_backend(dev); }
-ggml_backend_buffer_type_t get_buffer_type(ggml_backend_dev_t) { return cpu_buffer_type(); }
+ggml_backend_buffer_type_t get_buffer_type(ggml_backend_dev_t) { return &device.type; }
 
 bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     try {
-        if (!touches_cache(op)) return false;
+        if (!touches_cache(op, &device.type)) return false;
     } catch (const std::bad_alloc &) {
         warn_once("out of memory for a cache that has to be stored plainly");
         return false;
     }
-    return is_view(op->op) || ggml_backend_dev_supports_op(inner, op);
+    return is_view(op->op) || ggml_backend_dev_supports_op(device.inner, op);
 }
 
-bool supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t type) { return type == cpu_buffer_type() || ggml_backend_buft_is_host(type); }
+bool supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t type) { return type == &device.type || ggml_backend_buft_is_host(type); }
+
+// The memory of the machine, which becomes resident where it is touched.
+class HostBuffer final : public BufferMemory {
+  public:
+    explicit HostBuffer(size_t size) : region_(size) {}
+
+    uint8_t * base() const override { return region_.data(); }
+    bool is_zero() const override { return true; }
+    const char * isa() const override { return isa_name(kernels().isa); }
+    std::unique_ptr<PageMemory> pages(CacheTensor &, const StoreShape & shape) override {
+        return std::make_unique<HostMemory>(kernels(), pool_, shape.row);
+    }
+    void trim() override { pool_.trim(); }
+    size_t scratch_bytes() const override { return pool_.bytes(); }
+    size_t scratch_bytes_peak() const override { return pool_.bytes_peak(); }
+    uint8_t * allocate(size_t bytes) override {
+        Region region(bytes);
+        if (!region.data()) throw std::bad_alloc();
+        more_.push_back(std::move(region));
+        return more_.back().data();
+    }
+    void set(uint8_t * to, const void * from, size_t bytes) override { std::memcpy(to, from, bytes); }
+    void get(void * to, const uint8_t * from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+    void fill(uint8_t * at, uint8_t value, size_t bytes) override {
+        for (Region & region : more_) {
+            if (region.data() == at && value == 0) return region.zero();
+        }
+        std::memset(at, value, bytes);
+    }
+    void zero_all() override { region_.zero(); }
+
+  private:
+    Region region_;
+    ScratchPool pool_;
+    std::vector<Region> more_;
+};
+
+std::unique_ptr<BufferMemory> allocate(Device &, size_t size, std::string & error) {
+    const uint64_t memory = physical_memory();
+    char text[160];
+    if (memory && size > memory) {
+        std::snprintf(text, sizeof(text), "the cache needs %.1f GiB and this machine has %.1f GiB of memory; choose a smaller context",
+                      size / 1073741824.0, memory / 1073741824.0);
+        error = text;
+        return nullptr;
+    }
+    auto buffer = std::make_unique<HostBuffer>(size);
+    if (buffer->base()) return buffer;
+    std::snprintf(text, sizeof(text), "there is no memory for a cache of %.1f GiB; choose a smaller context", size / 1073741824.0);
+    error = text;
+    return nullptr;
+}
+
+}  // namespace
 
 // A function of the registry that is loading us. A process may hold two registries (copies of libggml under one SONAME), so the right one is
 // found by the address that called ggml_backend_init, not by name.
@@ -69,30 +127,44 @@ void * registry_function(void * return_address, const char * name) {
 #endif
 }
 
-}  // namespace
-
-ggml_backend_dev_t cpu_device() { return &device; }
-ggml_backend_dev_t inner_device() { return inner; }
+const std::vector<Device *> & devices() { return all; }
+ggml_backend_dev_t cpu_device() { return &device.ggml; }
+ggml_backend_dev_t inner_device() { return device.inner; }
 
 bool find_inner_device(void * return_address, std::string & error) {
     auto by_type = reinterpret_cast<decltype(&ggml_backend_dev_by_type)>(registry_function(return_address, "ggml_backend_dev_by_type"));
-    inner = by_type ? by_type(GGML_BACKEND_DEVICE_TYPE_CPU) : nullptr;
-    if (!inner) error = "ggml's CPU backend is not in the process that loads this library; load it before";
-    return inner != nullptr;
+    device.inner = by_type ? by_type(GGML_BACKEND_DEVICE_TYPE_CPU) : nullptr;
+    if (!device.inner) {
+        error = "ggml's CPU backend is not in the process that loads this library; load it before";
+        return false;
+    }
+#if defined(MIXKVQ_HAVE_CUDA)
+    others = find_cuda_devices(return_address);
+#endif
+    return true;
 }
 
-void init_device(ggml_backend_reg_t reg) {
-    device = {};
-    device.iface.get_name = get_name;
-    device.iface.get_description = get_description;
-    device.iface.get_memory = get_memory;
-    device.iface.get_type = get_type;
-    device.iface.get_props = get_props;
-    device.iface.init_backend = init_backend;
-    device.iface.get_buffer_type = get_buffer_type;
-    device.iface.supports_op = supports_op;
-    device.iface.supports_buft = supports_buft;
-    device.reg = reg;
+void init_devices(ggml_backend_reg_t reg) {
+    device.name = "MIXKVQ-CPU";
+    device.description = "CPU with a MixKVQ cache";
+    device.allocate = allocate;
+    ggml_backend_device_i & iface = device.ggml.iface = {};
+    iface.get_name = get_name;
+    iface.get_description = get_description;
+    iface.get_memory = get_memory;
+    iface.get_type = get_type;
+    iface.get_props = get_props;
+    iface.init_backend = init_backend;
+    iface.get_buffer_type = get_buffer_type;
+    iface.supports_op = supports_op;
+    iface.supports_buft = supports_buft;
+    all = {&device};
+    for (auto & other : others) all.push_back(other.get());
+    for (Device * d : all) {
+        d->ggml.reg = reg;
+        d->ggml.context = d;
+        init_buffer_type(*d);
+    }
 }
 
 const Kernels & kernels() { return *table; }

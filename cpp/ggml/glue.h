@@ -13,6 +13,13 @@
 #include "mixkvq/cache.h"
 #include "mixkvq/profile.h"
 
+namespace mixkvq {
+class CudaMemory;
+namespace cuda {
+class Queue;
+}
+}  // namespace mixkvq
+
 namespace mixkvq::glue {
 
 // ---- settings.cpp ----
@@ -42,6 +49,7 @@ void warn_once(const std::string & sentence, const std::string & topic = "");
 // ---- session.cpp ----
 
 struct Buffer;
+struct CacheTensor;
 
 struct Session {
     Settings settings;
@@ -60,7 +68,58 @@ std::shared_ptr<Session> current_session();
 bool init_default_session(std::string & error);
 const mixkvq_backend_api * backend_api();
 
+// ---- device.cpp ----
+
+class BufferMemory;
+
+// One of our devices: one of ggml's with our cache.
+struct Device {
+    ggml_backend_device ggml = {};        // its context, and that of the buffer type, is this
+    ggml_backend_buffer_type type = {};
+    ggml_backend_dev_t inner = nullptr;   // ggml's
+    std::string name, description;
+    // Memory for a buffer; nullptr: `error` says why.
+    std::unique_ptr<BufferMemory> (*allocate)(Device & device, size_t size, std::string & error) = nullptr;
+};
+
+ggml_backend_dev_t cpu_device();    // ours
+ggml_backend_dev_t inner_device();  // ggml's CPU device
+bool find_inner_device(void * return_address, std::string & error);
+void init_devices(ggml_backend_reg_t reg);
+const std::vector<Device *> & devices();
+const Kernels & kernels();
+bool init_kernels(std::string & error);
+
+// A function of the registry that is loading us.
+void * registry_function(void * return_address, const char * name);
+
 // ---- buffer.cpp ----
+
+// What is behind a buffer: memory of its device, the F16 pages beyond those that cache tensors own, and how both are reached.
+class BufferMemory {
+  public:
+    virtual ~BufferMemory() = default;
+    virtual uint8_t * base() const = 0;
+    virtual bool is_zero() const = 0;  // of fresh memory
+    virtual const char * isa() const = 0;
+
+    virtual std::unique_ptr<PageMemory> pages(CacheTensor & tensor, const StoreShape & shape) = 0;
+    virtual void trim() = 0;  // frees the pages that nobody holds
+    virtual size_t scratch_bytes() const = 0;
+    virtual size_t scratch_bytes_peak() const = 0;
+
+    virtual uint8_t * allocate(size_t bytes) = 0;  // more of it, zeroed, for as long as the buffer lives; throws std::bad_alloc
+    virtual void set(uint8_t * to, const void * from, size_t bytes) = 0;
+    virtual void get(void * to, const uint8_t * from, size_t bytes) const = 0;
+    virtual void fill(uint8_t * at, uint8_t value, size_t bytes) = 0;
+    virtual void zero_all() = 0;  // nobody needs the contents any more
+    // For tensors that are as ggml lays them out: prepares one, copies one to another.
+    virtual ggml_status init(ggml_tensor *) { return GGML_STATUS_SUCCESS; }
+    virtual bool copy(const ggml_tensor *, ggml_tensor *) { return false; }
+};
+
+// How often a cache tensor has changed its mode, of all there are: what was found out about operations on them holds until it changes.
+extern std::atomic<uint64_t> mode_changes;
 
 // A key or value tensor of llama.cpp's cache. Its `data` is a name: byte offsets from it, by the strides of its nominal
 // type, say which cell and head is meant.
@@ -82,7 +141,7 @@ struct CacheTensor {
     int head_size = 0, n_heads = 0;
     std::unique_ptr<PageStore> store;
     uint8_t * plain_data = nullptr;
-    Region plain_region;
+    CudaMemory * cuda = nullptr;  // the store's memory, if it is on a GPU
 
     // The first reader says how a cell is divided into heads.
     void decide(int head_size, int n_heads);
@@ -95,21 +154,23 @@ struct CacheTensor {
 };
 
 struct Buffer {
-    Region region;
-    ScratchPool pool;
+    Device * device = nullptr;
+    std::unique_ptr<BufferMemory> memory;
+    size_t size = 0;
     std::vector<std::unique_ptr<CacheTensor>> tensors;
     std::vector<std::pair<void *, size_t>> direct;  // tensors of llama.cpp's memory that are no key or value cache
     bool touched = false;
     std::shared_ptr<Session> session;
 };
 
-ggml_backend_buffer_type_t cpu_buffer_type();
+void init_buffer_type(Device & device);
 const ggml_tensor * root_of(const ggml_tensor * tensor);
 CacheTensor * cache_of(const ggml_tensor * tensor);  // nullptr unless the tensor is (a view of) a cache tensor
-bool is_in_memory_of_llama(const ggml_tensor * tensor);  // in one of our buffers, made by llama.cpp's memory (cache_*)
+Buffer * buffer_of(const ggml_tensor * tensor);  // nullptr unless it is in one of our buffers
+bool is_in_memory_of_llama(const ggml_tensor * tensor);  // a tensor of llama.cpp's memory (cache_*) in one of our buffers
 size_t offset_in_cache(const ggml_tensor * tensor);
 
-// ---- backend.cpp, device.cpp ----
+// ---- backend.cpp ----
 
 struct BackendContext {
     ggml_backend_t inner = nullptr;
@@ -121,20 +182,34 @@ struct BackendContext {
 extern ggml_guid backend_guid;
 ggml_backend_t make_backend(ggml_backend_dev_t device);
 void set_n_threads(ggml_backend_t backend, int n_threads);
-ggml_backend_dev_t cpu_device();    // ours
-ggml_backend_dev_t inner_device();  // ggml's CPU device
-bool find_inner_device(void * return_address, std::string & error);
-void init_device(ggml_backend_reg_t reg);
-const Kernels & kernels();
-bool init_kernels(std::string & error);
 
 // ---- ops.cpp ----
 
 // Operations that compute nothing.
 bool is_view(ggml_op op);
 
-// Whether `op` reads or writes a cache of ours. Learns head sizes on the way.
-bool touches_cache(const ggml_tensor * op);
+// Whether `op` reads or writes a cache in our buffers of this type. Learns head sizes on the way.
+bool touches_cache(const ggml_tensor * op, ggml_backend_buffer_type_t type);
 ggml_status compute(BackendContext & backend, ggml_tensor * op);
+
+// What an operation on caches is, whatever computes it.
+void learn_geometry(const ggml_tensor * op);
+bool can_write_rows(const CacheTensor & t, const ggml_tensor * op);
+bool can_attend(const CacheTensor * k, const CacheTensor * v, const ggml_tensor * op);
+bool is_shift(const CacheTensor & t, const ggml_tensor * op);
+int64_t index_at(const void * indices, const ggml_tensor * tensor, int64_t i);
+AttentionCall attention_call(const CacheTensor & k, const ggml_tensor * op);
+ggml_status run_node(ggml_backend_t backend, ggml_tensor * node);  // may return before it is done
+void warn_unpacked(const CacheTensor & k);
+
+// ---- cuda_device.cpp, cuda_backend.cpp: where there is a CUDA compiler ----
+
+#if defined(MIXKVQ_HAVE_CUDA)
+// A device for each GPU that ggml and we can use.
+std::vector<std::unique_ptr<Device>> find_cuda_devices(void * return_address);
+ggml_backend_t make_cuda_backend(ggml_backend_dev_t device);
+ggml_backend_buffer_t inner_buffer(const Buffer & buffer);
+std::shared_ptr<cuda::Queue> queue_of(const Buffer & buffer);
+#endif
 
 }  // namespace mixkvq::glue

@@ -13,6 +13,8 @@ namespace {
 constexpr const char * kTransposed = "flash attention is off, so llama.cpp stores the values transposed; turn flash attention on";
 constexpr const char * kLatent = "the values are a part of the keys (latent attention)";
 
+}  // namespace
+
 // Learns from an operation how the cells of its cache tensors are divided into heads.
 void learn_geometry(const ggml_tensor * op) {
     if (op->op == GGML_OP_FLASH_ATTN_EXT) {
@@ -50,9 +52,9 @@ void learn_geometry(const ggml_tensor * op) {
 
 // ---- write ----
 
-int64_t index_at(const ggml_tensor * indices, int64_t i) {
-    const char * at = static_cast<const char *>(indices->data) + i * indices->nb[0];
-    return indices->type == GGML_TYPE_I64 ? *reinterpret_cast<const int64_t *>(at) : *reinterpret_cast<const int32_t *>(at);
+int64_t index_at(const void * indices, const ggml_tensor * tensor, int64_t i) {
+    const char * at = static_cast<const char *>(indices) + i * tensor->nb[0];
+    return tensor->type == GGML_TYPE_I64 ? *reinterpret_cast<const int64_t *>(at) : *reinterpret_cast<const int32_t *>(at);
 }
 
 bool can_write_rows(const CacheTensor & t, const ggml_tensor * op) {
@@ -60,14 +62,14 @@ bool can_write_rows(const CacheTensor & t, const ggml_tensor * op) {
            op->src[0]->ne[3] == 1 && ggml_nelements(op) * 2 == int64_t(t.nominal_bytes);
 }
 
-ggml_status write_rows(BackendContext & backend, CacheTensor & t, const ggml_tensor * op) {
+static ggml_status write_rows(BackendContext & backend, CacheTensor & t, const ggml_tensor * op) {
     const ggml_tensor * rows = op->src[0];
     const int n_cells = t.store->shape().n_cells;
     const int64_t n_all = int64_t(n_cells) * t.store->shape().n_streams;
     if (!t.store->settle(backend.n_threads)) return GGML_STATUS_FAILED;  // normally nothing to do: the attention of the last batch did it
     backend.cells.clear();
     for (int64_t i = 0; i < rows->ne[1]; ++i) {
-        const int64_t cell = index_at(op->src[1], i);
+        const int64_t cell = index_at(op->src[1]->data, op->src[1], i);
         if (cell < 0 || cell >= n_all) return GGML_STATUS_FAILED;
         backend.cells.push_back({int(cell / n_cells), int(cell % n_cells)});
     }
@@ -91,7 +93,7 @@ bool can_attend(const CacheTensor * k, const CacheTensor * v, const ggml_tensor 
            (!mask || (mask->type == GGML_TYPE_F16 && (mask->ne[2] == 1 || mask->ne[2] == q->ne[2]) && (mask->ne[3] == 1 || mask->ne[3] == q->ne[3])));
 }
 
-void attend(BackendContext & backend, CacheTensor & k, CacheTensor & v, ggml_tensor * op) {
+AttentionCall attention_call(const CacheTensor & k, const ggml_tensor * op) {
     const ggml_tensor * q = op->src[0];
     const ggml_tensor * mask = op->src[3];
     AttentionCall c;
@@ -114,30 +116,40 @@ void attend(BackendContext & backend, CacheTensor & k, CacheTensor & v, ggml_ten
     float params[3];
     std::memcpy(params, op->op_params, sizeof(params));
     c.scale = params[0], c.max_bias = params[1], c.softcap = params[2];
-    attention(kernels(), *k.store, *v.store, c, backend.n_threads, backend.workspace);
+    return c;
 }
+
+void warn_unpacked(const CacheTensor & k) {
+    warn_once("an attention of " + k.name + " has a form that the packed kernels do not serve; it is unpacked for every token");
+}
+
+namespace {
 
 // After the attention of a batch its older pages can go, and the scratch that a long batch borrowed goes back to the system: next to the
 // batch itself that costs nothing, and what stays allocated is what the cache needs. False: a codec failed.
 bool settle_after(BackendContext & backend, CacheTensor * t) {
     if (!t || t->mode != CacheTensor::Mode::packed) return true;
     const bool taken = t->store->settle(backend.n_threads);
-    t->owner->pool.trim();
+    t->owner->memory->trim();
     return taken;
 }
 
 // ---- anything else: the inner backend on F16 copies ----
 
-ggml_status run_inner(BackendContext & backend, ggml_tensor * node) {
+}  // namespace
+
+ggml_status run_node(ggml_backend_t backend, ggml_tensor * node) {
     ggml_init_params params = {ggml_graph_overhead_custom(4, false) + 1024, nullptr, true};
     ggml_context * ctx = ggml_init(params);
     if (!ctx) return GGML_STATUS_ALLOC_FAILED;
     ggml_cgraph * graph = ggml_new_graph_custom(ctx, 4, false);
     ggml_graph_add_node(graph, node);
-    const ggml_status status = ggml_backend_graph_compute(backend.inner, graph);
+    const ggml_status status = ggml_backend_graph_compute_async(backend, graph);
     ggml_free(ctx);
     return status;
 }
+
+namespace {
 
 // A stand-in for a tensor in a cache, with real memory behind its data: the plain store itself, or a copy of the span that it covers.
 struct StandIn {
@@ -185,12 +197,14 @@ ggml_status run_on_copies(BackendContext & backend, ggml_tensor * op) {
         }
         result.tensor.src[i] = &sources[i].tensor;
     }
-    const ggml_status status = run_inner(backend, &result.tensor);
+    const ggml_status status = run_node(backend.inner, &result.tensor);
     if (status == GGML_STATUS_SUCCESS && result.copy.data()) {
         result.cache->write(result.offset, result.copy.data(), result.copy.size(), backend.n_threads);
     }
     return status;
 }
+
+}  // namespace
 
 // ---- context shift ----
 
@@ -202,7 +216,7 @@ bool is_shift(const CacheTensor & t, const ggml_tensor * op) {
 }
 
 // Turns the keys page by page, only where the shift is not zero, so that no more than a page is ever unpacked.
-ggml_status shift(BackendContext & backend, CacheTensor & t, ggml_tensor * op) {
+static ggml_status shift(BackendContext & backend, CacheTensor & t, ggml_tensor * op) {
     const StoreShape & shape = t.store->shape();
     const auto * by = static_cast<const int32_t *>(op->src[1]->data);
     const size_t skip = offset_in_cache(op->src[0]);
@@ -223,22 +237,21 @@ ggml_status shift(BackendContext & backend, CacheTensor & t, ggml_tensor * op) {
                 node.src[0] = &k;
                 node.src[1] = &positions;
                 k.view_src = node.view_src = nullptr;
-                status = run_inner(backend, &node);
+                status = run_node(backend.inner, &node);
             });
         }
     }
     return status;
 }
 
-}  // namespace
-
 bool is_view(ggml_op op) {
     return op == GGML_OP_NONE || op == GGML_OP_VIEW || op == GGML_OP_RESHAPE || op == GGML_OP_PERMUTE || op == GGML_OP_TRANSPOSE;
 }
 
-bool touches_cache(const ggml_tensor * op) {
-    bool touches = is_in_memory_of_llama(op);
-    for (int i = 0; i < GGML_MAX_SRC && !touches; ++i) touches = op->src[i] && is_in_memory_of_llama(op->src[i]);
+bool touches_cache(const ggml_tensor * op, ggml_backend_buffer_type_t type) {
+    auto is_there = [&](const ggml_tensor * t) { return is_in_memory_of_llama(t) && root_of(t)->buffer->buft == type; };
+    bool touches = is_there(op);
+    for (int i = 0; i < GGML_MAX_SRC && !touches; ++i) touches = op->src[i] && is_there(op->src[i]);
     if (touches && !is_view(op->op)) learn_geometry(op);
     return touches;
 }
@@ -250,7 +263,7 @@ ggml_status compute(BackendContext & backend, ggml_tensor * op) {
     if (to) {
         to->owner->touched = true;
     } else if (is_in_memory_of_llama(op)) {
-        (*static_cast<std::shared_ptr<Buffer> *>(root_of(op)->buffer->context))->touched = true;
+        buffer_of(op)->touched = true;
     }
     if (op->op == GGML_OP_SET_ROWS && to && can_write_rows(*to, op)) return write_rows(backend, *to, op);
     if (op->op == GGML_OP_FLASH_ATTN_EXT) {
@@ -259,10 +272,10 @@ ggml_status compute(BackendContext & backend, ggml_tensor * op) {
         ggml_status status = GGML_STATUS_SUCCESS;
         if (can_attend(k, v, op)) {
             k->owner->session->n_threads = backend.n_threads;
-            attend(backend, *k, *v, op);
+            attention(kernels(), *k->store, *v->store, attention_call(*k, op), backend.n_threads, backend.workspace);
         } else {
             if (k && v && (k->mode == CacheTensor::Mode::packed || v->mode == CacheTensor::Mode::packed)) {
-                warn_once("an attention of " + k->name + " has a form that the packed kernels do not serve; it is unpacked for every token");
+                warn_unpacked(*k);
             }
             status = run_on_copies(backend, op);
         }

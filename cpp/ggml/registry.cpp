@@ -1,7 +1,9 @@
 // The entry point that ggml calls when it loads the library.
 
+#include <array>
 #include <cstring>
 #include <exception>
+#include <map>
 
 #include "glue.h"
 
@@ -21,13 +23,23 @@ namespace {
 ggml_backend_reg registry;
 
 const char * get_name(ggml_backend_reg_t) { return "MIXKVQ"; }
-size_t get_device_count(ggml_backend_reg_t) { return 1; }
-ggml_backend_dev_t get_device(ggml_backend_reg_t, size_t index) { return index == 0 ? cpu_device() : nullptr; }
+size_t get_device_count(ggml_backend_reg_t) { return devices().size(); }
+ggml_backend_dev_t get_device(ggml_backend_reg_t, size_t index) { return index < devices().size() ? &devices()[index]->ggml : nullptr; }
+
+// Where the weights of a device's layers go: it computes whole graphs, but only the cache lies in buffers of its own.
+ggml_backend_buffer_type_t * get_extra_buffer_types(ggml_backend_dev_t dev) {
+    static std::map<ggml_backend_dev_t, std::array<ggml_backend_buffer_type_t, 2>> lists;
+    if (dev == cpu_device()) return nullptr;
+    auto & list = lists[dev];
+    list = {ggml_backend_dev_buffer_type(static_cast<Device *>(dev->context)->inner), nullptr};
+    return list.data();
+}
 
 const mixkvq_backend_api * get_api() { return backend_api(); }
 
 void * get_proc_address(ggml_backend_reg_t, const char * name) {
     if (!std::strcmp(name, "ggml_backend_set_n_threads")) return reinterpret_cast<void *>(set_n_threads);
+    if (!std::strcmp(name, "ggml_backend_dev_get_extra_bufts") && devices().size() > 1) return reinterpret_cast<void *>(get_extra_buffer_types);
     if (!std::strcmp(name, "mixkvq_backend_api")) return const_cast<mixkvq_backend_api *>(get_api());
     return nullptr;
 }
@@ -60,7 +72,7 @@ MIXKVQ_EXPORT ggml_backend_reg_t ggml_backend_init(void) {
         warn_once(error);
         return nullptr;
     }
-    init_device(&registry);
+    init_devices(&registry);
     registry.api_version = kBackendApiVersion;
     registry.iface = {get_name, get_device_count, get_device, get_proc_address};
     return &registry;

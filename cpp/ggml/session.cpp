@@ -92,17 +92,17 @@ int stats(mixkvq_session * handle, mixkvq_stats * out) {
                 if (t->store->has_codec()) simulated += (bits > 0 ? bits : 16) / 8 * shape.row * kPageCells * shape.record_pages() * shape.n_streams;
             }
         }
-        if (handle->session->settings.codec) simulated -= double(buffer->pool.bytes());
+        if (handle->session->settings.codec) simulated -= double(buffer->memory->scratch_bytes());
         for (const auto & d : buffer->direct) out->bytes += d.second;
-        out->bytes += tables + buffer->pool.bytes();
-        peak_extra += buffer->pool.bytes_peak() - buffer->pool.bytes();
+        out->bytes += tables + buffer->memory->scratch_bytes();
+        peak_extra += buffer->memory->scratch_bytes_peak() - buffer->memory->scratch_bytes();
     }
     if (buffers.empty()) return -1;
     out->bytes_peak = out->bytes + peak_extra;
     out->body_bits = packed_elements > 0 ? packed_bits / packed_elements : 0;
     out->total_bits = out->elements ? 8.0 * (double(out->bytes) + simulated) / double(out->elements) : 0;
     out->n_threads = handle->session->n_threads;
-    out->isa = isa_name(kernels().isa);
+    out->isa = buffers[0]->memory->isa();
     return 0;
 }
 

@@ -2,11 +2,14 @@
 // MIXKVQ_GGML_OWN_HEADER against ggml's own header; tests/python/test_abi.py compares the two. Not a test by itself.
 #include <cstddef>
 #include <cstdio>
+#include <cstdlib>
 #include <type_traits>
 
 #if defined(MIXKVQ_GGML_OWN_HEADER)
 #include "ggml-backend-impl.h"
+#include "ggml-impl.h"
 constexpr int kBackendApiVersion = GGML_BACKEND_API_VERSION;
+void ggml_abort(const char *, int, const char *, ...) { std::abort(); }  // functions of the headers name it
 #else
 #include "../../cpp/ggml/abi.h"
 #endif
@@ -158,5 +161,27 @@ int main() {
     MEMBER(ggml_backend_reg, api_version);
     MEMBER(ggml_backend_reg, iface);
     MEMBER(ggml_backend_reg, context);
+
+    SIZE(ggml_backend_event);
+    MEMBER(ggml_backend_event, device);
+    MEMBER(ggml_backend_event, context);
+
+    SIZE(ggml_hash_set);
+    MEMBER(ggml_hash_set, size);
+    MEMBER(ggml_hash_set, used);
+    MEMBER(ggml_hash_set, keys);
+
+    SIZE(ggml_cgraph);
+    MEMBER(ggml_cgraph, size);
+    MEMBER(ggml_cgraph, n_nodes);
+    MEMBER(ggml_cgraph, n_leafs);
+    MEMBER(ggml_cgraph, nodes);
+    MEMBER(ggml_cgraph, grads);
+    MEMBER(ggml_cgraph, grad_accs);
+    MEMBER(ggml_cgraph, leafs);
+    MEMBER(ggml_cgraph, use_counts);
+    MEMBER(ggml_cgraph, visited_hash_set);
+    MEMBER(ggml_cgraph, order);
+    MEMBER(ggml_cgraph, uid);
     return 0;
 }

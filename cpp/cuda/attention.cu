@@ -1,0 +1,197 @@
+// Attention on the GPU: how a call is cut into blocks, and the join of the splits.
+#include "attention_decode.cuh"
+#include "attention_tiles.cuh"
+
+#include <algorithm>
+#include <atomic>
+
+namespace mixkvq::cuda {
+
+namespace {
+
+constexpr int kDecodeRows = 32;     // query vectors of a KV head up to which pages are read by the decoding kernel
+constexpr int kTileSplitPages = 4;  // a split of a tile has no fewer pages
+constexpr int kJoinWarps = 8;
+
+// --- join of the splits ---------------------------------------------------------------------------------------
+
+// grid: rows, KV heads, streams. Each split is a softmax over its pages with its own maximum.
+__global__ void __launch_bounds__(32 * kJoinWarps) join_kernel(const Attention call, const Cut cut) {
+    __shared__ float parts[kJoinWarps][kMaxHeadSize + 1];
+    const int row = blockIdx.x, kv = blockIdx.y, stream = blockIdx.z, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int tile = row / cut.rows, local = row % cut.rows, dv = call.head_size_v;
+    const size_t stride = partial_floats(cut, dv);
+    const float * base = cut.partial + ((size_t(stream) * call.n_kv_heads + kv) * cut.n_tiles + tile) * cut.n_splits * stride;
+    const float * maxima = base + size_t(cut.rows) * dv + local;
+
+    float top = minus_infinity();
+    for (int split = lane; split < cut.n_splits; split += 32) top = fmaxf(top, maxima[split * stride]);
+    for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
+
+    float acc[kMaxHeadSize / 32] = {}, sum = 0;
+#pragma unroll 2
+    for (int split = warp; split < cut.n_splits; split += kJoinWarps) {
+        const float max = maxima[split * stride], weight = max == minus_infinity() ? 0.0f : exp2_of(max - top);
+        const float * from = base + split * stride + size_t(local) * dv;
+        sum += weight * maxima[split * stride + cut.rows];
+#pragma unroll
+        for (int k = 0; k < kMaxHeadSize / 32; ++k) {
+            if (32 * k + lane < dv) acc[k] += weight * from[32 * k + lane];
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < kMaxHeadSize / 32; ++k) parts[warp][32 * k + lane] = acc[k];
+    if (lane == 0) parts[warp][kMaxHeadSize] = sum;
+    __syncthreads();
+
+    const RowPlace at(cut, kv, row);
+    sum = 0;
+    for (int w = 0; w < kJoinWarps; ++w) sum += parts[w][kMaxHeadSize];
+    const float scale = close_softmax(top, sum, call.sinks ? call.sinks + at.head : nullptr);
+    if (int(threadIdx.x) >= dv) return;
+    float x = 0;
+    for (int w = 0; w < kJoinWarps; ++w) x += parts[w][threadIdx.x];
+    call.out[stream * call.out_stream + at.head * call.out_head + at.token * call.out_token + threadIdx.x] = x * scale;
+}
+
+// --- kernels --------------------------------------------------------------------------------------------------
+
+using Kernel = void (*)(Attention, Cut);
+
+// A kernel with its dynamic shared memory, and how many of its blocks an SM holds: asked once per device and size.
+struct Entry {
+    Kernel kernel;
+    std::atomic<uint64_t> known[16];
+
+    int blocks_per_sm(int device, int threads, size_t bytes) {
+        std::atomic<uint64_t> & cell = known[device % 16];
+        const uint64_t tag = uint64_t(device) << 40 | uint64_t(bytes) << 8, seen = cell.load(std::memory_order_relaxed);
+        if ((seen & ~uint64_t(255)) == tag && (seen & 255) != 0) return int(seen & 255);
+        const void * function = reinterpret_cast<const void *>(kernel);
+        if (bytes > 48 * 1024) cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+        int n = 0;
+        if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, function, threads, bytes) != cudaSuccess) n = 0;
+        n = std::max(1, std::min(n, 255));
+        cell.store(tag | uint64_t(n), std::memory_order_relaxed);
+        return n;
+    }
+};
+
+template <int NB, int NT>
+Entry & decode_entry() {
+    static Entry entry{decode_kernel<NB, NT>, {}};
+    return entry;
+}
+template <int NT>
+Entry & decode_entry(int head_size, int & blocks) {
+    blocks = head_size <= 64 ? 2 : head_size <= 96 ? 3 : head_size <= 128 ? 4 : head_size <= 192 ? 6 : 8;
+    switch (blocks) {
+        case 2: return decode_entry<2, NT>();
+        case 3: return decode_entry<3, NT>();
+        case 4: return decode_entry<4, NT>();
+        case 6: return decode_entry<6, NT>();
+        default: return decode_entry<8, NT>();
+    }
+}
+
+template <int size, int warps, bool shared_tile>
+Entry & tile_entry(size_t & bytes) {
+    static Entry entry{tile_kernel<size, warps, shared_tile>, {}};
+    bytes = TileShape<size, warps, shared_tile>::kBytes;
+    return entry;
+}
+template <int warps>
+Entry & tile_entry(int head_size, size_t & bytes) {
+    if (head_size <= 64) return tile_entry<64, warps, false>(bytes);
+    if (head_size <= 96) return tile_entry<96, warps, false>(bytes);
+    if (head_size <= 128) return tile_entry<128, warps, false>(bytes);
+    if (head_size <= 192) return tile_entry<192, warps, false>(bytes);
+    return tile_entry<256, warps, false>(bytes);
+}
+
+struct Plan {
+    Cut cut;
+    bool decode;
+    Kernel kernel;
+    int threads;
+    size_t bytes, sight_bytes, partial;
+};
+
+Plan make_plan(const Attention & c) {
+    int device = 0, n_sms = 1, most_bytes = 48 * 1024;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    most_bytes -= 256;  // what kernels declare themselves
+
+    Plan plan = {};
+    Cut & cut = plan.cut;
+    cut.group = c.n_heads / c.n_kv_heads;
+    cut.n_pages = (c.n_kv + kPageCells - 1) / kPageCells;
+    const int n_rows = c.n_tokens * cut.group;
+    plan.decode = n_rows <= kDecodeRows && !c.any_grouped && c.most_n16 == 0;
+
+    Entry * entry = nullptr;
+    if (plan.decode) {
+        int blocks = 0;
+        cut.rows = 16;
+        entry = &decode_entry<2>(c.head_size_v, blocks);
+        if (n_rows <= 8 || DecodeShape(c.head_size_k, 16, blocks).bytes > most_bytes) {
+            cut.rows = 8;
+            entry = &decode_entry<1>(c.head_size_v, blocks);
+        }
+        plan.bytes = DecodeShape(c.head_size_k, cut.rows, blocks).bytes;
+        plan.threads = 32 * kDecodeWarps;
+    } else {
+        const int size = std::max(c.head_size_k, c.head_size_v);
+        cut.rows = 128;
+        if (n_rows > 64) entry = &tile_entry<8>(size, plan.bytes);
+        if (!entry || plan.bytes > size_t(most_bytes)) {
+            cut.rows = 64;
+            entry = &tile_entry<4>(size, plan.bytes);
+        }
+        if (plan.bytes > size_t(most_bytes)) {
+            cut.rows = 32;
+            entry = &tile_entry<256, 2, true>(plan.bytes);
+        }
+        plan.threads = 2 * cut.rows;
+    }
+    plan.kernel = entry->kernel;
+    cut.n_tiles = (n_rows + cut.rows - 1) / cut.rows;
+
+    // As many splits as fill the GPU once.
+    const int blocks = cut.n_tiles * c.n_kv_heads * c.n_streams, slots = n_sms * entry->blocks_per_sm(device, plan.threads, plan.bytes);
+    const int unit = plan.decode ? kDecodeWarps : 1, least = plan.decode ? kDecodeWarps : kTileSplitPages;
+    const int wanted = std::max(1, slots / std::max(1, blocks));
+    const int pages = std::max(least, (cut.n_pages + wanted - 1) / wanted);
+    cut.pages_per_split = (pages + unit - 1) / unit * unit;
+    cut.n_splits = std::max(1, (cut.n_pages + cut.pages_per_split - 1) / cut.pages_per_split);
+
+    plan.partial = cut.n_splits == 1 ? 0 : size_t(blocks) * cut.n_splits * partial_floats(cut, c.head_size_v);
+    if (!plan.decode) plan.sight_bytes = size_t(c.n_streams) * (c.mask && c.mask_head ? c.n_kv_heads : 1) * cut.n_tiles * cut.n_pages;
+    return plan;
+}
+
+}  // namespace
+
+size_t attention_workspace(const Attention & call) {
+    const Plan plan = make_plan(call);
+    return plan.partial + (plan.sight_bytes + 3) / 4;
+}
+
+void attention(Stream stream, const Attention & call) {
+    if (call.n_tokens <= 0 || call.n_streams <= 0) return;
+    Plan plan = make_plan(call);
+    Cut & cut = plan.cut;
+    cut.partial = call.workspace;
+    cut.sight = reinterpret_cast<uint8_t *>(call.workspace + plan.partial);
+    const cudaStream_t on = static_cast<cudaStream_t>(stream);
+    if (!plan.decode && cut.n_pages > 0) {
+        const int n_masks = call.mask && call.mask_head ? call.n_kv_heads : 1;
+        sight_kernel<<<dim3(cut.n_pages, cut.n_tiles, call.n_streams * n_masks), kPageCells, 0, on>>>(call, cut);
+    }
+    plan.kernel<<<dim3(cut.n_tiles * cut.n_splits, call.n_kv_heads, call.n_streams), plan.threads, plan.bytes, on>>>(call, cut);
+    if (cut.n_splits > 1) join_kernel<<<dim3(call.n_tokens * cut.group, call.n_kv_heads, call.n_streams), 32 * kJoinWarps, 0, on>>>(call, cut);
+}
+
+}  // namespace mixkvq::cuda

@@ -1,0 +1,105 @@
+// What the attention kernels share: how a call is cut, formats on the device, the softmax's ends.
+#pragma once
+
+#include "mixkvq/cuda.h"
+#include "mma.cuh"
+
+namespace mixkvq::cuda {
+
+// A row is a query vector: row r of a KV head is token r / group, head r % group of its group. A tile is `rows` of them that share one pass over
+// the pages; a split is a range of pages. Every (stream, KV head, tile, split) is a block.
+struct Cut {
+    int group, n_pages;
+    int rows, n_tiles, n_splits, pages_per_split;
+    float * partial;  // [block][rows * Dv accumulators, rows maxima, rows sums], if n_splits > 1
+    uint8_t * sight;  // prefill: [stream][KV head or 1][tile][page]
+};
+
+// What a tile sees of a page. Packed pages are joined first: their sums are in the rotated basis until all are in.
+enum Sight : uint8_t { kUnseen, kPackedOpen, kPackedMasked, kHalfOpen, kHalfMasked };
+
+__host__ __device__ inline size_t partial_floats(const Cut & cut, int dv) { return size_t(cut.rows) * (dv + 2); }
+
+// A row's query, mask, head.
+struct RowPlace {
+    int token, head;  // head: of all query heads
+
+    __device__ RowPlace(const Cut & cut, int kv, int row) : token(row / cut.group), head(kv * cut.group + row % cut.group) {}
+};
+
+__device__ __forceinline__ const float * query_of(const Attention & call, int stream, const RowPlace & at) {
+    return call.q + stream * call.q_stream + at.head * call.q_head + at.token * call.q_token;
+}
+__device__ __forceinline__ const __half * mask_of(const Attention & call, int stream, const RowPlace & at) {
+    return reinterpret_cast<const __half *>(call.mask) + stream * call.mask_stream + at.head * call.mask_head + at.token * call.mask_token;
+}
+
+// ALiBi: the factor of the mask for a head, 1 without a bias.
+__device__ inline float alibi_slope(const Attention & call, int head) {
+    if (call.max_bias <= 0) return 1.0f;
+    int power = 1;
+    while (2 * power <= call.n_heads) power *= 2;
+    if (head < power) return powf(exp2f(-call.max_bias / power), float(head + 1));
+    return powf(exp2f(-call.max_bias / 2 / power), float(2 * (head - power) + 1));
+}
+
+// Power of two e such that |x| < 2^e for all x up to `top`, within what a float can hold in both directions.
+__device__ __forceinline__ int exponent_above(float top) { return max(-100, min(((__float_as_int(top) >> 23) & 255) - 126, 120)); }
+
+// The soft cap of a logit in units of log2.
+__device__ __forceinline__ float capped(const Attention & call, float logit2) {
+    return call.softcap * kLog2E * tanhf(logit2 / (call.softcap * kLog2E));
+}
+
+// exp2(x) where x may be -infinity.
+__device__ __forceinline__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Offsets of a key record's sections.
+struct KeyPlaces {
+    int q16, q8, q4, q3, q2;  // quads of the tiers
+    uint32_t at8, at4, at3, at2, scale, min, order, bytes;
+    int groups;
+
+    __device__ explicit KeyPlaces(const KeyFormat & f) : q16(f.n16 / 4), q8(f.n8 / 4), q4(f.n4 / 4), q3(f.n3 / 4), q2(f.n2 / 4), groups(kPageCells / f.group) {
+        at8 = 1024 * q16;
+        at4 = at8 + 512 * q8;
+        at3 = at4 + 256 * q4;
+        at2 = at3 + 192 * q3;
+        scale = at2 + 128 * q2;
+        min = scale + 8 * coded() * groups;
+        order = min + 8 * coded() * groups;
+        bytes = (order + f.head_size + kRecordAlign - 1) / kRecordAlign * kRecordAlign;
+    }
+    __device__ int coded() const { return q8 + q4 + q3 + q2; }
+};
+
+struct ValuePlaces {
+    uint32_t high, scale, mean, min, bytes;
+    int groups;
+
+    __device__ explicit ValuePlaces(const ValueFormat & f) : high(32 * f.head_size), scale(16 * f.head_size * f.bits), mean(scale + kPageCells) {
+        groups = f.group == 0 ? 1 : (f.head_size + f.group - 1) / f.group;
+        min = scale + 2 * kPageCells * groups;
+        const uint32_t end = f.group == 0 ? mean + f.head_size : min + 2 * kPageCells * groups;
+        bytes = (end + kRecordAlign - 1) / kRecordAlign * kRecordAlign;
+    }
+};
+
+// The factor of a row's accumulators, of weights 2^(z - max): sinks and empty rows included. Maxima and logits in units of log2.
+__device__ __forceinline__ float close_softmax(float max, float sum, const float * sink) {
+    if (sink) {
+        const float s = *sink * kLog2E;
+        if (s > max) {
+            const float shrink = exp2_of(max - s);
+            return shrink / (sum * shrink + 1.0f);
+        }
+        sum += exp2_of(s - max);
+    }
+    return sum > 0 ? 1.0f / sum : 0.0f;
+}
+
+}  // namespace mixkvq::cuda

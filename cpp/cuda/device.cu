@@ -1,0 +1,47 @@
+#include <string>
+
+#include <cuda_runtime.h>
+
+#include "mixkvq/cuda.h"
+
+namespace mixkvq::cuda {
+namespace {
+
+__global__ void probe() {}
+
+std::string version(int major, int minor) { return std::to_string(major) + '.' + std::to_string(minor); }
+std::string cuda_version(int number) { return "CUDA " + version(number / 1000, number % 1000 / 10); }
+
+std::string find_reason() {
+    int driver = 0, n_devices = 0, device = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no NVIDIA driver was found";
+    cudaError_t error = cudaGetDeviceCount(&n_devices);
+    if (error == cudaErrorInsufficientDriver) {
+        return "the NVIDIA driver is too old: it serves " + cuda_version(driver) + ", this build needs " + cuda_version(CUDART_VERSION);
+    }
+    if (error == cudaErrorNoDevice || (error == cudaSuccess && n_devices == 0)) return "the NVIDIA driver shows no GPU";
+    cudaDeviceProp properties;
+    if (error == cudaSuccess) error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaGetDeviceProperties(&properties, device);
+    if (error == cudaSuccess && 10 * properties.major + properties.minor < 75) {
+        return std::string(properties.name) + " is too old a GPU: its compute capability is " + version(properties.major, properties.minor) +
+               ", 7.5 is the least";
+    }
+    // Whether this build has code for the GPU that the driver can load.
+    cudaFuncAttributes attributes;
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, probe);
+    return error == cudaSuccess ? "" : std::string("the GPU cannot be used: ") + cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char * unavailable() {
+    static const std::string reason = [] {
+        std::string found = find_reason();
+        cudaGetLastError();  // the next call is not to find it
+        return found;
+    }();
+    return reason.empty() ? nullptr : reason.c_str();
+}
+
+}  // namespace mixkvq::cuda

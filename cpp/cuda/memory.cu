@@ -1,0 +1,466 @@
+// Pages in GPU memory: what a page store asks of them, queued on one stream.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <new>
+
+#include <cuda_runtime.h>
+
+#include "mixkvq/cuda_memory.h"
+
+namespace mixkvq::cuda {
+
+namespace {
+
+constexpr size_t kPartBytes = 256 * 1024;
+constexpr size_t kReadOverBus = 4096;  // a list up to this long is not worth a copy: kernels read it where it is
+
+struct TableEntry {
+    int at;
+    PageRef page;
+};
+
+__global__ void set_table_kernel(PageRef * table, const TableEntry * entries, int n) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) table[entries[i].at] = entries[i].page;
+}
+
+void set_table(cudaStream_t stream, PageRef * table, const TableEntry * entries, int n) {
+    set_table_kernel<<<(n + 127) / 128, 128, 0, stream>>>(table, entries, n);
+}
+
+constexpr size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+cudaStream_t stream_of(void * stream) { return static_cast<cudaStream_t>(stream); }
+cudaEvent_t event_of(void * event) { return static_cast<cudaEvent_t>(event); }
+
+}  // namespace
+
+int device_of_bus(const char * pci_bus_id) {
+    int device = -1;
+    const bool found = cudaDeviceGetByPCIBusId(&device, pci_bus_id) == cudaSuccess;
+    cudaGetLastError();
+    return found ? device : -1;
+}
+
+Queue::Queue(int device) : device_(device) {
+    int pools = 0;
+    note(cudaSetDevice(device));
+    cudaStream_t stream = nullptr;
+    cudaEvent_t event = nullptr;
+    note(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    stream_ = stream;
+    note(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    mark_ = event;
+    note(cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, device));
+    ordered_ = pools != 0;
+    for (void *& done : part_done_) {
+        note(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+        done = event;
+    }
+    if (!error_.empty()) throw std::bad_alloc();
+    make_ring(kPartBytes);
+}
+
+Queue::~Queue() {
+    synchronize();
+    trim();
+    release(workspace_);
+    free_ring();
+    if (fetched_) cudaFreeHost(fetched_);
+    for (void * done : part_done_) cudaEventDestroy(event_of(done));
+    cudaEventDestroy(event_of(mark_));
+    cudaStreamDestroy(stream_of(stream_));
+    cudaGetLastError();
+}
+
+Stream Queue::stream() {
+    note(cudaSetDevice(device_));
+    idle_ = false;
+    return stream_;
+}
+
+void Queue::note(int code) {
+    if (code != cudaSuccess && error_.empty()) error_ = std::string("the GPU failed: ") + cudaGetErrorString(cudaError_t(code));
+}
+
+void * Queue::mark() {
+    note(cudaGetLastError());
+    note(cudaEventRecord(event_of(mark_), stream_of(stream())));
+    return mark_;
+}
+
+void Queue::wait_for(void * event) { note(cudaStreamWaitEvent(stream_of(stream()), event_of(event), 0)); }
+
+void Queue::synchronize() {
+    if (idle_) return;
+    note(cudaGetLastError());
+    note(cudaStreamSynchronize(stream_of(stream())));
+    idle_ = true;
+}
+
+// --- arguments ----
+
+void Queue::make_ring(size_t part_bytes) {
+    void * ring = nullptr;
+    const cudaError_t code = cudaHostAlloc(&ring, kParts * part_bytes, cudaHostAllocDefault);
+    if (code != cudaSuccess) {
+        cudaGetLastError();
+        throw std::bad_alloc();
+    }
+    ring_ = static_cast<uint8_t *>(ring);
+    part_bytes_ = part_bytes;
+    used_ = 0;
+    ring_copy_ = static_cast<uint8_t *>(allocate(kParts * part_bytes));
+}
+
+void Queue::free_ring() {
+    release(ring_copy_);
+    if (ring_) cudaFreeHost(ring_);
+    ring_ = ring_copy_ = nullptr;
+    part_bytes_ = 0;
+}
+
+void * Queue::reserve(size_t bytes) {
+    stream();
+    bytes = aligned(bytes);
+    if (bytes > part_bytes_) {
+        synchronize();
+        free_ring();
+        make_ring(aligned(2 * bytes));
+    }
+    if (used_ + bytes > part_bytes_) {
+        note(cudaEventRecord(event_of(part_done_[part_]), stream_of(stream_)));
+        part_ = (part_ + 1) % kParts;
+        note(cudaEventSynchronize(event_of(part_done_[part_])));
+        used_ = 0;
+    }
+    reserved_ = bytes;
+    return ring_ + part_ * part_bytes_ + used_;
+}
+
+const void * Queue::send() {
+    const size_t at = part_ * part_bytes_ + used_;
+    used_ += reserved_;
+    if (reserved_ <= kReadOverBus) return ring_ + at;
+    note(cudaMemcpyAsync(ring_copy_ + at, ring_ + at, reserved_, cudaMemcpyHostToDevice, stream_of(stream_)));
+    return ring_copy_ + at;
+}
+
+template <class T> const T * Queue::send(const T * list, size_t n) {
+    std::memcpy(reserve(n * sizeof(T)), list, n * sizeof(T));
+    return static_cast<const T *>(send());
+}
+
+const uint8_t * Queue::fetch(const Piece * pieces, size_t n) {
+    size_t bytes = 0;
+    for (size_t i = 0; i < n; ++i) bytes += aligned(pieces[i].bytes);
+    stream();
+    if (bytes > fetched_bytes_) {
+        if (fetched_) cudaFreeHost(fetched_);
+        fetched_ = nullptr;
+        fetched_bytes_ = 0;
+        void * block = nullptr;
+        if (cudaHostAlloc(&block, 2 * bytes, cudaHostAllocDefault) != cudaSuccess) {
+            cudaGetLastError();
+            throw std::bad_alloc();
+        }
+        fetched_ = static_cast<uint8_t *>(block);
+        fetched_bytes_ = 2 * bytes;
+    }
+    uint8_t * to = fetched_;
+    for (const Piece * p = pieces; p < pieces + n; to += aligned(p->bytes), ++p) {
+        note(cudaMemcpyAsync(to, p->at, p->bytes, cudaMemcpyDefault, stream_of(stream_)));
+    }
+    synchronize();
+    return fetched_;
+}
+
+// --- memory ----
+
+void * Queue::allocate(size_t bytes) {
+    void * block = nullptr;
+    cudaStream_t on = stream_of(stream());
+    const cudaError_t code = ordered_ ? cudaMallocAsync(&block, bytes, on) : cudaMalloc(&block, bytes);
+    if (code == cudaSuccess) return block;
+    cudaGetLastError();
+    throw std::bad_alloc();
+}
+
+void Queue::release(void * block) {
+    if (!block) return;
+    cudaStream_t on = stream_of(stream());
+    if (ordered_) {
+        note(cudaFreeAsync(block, on));
+    } else {
+        note(cudaStreamSynchronize(on));
+        note(cudaFree(block));
+    }
+}
+
+void * Queue::workspace(size_t bytes) {
+    if (bytes > workspace_bytes_) {
+        release(workspace_);
+        workspace_ = nullptr;
+        workspace_bytes_ = 0;
+        workspace_ = allocate(bytes);
+        workspace_bytes_ = bytes;
+    }
+    return workspace_;
+}
+
+void * Queue::get(size_t bytes) {
+    auto & list = free_[bytes];
+    if (!list.empty()) {
+        void * block = list.back();
+        list.pop_back();
+        return block;
+    }
+    void * block = allocate(bytes);
+    bytes_ += bytes;
+    peak_ = std::max(peak_, bytes_);
+    return block;
+}
+
+void Queue::trim() {
+    for (auto & [bytes, list] : free_) {
+        for (void * block : list) {
+            release(block);
+            bytes_ -= bytes;
+        }
+        list.clear();
+    }
+}
+
+}  // namespace mixkvq::cuda
+
+namespace mixkvq {
+
+namespace {
+
+constexpr int kListed = 4096;     // pages or rows in one list
+constexpr int kReadPages = 32;    // of a read to the host, at a time
+constexpr float kQueryMemory = 8192;  // as in host memory: more query vectors than this fade
+
+cudaStream_t on(cuda::Queue & queue) { return static_cast<cudaStream_t>(queue.stream()); }
+
+cuda::KeyHead head_of(const KeyFormat & format, size_t offset) { return {format, uint32_t(offset)}; }
+cuda::ValueHead head_of(const ValueFormat & format, size_t offset) { return {format, uint32_t(offset)}; }
+
+// The heads as the kernels read them, to `to`.
+template <class Format> void send_heads(cuda::Queue & queue, const std::vector<Format> & formats, const PageLayout & layout, void * to) {
+    using Head = decltype(head_of(formats[0], 0));
+    auto * heads = static_cast<Head *>(queue.reserve(formats.size() * sizeof(Head)));
+    for (size_t h = 0; h < formats.size(); ++h) heads[h] = head_of(formats[h], layout.record_offset[h]);
+    queue.note(cudaMemcpyAsync(to, queue.send(), formats.size() * sizeof(Head), cudaMemcpyDefault, on(queue)));
+}
+
+}  // namespace
+
+CudaMemory::CudaMemory(std::shared_ptr<cuda::Queue> queue, int row, int n_pages) : queue_(std::move(queue)), row_(row) {
+    const size_t bytes = n_pages * sizeof(cuda::PageRef);
+    table_ = static_cast<cuda::PageRef *>(queue_->allocate(bytes));
+    queue_->note(cudaMemsetAsync(table_, 0, bytes, on(*queue_)));
+}
+
+CudaMemory::~CudaMemory() {
+    queue_->release(table_);
+    queue_->release(heads_);
+    queue_->release(sums_);
+}
+
+void CudaMemory::set_layout(const PageLayout & layout) {
+    layout_ = &layout;
+    queue_->release(heads_);  // of an earlier call that threw
+    heads_ = nullptr;
+    if (layout.is_value()) {
+        heads_ = queue_->allocate(layout.n_heads * sizeof(cuda::ValueHead));
+        send_heads(*queue_, layout.values, layout, heads_);
+        return;
+    }
+    heads_ = queue_->allocate(layout.n_heads * sizeof(cuda::KeyHead));
+    send_heads(*queue_, layout.keys, layout, heads_);
+    const size_t n = size_t(layout.n_heads) * layout.head_size, bytes = (3 * n + 1) * sizeof(float);
+    sums_ = static_cast<float *>(queue_->allocate(bytes));
+    queue_->note(cudaMemsetAsync(sums_, 0, bytes, on(*queue_)));
+    auto * importance = static_cast<float *>(queue_->reserve(n * sizeof(float)));
+    std::fill(importance, importance + n, 1.0f);
+    if (!layout.query_prior.empty()) std::copy(layout.query_prior.begin(), layout.query_prior.end(), importance);
+    queue_->note(cudaMemcpyAsync(sums().importance, queue_->send(), n * sizeof(float), cudaMemcpyDefault, on(*queue_)));
+}
+
+cuda::QuerySums CudaMemory::sums() const {
+    const size_t n = size_t(layout_->n_heads) * layout_->head_size;
+    return {sums_, sums_ + n, sums_ + 2 * n, sums_ + 3 * n};
+}
+
+half * CudaMemory::get() {
+    half * rows = static_cast<half *>(queue_->get(page_bytes()));
+    zero(rows, kPageCells);
+    return rows;
+}
+
+void CudaMemory::zero(half * rows, int n_rows) { queue_->note(cudaMemsetAsync(rows, 0, size_t(2) * n_rows * row_, on(*queue_))); }
+
+void CudaMemory::copy_bytes(void * to, const void * from, size_t bytes) {
+    queue_->note(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, on(*queue_)));
+}
+
+void CudaMemory::copy(half * to, const half * from) { copy_bytes(to, from, page_bytes()); }
+void CudaMemory::copy_records(uint8_t * to, const uint8_t * from) { copy_bytes(to, from, layout_->record_bytes); }
+
+static_assert(sizeof(PageJob) == sizeof(cuda::PageJob) && offsetof(PageJob, valid) == offsetof(cuda::PageJob, valid),
+              "a list of one is a list of the other");
+
+void CudaMemory::pack(const PageJob * jobs, int n, int) {
+    for (; n > 0; jobs += kListed, n -= kListed) {
+        const int m = std::min(n, kListed);
+        const auto * list = reinterpret_cast<const cuda::PageJob *>(queue_->send(jobs, m));
+        if (layout_->is_value()) {
+            cuda::pack_values(queue_->stream(), static_cast<cuda::ValueHead *>(heads_), layout_->n_heads, layout_->head_size, row_, list, m);
+        } else {
+            cuda::pack_keys(queue_->stream(), static_cast<cuda::KeyHead *>(heads_), layout_->n_heads, layout_->head_size, row_, list, m,
+                            sums().importance);
+        }
+    }
+}
+
+void CudaMemory::unpack(const PageJob * jobs, int n, int) {
+    for (; n > 0; jobs += kListed, n -= kListed) {
+        const int m = std::min(n, kListed);
+        const auto * list = reinterpret_cast<const cuda::PageJob *>(queue_->send(jobs, m));
+        if (layout_->is_value()) {
+            cuda::unpack_values(queue_->stream(), static_cast<cuda::ValueHead *>(heads_), layout_->n_heads, layout_->head_size, row_, list, m);
+        } else {
+            cuda::unpack_keys(queue_->stream(), static_cast<cuda::KeyHead *>(heads_), layout_->n_heads, layout_->head_size, row_, list, m);
+        }
+    }
+}
+
+void CudaMemory::write(half * const * to, int n, const Rows & from) {
+    const size_t row_bytes = size_t(row_) * (from.is_half ? sizeof(half) : sizeof(float));
+    const auto * source = static_cast<const uint8_t *>(from.data);
+    const int most = from.on_host ? int(std::max<size_t>(1, (128 << 10) / row_bytes)) : kListed;
+    for (; n > 0; to += most, n -= most, source += most * from.stride) {
+        const int m = std::min(n, most);
+        if (!from.on_host) {
+            cuda::write_rows(queue_->stream(), source, from.is_half, from.stride, queue_->send(to, m), m, row_);
+            continue;
+        }
+        // The rows, and behind them where they go.
+        const size_t list = cuda::aligned(m * row_bytes);
+        auto * staged = static_cast<uint8_t *>(queue_->reserve(list + m * sizeof(half *)));
+        for (int i = 0; i < m; ++i) std::memcpy(staged + i * row_bytes, source + i * from.stride, row_bytes);
+        std::memcpy(staged + list, to, m * sizeof(half *));
+        const auto * here = static_cast<const uint8_t *>(queue_->send());
+        cuda::write_rows(queue_->stream(), here, from.is_half, row_bytes, reinterpret_cast<half * const *>(here + list), m, row_);
+    }
+}
+
+void CudaMemory::read_here(const PageSpan * spans, int n, half * rows) {
+    std::vector<PageJob> whole;
+    for (const PageSpan * s = spans; s < spans + n; rows += size_t(s->n) * row_, ++s) {
+        const size_t skip = size_t(s->cell) * row_, bytes = size_t(2) * s->n * row_;
+        if (s->rows) {
+            copy_bytes(rows, s->rows + skip, bytes);
+        } else if (!s->records) {
+            zero(rows, s->n);
+        } else if (s->n == kPageCells) {
+            whole.push_back({rows, const_cast<uint8_t *>(s->records), {}});
+        } else {
+            half * page = static_cast<half *>(queue_->get(page_bytes()));
+            const PageJob job = {page, const_cast<uint8_t *>(s->records), {}};
+            unpack(&job, 1, 1);
+            copy_bytes(rows, page + skip, bytes);
+            put(page);
+        }
+    }
+    unpack(whole.data(), int(whole.size()), 1);
+}
+
+void CudaMemory::read(const PageSpan * spans, int n, half * rows) {
+    for (; n > 0; spans += kReadPages, n -= kReadPages) {
+        const int m = std::min(n, kReadPages);
+        size_t n_rows = 0;
+        for (int i = 0; i < m; ++i) n_rows += spans[i].n;
+        const size_t bytes = 2 * n_rows * row_;
+        half * here = static_cast<half *>(queue_->workspace(bytes));
+        read_here(spans, m, here);
+        queue_->note(cudaMemcpyAsync(rows, here, bytes, cudaMemcpyDeviceToHost, on(*queue_)));
+        queue_->synchronize();
+        rows += n_rows * row_;
+    }
+}
+
+void CudaMemory::observe(const Queries & q, int) {
+    cuda::observe(queue_->stream(), sums(), q.q, q.token, q.head, q.stream, q.n_tokens, q.n_streams, layout_->n_heads, q.n_heads / layout_->n_heads,
+                  layout_->head_size, kQueryMemory);
+    any_queries_ |= q.n_tokens > 0 && q.n_streams > 0;
+}
+
+bool CudaMemory::query_statistics(float * mean_abs, float * mean_sqr) {
+    if (!layout_ || !sums_) return false;
+    const size_t n = size_t(layout_->n_heads) * layout_->head_size;
+    std::fill(mean_abs, mean_abs + n, 1.0f);
+    std::fill(mean_sqr, mean_sqr + n, 1.0f);
+    if (!any_queries_) return false;
+    const cuda::Queue::Piece all = {sums_, (3 * n + 1) * sizeof(float)};
+    const auto * sums = reinterpret_cast<const float *>(queue_->fetch(&all, 1));
+    const float count = sums[3 * n];
+    for (size_t i = 0; i < n && count > 0; ++i) {
+        mean_abs[i] = sums[i] / count;
+        mean_sqr[i] = sums[n + i] / count;
+    }
+    return count > 0;
+}
+
+const cuda::PageRef * CudaMemory::pages_of(PageStore & store) {
+    const int n_pages = store.shape().n_pages();
+    std::vector<cuda::TableEntry> moved;
+    store.take_moved([&](int s, int p) {
+        const PageStore::Page & page = store.page(s, p);
+        moved.push_back({s * n_pages + p, {page.records, page.rows}});
+    });
+    for (size_t i = 0; i < moved.size(); i += kListed) {
+        const int m = int(std::min<size_t>(kListed, moved.size() - i));
+        cuda::set_table(on(*queue_), table_, queue_->send(moved.data() + i, m), m);
+    }
+    return table_;
+}
+
+void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, CudaMemory & value_memory, const AttentionCall & c) {
+    cuda::Queue & queue = key_memory.queue();
+    keys.observe({c.q, c.q_token, c.q_head, c.q_stream, c.n_tokens, c.n_heads, c.n_streams}, 1);
+
+    cuda::Attention a = {};
+    a.q = c.q;
+    a.q_token = c.q_token, a.q_head = c.q_head, a.q_stream = c.q_stream;
+    a.out = c.out;
+    a.out_token = c.out_token, a.out_head = c.out_head, a.out_stream = c.out_stream;
+    a.mask = c.mask;
+    a.mask_token = c.mask_token, a.mask_head = c.mask_head, a.mask_stream = c.mask_stream;
+    a.sinks = c.sinks;
+    a.n_tokens = c.n_tokens;
+    a.n_heads = c.n_heads;
+    a.n_kv_heads = keys.n_heads();
+    a.n_streams = c.n_streams;
+    a.n_kv = c.n_kv;
+    a.head_size_k = keys.head_size();
+    a.head_size_v = values.head_size();
+    a.scale = c.scale, a.max_bias = c.max_bias, a.softcap = c.softcap;
+    a.page_stride = keys.shape().n_pages();
+    a.key_pages = key_memory.pages_of(keys) + c.first_stream * a.page_stride;
+    a.value_pages = value_memory.pages_of(values) + c.first_stream * a.page_stride;
+    a.key_heads = static_cast<const cuda::KeyHead *>(key_memory.heads_);
+    a.value_heads = static_cast<const cuda::ValueHead *>(value_memory.heads_);
+    a.row_k = keys.shape().row;
+    a.row_v = values.shape().row;
+    for (int h = 0; h < a.n_kv_heads; ++h) {
+        a.most_n16 = std::max(a.most_n16, int(keys.key_format(h).n16));
+        a.any_grouped |= !values.value_format(h).rotated();
+    }
+    a.workspace = static_cast<float *>(queue.workspace(cuda::attention_workspace(a) * sizeof(float)));
+    cuda::attention(queue.stream(), a);
+}
+
+}  // namespace mixkvq

@@ -1,0 +1,103 @@
+// What attention asks of the hardware: tensor cores, matrices out of shared memory, prefetching.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "layout.cuh"
+
+namespace mixkvq::cuda {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr unsigned kWarp = 0xffffffffu;
+
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
+
+// 2^e for -126 <= e <= 127.
+__device__ __forceinline__ float power(int e) { return __int_as_float((127 + e) << 23); }
+
+// x, of which the compiler does not know that it stays the same: what is computed from it is not kept in registers across a loop.
+__device__ __forceinline__ int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+__device__ __forceinline__ __half2 as_half2(uint32_t x) {
+    __half2 h;
+    *reinterpret_cast<uint32_t *>(&h) = x;
+    return h;
+}
+__device__ __forceinline__ uint32_t as_bits(__half2 h) { return *reinterpret_cast<const uint32_t *>(&h); }
+
+__device__ __forceinline__ uint32_t pack2(float lo, float hi) { return as_bits(__floats2half2_rn(lo, hi)); }
+__device__ __forceinline__ float half_at(const uint8_t * section, int i) { return __half2float(reinterpret_cast<const __half *>(section)[i]); }
+
+// Small integers in both halves, exactly.
+__device__ __forceinline__ __half2 integers(uint32_t pair) { return __hsub2(as_half2(pair | 0x64006400u), as_half2(0x64006400u)); }
+
+// c += a b, 16 x 8 x 16, halves into floats.
+__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a2), "r"(a3), "r"(b1));
+#endif
+}
+
+// The transpose of an 8 x 8 matrix of halves: a lane gives row n8, columns 2j and 2j + 1, and gets the same place of the transpose.
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+// Four 8 x 8 matrices; lanes 8m to 8m + 7 name the rows of matrix m.
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const __half * row) {
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
+}
+__device__ __forceinline__ void load_transposed(uint32_t (&x)[4], const __half * row) {
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
+}
+
+// Brings a record into the L2 cache; called by a whole warp.
+__device__ __forceinline__ void prefetch_record(const uint8_t * record, uint32_t bytes) {
+    const int lane = threadIdx.x & 31;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (lane == 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(record)), "r"(bytes) : "memory");
+#else
+    for (uint32_t at = 128 * lane; at < bytes; at += 128 * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(record + at)));
+#endif
+}
+
+// 16 bytes that are read once.
+__device__ __forceinline__ uint4 load_stream(const void * at) {
+    uint4 x;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(__cvta_generic_to_global(at)));
+    return x;
+}
+__device__ __forceinline__ uint4 load_stream_if(bool wanted, const void * at) { return wanted ? load_stream(at) : make_uint4(0, 0, 0, 0); }
+
+__device__ __forceinline__ uint32_t part(const uint4 & x, int n) { return n == 0 ? x.x : n == 1 ? x.y : n == 2 ? x.z : x.w; }
+
+__device__ __forceinline__ unsigned warp_max(unsigned x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(kWarp, x);
+#else
+    for (int step = 16; step > 0; step /= 2) x = max(x, __shfl_xor_sync(kWarp, x, step));
+    return x;
+#endif
+}
+
+}  // namespace mixkvq::cuda

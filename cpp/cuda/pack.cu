@@ -1,0 +1,635 @@
+// Rows to records and back, and the query statistics. A block of threads takes a head of a page.
+//
+// Pack and unpack give the bytes of cpp/kernels/scalar.cpp: the same operations in the same order, none fused. Compile with -fmad=false, without
+// flushing to zero and with exact division and square root, or the bytes change. Pages are 16-byte aligned, their rows multiples of 8 halfs.
+#include "common.cuh"
+
+namespace mixkvq::cuda {
+namespace {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// --- rows -----------------------------------------------------------------------------------------------------
+
+__device__ half finite_half(float x) { return float_to_half(x); }
+__device__ half finite_half(half h) {
+    const int magnitude = h & 0x7fff;
+    return magnitude < 0x7c00 ? h : magnitude > 0x7c00 ? half(0) : half((h & 0x8000) | 0x7bff);
+}
+
+template <class Row>
+__global__ void write_rows_kernel(const uint8_t * source, size_t stride, half * const * destination, int row) {
+    half * to = destination[blockIdx.x];
+    if (!to) return;
+    const Row * from = reinterpret_cast<const Row *>(source + blockIdx.x * stride);
+    const bool aligned = ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) & 15) == 0;
+    const int vectors = aligned ? row / 8 : 0;
+    for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+        constexpr int n = 8 * sizeof(Row) / 16;
+        uint4 in[n], out;
+        for (int k = 0; k < n; ++k) in[k] = reinterpret_cast<const uint4 *>(from)[i * n + k];
+        Row x[8];
+        half h[8];
+        memcpy(x, in, sizeof in);
+        for (int k = 0; k < 8; ++k) h[k] = finite_half(x[k]);
+        memcpy(&out, h, sizeof out);
+        reinterpret_cast<uint4 *>(to)[i] = out;
+    }
+    for (int i = 8 * vectors + threadIdx.x; i < row; i += blockDim.x) to[i] = finite_half(from[i]);
+}
+
+// --- keys -----------------------------------------------------------------------------------------------------
+
+constexpr int kKeyThreads = 256;  // a thread per channel where channels are counted
+constexpr int kChunk = 64;        // tokens in shared memory at once: what a word of top bits covers
+constexpr int kSegment = 32;      // the smallest group
+static_assert(kKeyThreads >= kMaxHeadSize, "a thread per channel");
+
+// Halfs from token to token of a tile: an odd number of words, so that a column lies in different banks.
+__device__ int tile_width(int head_size) { return head_size + 2; }
+
+__device__ void load_tile(const half * rows, int row, int head_size, half * tile) {
+    const int vectors = head_size / 8, width = tile_width(head_size);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kChunk * vectors; i += kKeyThreads) {
+        const int t = i / vectors, d = i % vectors * 8;
+        const uint4 x = *reinterpret_cast<const uint4 *>(rows + size_t(t) * row + d);
+        uint32_t * to = reinterpret_cast<uint32_t *>(tile + t * width + d);
+        to[0] = x.x;
+        to[1] = x.y;
+        to[2] = x.z;
+        to[3] = x.w;
+    }
+}
+
+__device__ void store_tile(const half * tile, half * rows, int row, int head_size) {
+    const int vectors = head_size / 8, width = tile_width(head_size);
+    for (int i = threadIdx.x; i < kChunk * vectors; i += kKeyThreads) {
+        const int t = i / vectors, d = i % vectors * 8;
+        const uint32_t * from = reinterpret_cast<const uint32_t *>(tile + t * width + d);
+        *reinterpret_cast<uint4 *>(rows + size_t(t) * row + d) = make_uint4(from[0], from[1], from[2], from[3]);
+    }
+}
+
+struct KeyShared {
+    alignas(16) half tile[kChunk * (kMaxHeadSize + 2)];
+    // By segment and channel; from channel_ranges() on by group.
+    float lo[kPageCells / kSegment][kMaxHeadSize], hi[kPageCells / kSegment][kMaxHeadSize];
+    float salience[kMaxHeadSize];
+    uint8_t order[kMaxHeadSize];
+};
+
+// Least and largest number of the tile's channels in each segment; infinities where no cell holds a token.
+__device__ void segment_ranges(KeyShared & s, int head_size, int chunk, const CellMask & valid) {
+    const int pairs = head_size / 2, width = tile_width(head_size);
+    for (int i = threadIdx.x; i < pairs * (kChunk / kSegment); i += kKeyThreads) {
+        const int d = i % pairs * 2, segment = i / pairs;
+        const uint32_t cells = uint32_t(valid.word[chunk] >> kSegment * segment);
+        const half * x = s.tile + segment * kSegment * width + d;
+        float lo0 = INFINITY, lo1 = INFINITY, hi0 = -INFINITY, hi1 = -INFINITY;
+#pragma unroll 8
+        for (int t = 0; t < kSegment; ++t) {
+            const uint32_t both = *reinterpret_cast<const uint32_t *>(x + t * width);
+            if (!(cells >> t & 1)) continue;
+            const float a = half_to_float(half(both)), b = half_to_float(half(both >> 16));
+            lo0 = fminf(lo0, a);
+            hi0 = fmaxf(hi0, a);
+            lo1 = fminf(lo1, b);
+            hi1 = fmaxf(hi1, b);
+        }
+        const int at = chunk * (kChunk / kSegment) + segment;
+        s.lo[at][d] = lo0;
+        s.hi[at][d] = hi0;
+        s.lo[at][d + 1] = lo1;
+        s.hi[at][d + 1] = hi1;
+    }
+}
+
+// Segments to groups, in place, for channel d; returns the sum of the ranges. A zero becomes +0 whatever its sign.
+__device__ float channel_ranges(KeyShared & s, int group, int d) {
+    const int per_group = group / kSegment;
+    float sum = 0;
+    for (int g = 0; g < kPageCells / group; ++g) {
+        float lo = INFINITY, hi = -INFINITY;
+        for (int i = g * per_group; i < (g + 1) * per_group; ++i) {
+            lo = fminf(lo, s.lo[i][d]);
+            hi = fmaxf(hi, s.hi[i][d]);
+        }
+        s.lo[g][d] = lo = lo <= hi ? lo + 0.0f : 0.0f;
+        s.hi[g][d] = hi = hi >= lo ? hi + 0.0f : 0.0f;
+        sum += hi - lo;
+    }
+    return sum;
+}
+
+__device__ half affine_scale(float lo, float hi, int bits) { return float_to_half((hi - lo) / float((1 << bits) - 1)); }
+
+__device__ float inverse(half scale) {
+    const float s = half_to_float(scale);
+    return s > 0 ? 1.0f / s : 0.0f;
+}
+
+__device__ uint32_t affine_code(float x, float min, float inv, int bits) {
+    return uint32_t(fminf(fmaxf(rintf((x - min) * inv), 0.0f), float((1 << bits) - 1)));
+}
+
+// The tile's codes and F16 channels. s.lo and s.hi hold minima and inverse scales.
+__device__ void store_key_codes(const KeyShared & s, const KeyFormat & f, int chunk, uint64_t cells, uint8_t * record) {
+    const int width = tile_width(f.head_size), per_group = f.group / kSegment;
+    for (int i = threadIdx.x; i < f.n16 * (kChunk / 2); i += kKeyThreads) {
+        const int r = i / (kChunk / 2), t = i % (kChunk / 2) * 2;
+        const half * x = s.tile + t * width + s.order[r];
+        const uint32_t a = cells >> t & 1 ? x[0] : 0, b = cells >> (t + 1) & 1 ? x[width] : 0;
+        *reinterpret_cast<uint32_t *>(record + 2 * (r * kPageCells + chunk * kChunk + t)) = a | b << 16;
+    }
+    for (int i = threadIdx.x; i < (f.head_size - f.n16) * 2; i += kKeyThreads) {
+        const KeyQuad quad(f, i / 8);
+        const int t = i % 8;
+        uint32_t code[8] = {};
+        for (int r = 0; r < 4; ++r) {
+            const int d = s.order[f.n16 + i / 8 * 4 + r];
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+                const int g = (chunk * (kChunk / kSegment) + k / 4) / per_group;
+                const uint32_t c = affine_code(half_to_float(s.tile[(8 * k + t) * width + d]), s.lo[g][d], s.hi[g][d], quad.bits);
+                if (cells >> (8 * k + t) & 1) code[k] |= c << 8 * r;
+            }
+        }
+        uint32_t * low = reinterpret_cast<uint32_t *>(record + quad.offset);
+        store_codes(quad.bits, code, low + chunk * 8 * low_bits(quad.bits) + t, 8, low + 32 + chunk * 8 + t);
+    }
+}
+
+__global__ void __launch_bounds__(kKeyThreads) pack_keys_kernel(const KeyHead * heads, int n_heads, int row, const PageJob * jobs,
+                                                                const float * importance) {
+    __shared__ KeyShared s;
+    const int head = blockIdx.x % n_heads, d = threadIdx.x;
+    const PageJob & job = jobs[blockIdx.x / n_heads];
+    const KeyFormat f = heads[head].format;
+    const KeySections at(f);
+    const CellMask valid = job.valid;
+    const int n = f.head_size, groups = kPageCells / f.group;
+    const half * rows = job.rows + size_t(head) * n;
+    uint8_t * record = job.records + heads[head].record_offset;
+
+    for (int chunk = 0; chunk < 2; ++chunk) {
+        load_tile(rows + size_t(chunk) * kChunk * row, row, n, s.tile);
+        __syncthreads();
+        segment_ranges(s, n, chunk, valid);
+        __syncthreads();
+    }
+
+    float salience = 0;
+    if (d < n) {
+        salience = importance[size_t(head) * n + d] * channel_ranges(s, f.group, d);
+        if (!(salience > 0)) salience = 0;  // NaN sorts as 0
+        s.salience[d] = salience;
+    }
+    __syncthreads();
+    if (d < n) {
+        int rank = 0;
+        for (int i = 0; i < n; ++i) rank += s.salience[i] > salience || (s.salience[i] == salience && i < d);
+        s.order[rank] = uint8_t(d);
+        record[at.order + rank] = uint8_t(d);
+        const int coded = rank - f.n16;
+        for (int g = 0; g < groups && coded >= 0; ++g) {
+            const half scale = affine_scale(s.lo[g][d], s.hi[g][d], KeyQuad(f, coded / 4).bits);
+            reinterpret_cast<half *>(record + at.scale)[coded * groups + g] = scale;
+            reinterpret_cast<half *>(record + at.min)[coded * groups + g] = float_to_half(s.lo[g][d]);
+            s.hi[g][d] = inverse(scale);
+        }
+    }
+    for (uint32_t i = at.order + n + threadIdx.x; i < at.end; i += kKeyThreads) record[i] = 0;
+    __syncthreads();
+
+    store_key_codes(s, f, 1, valid.word[1], record);  // its tile is still there
+    __syncthreads();
+    load_tile(rows, row, n, s.tile);
+    __syncthreads();
+    store_key_codes(s, f, 0, valid.word[0], record);
+}
+
+__global__ void __launch_bounds__(kKeyThreads) unpack_keys_kernel(const KeyHead * heads, int n_heads, int row, const PageJob * jobs) {
+    alignas(16) __shared__ half tile[kChunk * (kMaxHeadSize + 2)];
+    const int head = blockIdx.x % n_heads;
+    const PageJob & job = jobs[blockIdx.x / n_heads];
+    const KeyFormat f = heads[head].format;
+    const KeySections at(f);
+    const int n = f.head_size, width = tile_width(n), groups = kPageCells / f.group, per_group = f.group / kSegment;
+    half * rows = job.rows + size_t(head) * n;
+    const uint8_t * record = job.records + heads[head].record_offset;
+    const uint8_t * order = record + at.order;
+
+    for (int chunk = 0; chunk < 2; ++chunk) {
+        for (int i = threadIdx.x; i < f.n16 * kChunk; i += kKeyThreads) {
+            const int r = i / kChunk, t = i % kChunk;
+            tile[t * width + order[r]] = reinterpret_cast<const half *>(record)[r * kPageCells + chunk * kChunk + t];
+        }
+        for (int i = threadIdx.x; i < (n - f.n16) * 2; i += kKeyThreads) {
+            const KeyQuad quad(f, i / 8);
+            const int t = i % 8, rank = i / 8 * 4;
+            const uint32_t * low = reinterpret_cast<const uint32_t *>(record + quad.offset);
+            for (int k = 0; k < 8; ++k) {
+                const uint32_t codes = load_codes(quad.bits, k, low + chunk * 8 * low_bits(quad.bits) + t, 8, low + 32 + chunk * 8 + t);
+                const int g = (chunk * (kChunk / kSegment) + k / 4) / per_group;
+                for (int r = 0; r < 4; ++r) {
+                    const float scale = half_to_float(reinterpret_cast<const half *>(record + at.scale)[(rank + r) * groups + g]);
+                    const float min = half_to_float(reinterpret_cast<const half *>(record + at.min)[(rank + r) * groups + g]);
+                    tile[(8 * k + t) * width + order[f.n16 + rank + r]] = float_to_half(min + float(codes >> 8 * r & 255) * scale);
+                }
+            }
+        }
+        __syncthreads();
+        store_tile(tile, rows + size_t(chunk) * kChunk * row, row, n);
+        __syncthreads();
+    }
+}
+
+// --- values ---------------------------------------------------------------------------------------------------
+
+constexpr int kValueThreads = 512;
+constexpr int kValueWarps = kValueThreads / 32;
+
+// A warp holds a token: lane l has dimensions l, l + 32, ... in its registers, 0 beyond the head.
+
+__device__ inline int lane() { return threadIdx.x % 32; }
+
+template <int slots>
+__device__ void load_row(const half * row, int n, float (&x)[slots]) {
+#pragma unroll
+    for (int i = 0; i < slots; ++i) {
+        const int d = lane() + 32 * i;
+        x[i] = d < n ? half_to_float(row[d]) : 0.0f;
+    }
+}
+
+// The normalised Walsh-Hadamard transform in blocks: distances below 32 between lanes, the rest between registers.
+template <int slots>
+__device__ void rotate(float (&x)[slots], int block) {
+#pragma unroll
+    for (int h = 1; h < 32; h *= 2) {
+        if (h >= block) break;
+#pragma unroll
+        for (int i = 0; i < slots; ++i) {
+            const float other = __shfl_xor_sync(kAllLanes, x[i], h);
+            x[i] = lane() & h ? other - x[i] : x[i] + other;
+        }
+    }
+#pragma unroll
+    for (int h = 1; h < slots; h *= 2) {
+        if (32 * h >= block) break;
+#pragma unroll
+        for (int i = 0; i < slots; ++i) {
+            if (i & h) continue;
+            const float a = x[i], b = x[i + h];
+            x[i] = a + b;
+            x[i + h] = a - b;
+        }
+    }
+    const float norm = 1.0f / sqrtf(float(block));
+#pragma unroll
+    for (int i = 0; i < slots; ++i) x[i] *= norm;
+}
+
+__device__ float warp_min(float x) {
+    for (int h = 16; h > 0; h /= 2) x = fminf(x, __shfl_xor_sync(kAllLanes, x, h));
+    return x;
+}
+__device__ float warp_max(float x) {
+    for (int h = 16; h > 0; h /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, h));
+    return x;
+}
+
+// page.h's, which is host code.
+__device__ float step_of(int bits) { return bits == 2 ? 0.9957f : bits == 3 ? 0.5860f : 0.3352f; }
+
+// The scale of a rotated token, known to all lanes.
+template <int slots>
+__device__ uint8_t rotated_scale(int bits, int n, const float (&x)[slots]) {
+    if (bits == 8) {
+        float top = 0;
+#pragma unroll
+        for (int i = 0; i < slots; ++i) top = fmaxf(top, fabsf(x[i]));
+        return scale_byte(warp_max(top) / 127.5f, 0x7f);  // upwards: nothing is cut off
+    }
+    float s = 0;  // of dimensions lane % 8, + 8, + 16, ...
+#pragma unroll
+    for (int i = 0; i < slots; ++i) {
+        const float square = x[i] * x[i];
+#pragma unroll
+        for (int k = 0; k < 32; k += 8) s += __shfl_sync(kAllLanes, square, lane() % 8 + k);
+    }
+    s += __shfl_xor_sync(kAllLanes, s, 4);
+    s += __shfl_xor_sync(kAllLanes, s, 2);
+    s += __shfl_xor_sync(kAllLanes, s, 1);
+    return scale_byte(sqrtf(s / float(n)) * step_of(bits), 0x40);
+}
+
+template <int slots>
+struct ValueShared {
+    uint32_t codes[kPageCells / 4 * 32 * slots];  // [token quad][dimension], a byte per token
+    float mean[32 * slots];
+};
+
+// The means of the page's rows, rotated, to the record and to `mean`.
+template <int slots>
+__device__ void rotated_means(const half * rows, int row, int n, const CellMask & valid, uint8_t * record, float * mean) {
+    const int d = threadIdx.x;
+    if (d < n) {
+        float sum = 0;
+#pragma unroll 16
+        for (int t = 0; t < kPageCells; ++t) {
+            const float x = half_to_float(rows[size_t(t) * row + d]);
+            if (holds(valid, t)) sum += x;
+        }
+        const int count = __popcll(valid.word[0]) + __popcll(valid.word[1]);
+        mean[d] = count > 0 ? sum / float(count) : 0.0f;
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        float x[slots];
+#pragma unroll
+        for (int i = 0; i < slots; ++i) x[i] = lane() + 32 * i < n ? mean[lane() + 32 * i] : 0.0f;
+        rotate(x, n & -n);
+#pragma unroll
+        for (int i = 0; i < slots; ++i) {
+            const int d = lane() + 32 * i;
+            if (d >= n) continue;
+            const uint8_t byte = mean_byte(x[i]);
+            record[d] = byte;
+            mean[d] = mean_of(byte);
+        }
+    }
+    __syncthreads();
+}
+
+// Codes of a token into x, and its scale into the record.
+template <int slots>
+__device__ void rotated_codes(const ValueFormat & f, const float * mean, float (&x)[slots], uint8_t * scale) {
+    const int n = f.head_size;
+    rotate(x, n & -n);
+#pragma unroll
+    for (int i = 0; i < slots; ++i) x[i] = lane() + 32 * i < n ? x[i] - mean[lane() + 32 * i] : 0.0f;
+    const uint8_t s = rotated_scale(f.bits, n, x);
+    if (lane() == 0) *scale = s;
+    const float inv = s > 0 ? 1.0f / scale_of(s) : 0.0f, middle = float(1 << (f.bits - 1));
+#pragma unroll
+    for (int i = 0; i < slots; ++i) x[i] = fminf(fmaxf(floorf(x[i] * inv), -middle), middle - 1.0f) + middle;
+}
+
+template <int slots>
+__device__ void grouped_codes(const ValueFormat & f, float (&x)[slots], half * scale, half * min) {
+#pragma unroll
+    for (int i = 0; i < slots; i += 2) {  // 64 dimensions: one group or two
+        float lo[2], hi[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const bool inside = lane() + 32 * (i + k) < f.head_size;
+            lo[k] = inside ? x[i + k] : INFINITY;
+            hi[k] = inside ? x[i + k] : -INFINITY;
+        }
+        if (f.group == 64) {
+            lo[0] = lo[1] = fminf(lo[0], lo[1]);
+            hi[0] = hi[1] = fmaxf(hi[0], hi[1]);
+        }
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            if (32 * (i + k) >= f.head_size) break;
+            const float low = warp_min(lo[k]) + 0.0f, high = warp_max(hi[k]) + 0.0f;  // a zero becomes +0
+            const half s = affine_scale(low, high, f.bits);
+            const int g = 32 * (i + k) / f.group;
+            if (lane() == 0) {
+                scale[g] = s;
+                min[g] = float_to_half(low);
+            }
+            x[i + k] = float(affine_code(x[i + k], low, inverse(s), f.bits));
+        }
+    }
+}
+
+template <int slots>
+__global__ void __launch_bounds__(kValueThreads) pack_values_kernel(const ValueHead * heads, int n_heads, int row, const PageJob * jobs) {
+    __shared__ ValueShared<slots> shared;
+    const int head = blockIdx.x % n_heads;
+    const PageJob & job = jobs[blockIdx.x / n_heads];
+    const ValueFormat f = heads[head].format;
+    const ValueSections at(f);
+    const CellMask valid = job.valid;
+    const int n = f.head_size;
+    const half * rows = job.rows + size_t(head) * n;
+    uint8_t * record = job.records + heads[head].record_offset;
+    half * scales = reinterpret_cast<half *>(record + at.scale);
+    half * mins = reinterpret_cast<half *>(record + at.min);
+    const bool rotated = f.group == 0;
+
+    if (rotated) rotated_means<slots>(rows, row, n, valid, record + at.mean, shared.mean);
+    for (int t = threadIdx.x / 32; t < kPageCells; t += kValueWarps) {
+        float x[slots] = {};
+        if (holds(valid, t)) {
+            load_row(rows + size_t(t) * row, n, x);
+            if (rotated) {
+                rotated_codes(f, shared.mean, x, record + at.scale + t);
+            } else {
+                grouped_codes(f, x, scales + t * at.groups, mins + t * at.groups);
+            }
+        } else if (rotated) {
+            if (lane() == 0) record[at.scale + t] = 0;
+        } else if (lane() < at.groups) {
+            scales[t * at.groups + lane()] = 0;
+            mins[t * at.groups + lane()] = 0;
+        }
+        uint8_t * code = reinterpret_cast<uint8_t *>(shared.codes + t / 4 * n) + t % 4;
+#pragma unroll
+        for (int i = 0; i < slots; ++i) {
+            const int d = lane() + 32 * i;
+            if (d < n) code[4 * d] = uint8_t(x[i]);
+        }
+    }
+    const uint32_t end = rotated ? at.mean + n : at.min + 2 * kPageCells * at.groups;
+    for (uint32_t i = end + threadIdx.x; i < at.end; i += kValueThreads) record[i] = 0;
+    __syncthreads();
+
+    for (int i = threadIdx.x; i < 4 * n; i += kValueThreads) {
+        const int chunk = i / n, d = i % n;
+        uint32_t code[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) code[k] = shared.codes[(chunk * 8 + k) * n + d];
+        uint32_t * words = reinterpret_cast<uint32_t *>(record);
+        store_codes(f.bits, code, words + chunk * low_bits(f.bits) * n + d, n, words + at.high / 4 + chunk * n + d);
+    }
+}
+
+template <int slots>
+__global__ void __launch_bounds__(kValueThreads) unpack_values_kernel(const ValueHead * heads, int n_heads, int row, const PageJob * jobs) {
+    const int head = blockIdx.x % n_heads;
+    const PageJob & job = jobs[blockIdx.x / n_heads];
+    const ValueFormat f = heads[head].format;
+    const ValueSections at(f);
+    const int n = f.head_size;
+    half * rows = job.rows + size_t(head) * n;
+    const uint8_t * record = job.records + heads[head].record_offset;
+    const uint32_t * words = reinterpret_cast<const uint32_t *>(record);
+    const half * scales = reinterpret_cast<const half *>(record + at.scale);
+    const half * mins = reinterpret_cast<const half *>(record + at.min);
+
+    for (int t = threadIdx.x / 32; t < kPageCells; t += kValueWarps) {
+        const int chunk = t / 32, k = t % 32 / 4;
+        float x[slots];
+#pragma unroll
+        for (int i = 0; i < slots; ++i) {
+            const int d = lane() + 32 * i;
+            x[i] = 0;
+            if (d >= n) continue;
+            const uint32_t codes = load_codes(f.bits, k, words + chunk * low_bits(f.bits) * n + d, n, words + at.high / 4 + chunk * n + d);
+            const float code = float(codes >> t % 4 * 8 & 255);
+            if (f.group == 0) {
+                x[i] = mean_of(record[at.mean + d]) + (code + 0.5f - float(1 << (f.bits - 1))) * scale_of(record[at.scale + t]);
+            } else {
+                const int g = t * at.groups + d / f.group;
+                x[i] = half_to_float(mins[g]) + code * half_to_float(scales[g]);
+            }
+        }
+        if (f.group == 0) rotate(x, n & -n);
+#pragma unroll
+        for (int i = 0; i < slots; ++i) {
+            const int d = lane() + 32 * i;
+            if (d < n) rows[size_t(t) * row + d] = float_to_half(x[i]);
+        }
+    }
+}
+
+// --- query statistics -----------------------------------------------------------------------------------------
+
+constexpr int kObserveThreads = 512;
+constexpr int kObserveChannels = 8;  // of a block: a sector of memory per query
+constexpr int kObserveRows = kObserveThreads / kObserveChannels;
+constexpr int kFewThreads = 1024;
+constexpr size_t kFew = 1 << 15;  // numbers that one block reads by itself
+
+struct Queries {
+    const float * q;
+    size_t token, head, stream;
+    int n_tokens, group, n;  // n: query vectors per KV head
+};
+
+// The query vectors of a KV head, `step` apart, channel d. Loads run ahead of the sums.
+__device__ void add_queries(const Queries & c, int kv_head, int d, int first, int step, float & abs, float & sqr) {
+    int token = first, head = 0, stream = 0;
+    const float * q = c.q + size_t(kv_head) * c.group * c.head + d;
+    for (int i = first; i < c.n;) {
+        float x[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k, i += step, token += step) {
+            for (; token >= c.n_tokens && i < c.n; token -= c.n_tokens) {
+                if (++head == c.group) {
+                    head = 0;
+                    ++stream;
+                }
+            }
+            x[k] = i < c.n ? q[token * c.token + head * c.head + stream * c.stream] : 0.0f;
+        }
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            abs += fabsf(x[k]);
+            sqr += x[k] * x[k];
+        }
+    }
+}
+
+// The new count, and by how much sums and count fade.
+struct Fading {
+    float count, factor = 1;
+
+    __device__ Fading(float old, int n, float memory) : count(old + float(n)) {
+        for (; count > memory && memory > 0; count *= 0.5f) factor *= 0.5f;
+    }
+};
+
+__device__ void add_sums(const QuerySums & sums, int at, float abs, float sqr, const Fading & fading) {
+    abs = (sums.abs[at] + abs) * fading.factor;
+    sums.abs[at] = abs;
+    sums.sqr[at] = (sums.sqr[at] + sqr) * fading.factor;
+    sums.importance[at] = abs / fading.count;
+}
+
+__global__ void __launch_bounds__(kObserveThreads) observe_kernel(QuerySums sums, Queries c, int head_size, float memory) {
+    __shared__ float abs[kObserveThreads], sqr[kObserveThreads];
+    const int chunks = head_size / kObserveChannels, kv_head = blockIdx.x / chunks, i = threadIdx.x;
+    const int d = blockIdx.x % chunks * kObserveChannels + i % kObserveChannels;
+    float a = 0, b = 0;
+    add_queries(c, kv_head, d, i / kObserveChannels, kObserveRows, a, b);
+    abs[i] = a;
+    sqr[i] = b;
+    for (int h = kObserveThreads / 2; h >= kObserveChannels; h /= 2) {
+        __syncthreads();
+        if (i >= h) continue;
+        abs[i] += abs[i + h];
+        sqr[i] += sqr[i + h];
+    }
+    if (i < kObserveChannels) add_sums(sums, kv_head * head_size + d, abs[i], sqr[i], Fading(*sums.count, c.n, memory));
+}
+
+// After observe_kernel, whose blocks all read the old count.
+__global__ void count_kernel(QuerySums sums, int n, float memory) { *sums.count = Fading(*sums.count, n, memory).count; }
+
+// Both in one, for a few queries.
+__global__ void __launch_bounds__(kFewThreads) observe_few_kernel(QuerySums sums, Queries c, int n_kv_heads, int head_size, float memory) {
+    const Fading fading(*sums.count, c.n, memory);
+    for (int i = threadIdx.x; i < n_kv_heads * head_size; i += kFewThreads) {
+        float abs = 0, sqr = 0;
+        add_queries(c, i / head_size, i % head_size, 0, 1, abs, sqr);
+        add_sums(sums, i, abs, sqr, fading);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) *sums.count = fading.count;
+}
+
+}  // namespace
+
+void write_rows(Stream stream, const void * source, bool source_is_half, size_t stride, half * const * destination, int n, int row) {
+    if (n == 0) return;
+    const uint8_t * bytes = static_cast<const uint8_t *>(source);
+    const int threads = row <= 512 ? 64 : row <= 1024 ? 128 : 256;
+    if (source_is_half) {
+        write_rows_kernel<half><<<n, threads, 0, static_cast<cudaStream_t>(stream)>>>(bytes, stride, destination, row);
+    } else {
+        write_rows_kernel<float><<<n, threads, 0, static_cast<cudaStream_t>(stream)>>>(bytes, stride, destination, row);
+    }
+}
+
+void pack_keys(Stream stream, const KeyHead * heads, int n_heads, int, int row, const PageJob * jobs, int n_jobs, const float * importance) {
+    if (n_jobs == 0) return;
+    pack_keys_kernel<<<n_jobs * n_heads, kKeyThreads, 0, static_cast<cudaStream_t>(stream)>>>(heads, n_heads, row, jobs, importance);
+}
+
+void unpack_keys(Stream stream, const KeyHead * heads, int n_heads, int, int row, const PageJob * jobs, int n_jobs) {
+    if (n_jobs == 0) return;
+    unpack_keys_kernel<<<n_jobs * n_heads, kKeyThreads, 0, static_cast<cudaStream_t>(stream)>>>(heads, n_heads, row, jobs);
+}
+
+void pack_values(Stream stream, const ValueHead * heads, int n_heads, int head_size, int row, const PageJob * jobs, int n_jobs) {
+    if (n_jobs == 0) return;
+    auto * kernel = head_size <= 128 ? pack_values_kernel<4> : pack_values_kernel<8>;
+    kernel<<<n_jobs * n_heads, kValueThreads, 0, static_cast<cudaStream_t>(stream)>>>(heads, n_heads, row, jobs);
+}
+
+void unpack_values(Stream stream, const ValueHead * heads, int n_heads, int head_size, int row, const PageJob * jobs, int n_jobs) {
+    if (n_jobs == 0) return;
+    auto * kernel = head_size <= 128 ? unpack_values_kernel<4> : unpack_values_kernel<8>;
+    kernel<<<n_jobs * n_heads, kValueThreads, 0, static_cast<cudaStream_t>(stream)>>>(heads, n_heads, row, jobs);
+}
+
+void observe(Stream stream, const QuerySums & sums, const float * q, size_t q_token, size_t q_head, size_t q_stream, int n_tokens, int n_streams,
+             int n_kv_heads, int group, int head_size, float memory) {
+    const Queries queries = {q, q_token, q_head, q_stream, n_tokens, group, n_tokens * n_streams * group};
+    if (queries.n == 0) return;
+    const auto on = static_cast<cudaStream_t>(stream);
+    if (size_t(queries.n) * n_kv_heads * head_size <= kFew) {
+        observe_few_kernel<<<1, kFewThreads, 0, on>>>(sums, queries, n_kv_heads, head_size, memory);
+    } else {
+        observe_kernel<<<n_kv_heads * (head_size / kObserveChannels), kObserveThreads, 0, on>>>(sums, queries, head_size, memory);
+        count_kernel<<<1, 1, 0, on>>>(sums, queries.n, memory);
+    }
+}
+
+}  // namespace mixkvq::cuda

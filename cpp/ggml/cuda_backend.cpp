@@ -1,0 +1,467 @@
+// The backend of a CUDA device. A graph is cut at the operations on caches: what lies between them goes to the inner backend as it is, the operations
+// go to the queue of their cache, and events keep the two in order.
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "glue.h"
+#include "mixkvq/cuda_memory.h"
+
+namespace mixkvq::glue {
+
+namespace {
+
+enum class Kind {
+    view,    // computes nothing
+    inner,   // for the inner backend, as it is
+    write,   // rows into pages
+    attend,
+    shift,
+    copies,  // for the inner backend, on copies of what is in a cache
+};
+
+// Index lists of a graph on the host.
+struct Indices {
+    const void * at;  // on the GPU
+    std::vector<uint8_t> bytes;
+};
+
+struct CudaContext {
+    ggml_backend_t inner = nullptr;
+    ggml_backend_event_t inner_done = nullptr;
+    ggml_backend_event queue_done = {};
+    std::vector<std::weak_ptr<cuda::Queue>> queues;  // that graphs have used
+    std::vector<PageStore::Cell> cells;              // of a write
+    std::vector<Indices> indices;
+
+    // By node, of the last graph.
+    std::vector<Kind> kinds;
+    uint64_t graph_uid = 0, mode_changes = 0;
+    bool any_cache = false;
+};
+
+CudaContext & get(ggml_backend_t backend) { return *static_cast<CudaContext *>(backend->context); }
+
+bool is_packed(const CacheTensor & t) { return t.mode != CacheTensor::Mode::plain; }
+// A plain tensor whose data is where llama.cpp put it.
+bool is_as_it_is(const CacheTensor & t) {
+    const uint8_t * base = t.owner->memory->base();
+    return !is_packed(t) && t.plain_data >= base && t.plain_data < base + t.owner->size;
+}
+
+Kind kind_of(const ggml_tensor * node) {
+    if (is_view(node->op) || !(node->flags & GGML_TENSOR_FLAG_COMPUTE) || ggml_is_empty(node)) return Kind::view;
+    CacheTensor * to = cache_of(node);
+    bool any = to && !is_as_it_is(*to);
+    for (int i = 0; i < GGML_MAX_SRC && !any; ++i) {
+        const CacheTensor * t = node->src[i] ? cache_of(node->src[i]) : nullptr;
+        any = t && !is_as_it_is(*t);
+    }
+    if (!any) return Kind::inner;
+    if (node->op == GGML_OP_SET_ROWS && to && can_write_rows(*to, node)) return Kind::write;
+    if (to && node->op == GGML_OP_ROPE && is_shift(*to, node)) return Kind::shift;
+    if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+        const CacheTensor * k = cache_of(node->src[1]);
+        const CacheTensor * v = cache_of(node->src[2]);
+        if (can_attend(k, v, node) && k->owner == v->owner && k->store->shape().n_pages() == v->store->shape().n_pages()) return Kind::attend;
+    }
+    return Kind::copies;
+}
+
+bool is_input(const ggml_tensor * t) { return root_of(t)->op == GGML_OP_NONE; }
+
+class Run {
+  public:
+    Run(CudaContext & context, ggml_cgraph * graph) : c_(context), graph_(graph) {}
+    ggml_status operator()();
+
+  private:
+    void classify();
+    cuda::Queue & use(const CacheTensor & t);
+    void to_inner();
+    ggml_status flush();
+    bool settle();
+    void fetch_inputs();
+    const uint8_t * indices_of(const ggml_tensor * tensor, cuda::Queue & queue);
+    void fetch(const std::vector<const ggml_tensor *> & tensors, cuda::Queue & queue);
+    ggml_status write(CacheTensor & t, const ggml_tensor * op);
+    ggml_status shift(CacheTensor & t, const ggml_tensor * op);
+    ggml_status on_copies(ggml_tensor * op);
+
+    CudaContext & c_;
+    ggml_cgraph * graph_;
+    int first_ = -1, end_ = 0;             // nodes that the inner backend has not been given yet
+    bool inner_ahead_ = true;              // it has work that the queue does not wait for,
+    cuda::Queue * queue_ = nullptr;        // and this queue work that it does not wait for
+    std::vector<CacheTensor *> attended_;  // to be settled
+    std::vector<std::shared_ptr<cuda::Queue>> used_;
+    std::vector<Buffer *> buffers_;
+};
+
+// The queue of a cache, behind all that the inner backend has been given.
+cuda::Queue & Run::use(const CacheTensor & t) {
+    const auto shared = queue_of(*t.owner);
+    cuda::Queue * queue = shared.get();
+    if (queue_ && queue_ != queue) to_inner();
+    if (std::find(used_.begin(), used_.end(), shared) == used_.end()) {
+        used_.push_back(shared);
+        buffers_.push_back(t.owner);
+        auto & known = c_.queues;
+        known.erase(std::remove_if(known.begin(), known.end(), [&](auto & weak) { return weak.expired() || weak.lock() == shared; }), known.end());
+        known.push_back(shared);
+        inner_ahead_ = true;
+    }
+    if (inner_ahead_ || queue_ != queue) {
+        ggml_backend_event_record(c_.inner_done, c_.inner);
+        queue->wait_for(c_.inner_done->context);
+        inner_ahead_ = false;
+    }
+    queue_ = queue;
+    return *queue;
+}
+
+// The inner backend waits for the queue.
+void Run::to_inner() {
+    if (!queue_) return;
+    c_.queue_done.context = queue_->mark();
+    ggml_backend_event_wait(c_.inner, &c_.queue_done);
+    queue_ = nullptr;
+    inner_ahead_ = true;
+}
+
+// Gives the inner backend what has gathered for it: a slice of the graph, which it can tell apart and fuse like the graph itself.
+ggml_status Run::flush() {
+    if (first_ < 0) return GGML_STATUS_SUCCESS;
+    to_inner();
+    ggml_cgraph slice = *graph_;
+    slice.nodes += first_;
+    slice.n_nodes = end_ - first_;
+    slice.size = slice.n_leafs = 0;
+    slice.grads = slice.grad_accs = slice.leafs = nullptr;
+    const uint64_t most = uint64_t(1) << 20;
+    const bool known = graph_->uid && graph_->uid < 4 * most && uint64_t(graph_->n_nodes) < most;
+    slice.uid = known ? (graph_->uid * most + first_) * most + end_ : 0;
+    first_ = -1;
+    inner_ahead_ = true;
+    const ggml_status status = ggml_backend_graph_compute_async(c_.inner, &slice);
+    if (status != GGML_STATUS_SUCCESS) return status;
+    return settle() ? status : GGML_STATUS_FAILED;
+}
+
+// After the attention of a batch its older pages can go. The inner backend does not wait for that.
+bool Run::settle() {
+    const bool taken = std::all_of(attended_.begin(), attended_.end(), [](CacheTensor * t) { return t->store->settle(1); });
+    attended_.clear();
+    return taken;
+}
+
+void Run::fetch(const std::vector<const ggml_tensor *> & tensors, cuda::Queue & queue) {
+    std::vector<cuda::Queue::Piece> pieces;
+    for (const ggml_tensor * t : tensors) pieces.push_back({t->data, ggml_nbytes(t)});
+    const uint8_t * from = queue.fetch(pieces.data(), pieces.size());
+    for (const ggml_tensor * t : tensors) {
+        c_.indices.push_back({t->data, {from, from + ggml_nbytes(t)}});
+        from += (ggml_nbytes(t) + 63) / 64 * 64;
+    }
+}
+
+// Lists that are inputs of the graph have been set before it. They come all at once, before anything is computed: nothing is waited for later, and
+// nothing has taken their place yet.
+void Run::fetch_inputs() {
+    std::vector<const ggml_tensor *> wanted;
+    const CacheTensor * cache = nullptr;
+    for (int i = 0; i < graph_->n_nodes; ++i) {
+        if (c_.kinds[i] != Kind::write && c_.kinds[i] != Kind::shift) continue;
+        const ggml_tensor * t = graph_->nodes[i]->src[1];
+        auto is_same = [&](const ggml_tensor * other) { return other->data == t->data && ggml_nbytes(other) >= ggml_nbytes(t); };
+        if (!is_input(t) || std::any_of(wanted.begin(), wanted.end(), is_same)) continue;
+        wanted.push_back(t);
+        cache = cache_of(graph_->nodes[i]);
+    }
+    c_.indices.clear();
+    if (cache) fetch(wanted, *queue_of(*cache->owner));
+}
+
+// The list on the host. `queue` waits for the inner backend, in case that computes it.
+const uint8_t * Run::indices_of(const ggml_tensor * tensor, cuda::Queue & queue) {
+    auto is_it = [&](const Indices & i) { return i.at == tensor->data && i.bytes.size() >= ggml_nbytes(tensor); };
+    if (!is_input(tensor)) {
+        c_.indices.erase(std::remove_if(c_.indices.begin(), c_.indices.end(), is_it), c_.indices.end());
+        fetch({tensor}, queue);
+    }
+    return std::find_if(c_.indices.begin(), c_.indices.end(), is_it)->bytes.data();
+}
+
+ggml_status Run::write(CacheTensor & t, const ggml_tensor * op) {
+    cuda::Queue & queue = use(t);
+    const uint8_t * indices = indices_of(op->src[1], queue);
+    const ggml_tensor * rows = op->src[0];
+    const int n_cells = t.store->shape().n_cells;
+    const int64_t n_all = int64_t(n_cells) * t.store->shape().n_streams;
+    if (!t.store->settle(1)) return GGML_STATUS_FAILED;  // normally nothing to do
+    c_.cells.clear();
+    for (int64_t i = 0; i < rows->ne[1]; ++i) {
+        const int64_t cell = index_at(indices, op->src[1], i);
+        if (cell < 0 || cell >= n_all) return GGML_STATUS_FAILED;
+        c_.cells.push_back({int(cell / n_cells), int(cell % n_cells)});
+    }
+    t.store->write(c_.cells.data(), int(c_.cells.size()), {rows->data, rows->nb[1], rows->type != GGML_TYPE_F32, false});
+    return GGML_STATUS_SUCCESS;
+}
+
+// Turns the keys page by page, only where the shift is not zero, so that no more than a page is ever unpacked.
+ggml_status Run::shift(CacheTensor & t, const ggml_tensor * op) {
+    const StoreShape & shape = t.store->shape();
+    const ggml_tensor * positions = op->src[1];
+    const auto * by = reinterpret_cast<const int32_t *>(indices_of(positions, use(t)));
+    const size_t skip = offset_in_cache(op->src[0]);
+    ggml_status status = GGML_STATUS_SUCCESS;
+    for (int s = 0; s < shape.n_streams; ++s) {
+        for (int p = 0; p < shape.n_pages() && status == GGML_STATUS_SUCCESS; ++p) {
+            const int cell = p * kPageCells, n = std::min(kPageCells, shape.n_cells - cell);
+            const size_t at = size_t(s) * shape.n_cells + cell;
+            if (std::all_of(by + at, by + at + n, [](int32_t x) { return x == 0; })) continue;
+            use(t);
+            t.store->edit_page(s, p, 1, [&](half * rows) {
+                ggml_tensor k = *op->src[0], page_by = *positions, node = *op;
+                k.buffer = node.buffer = inner_buffer(*t.owner);
+                k.view_src = node.view_src = page_by.view_src = nullptr;
+                k.data = node.data = reinterpret_cast<char *>(rows) + skip;
+                k.ne[2] = node.ne[2] = page_by.ne[0] = n;
+                page_by.data = static_cast<int32_t *>(positions->data) + at;
+                page_by.buffer = root_of(positions)->buffer;
+                node.src[0] = &k;
+                node.src[1] = &page_by;
+                to_inner();
+                status = run_node(c_.inner, &node);
+                use(t);
+            });
+        }
+    }
+    return status;
+}
+
+// ---- anything else: the inner backend on F16 copies ----
+
+// What a tensor covers of a cache, from the beginning of its first cell to the end of its last.
+struct Span {
+    CacheTensor * cache;
+    size_t first, n;  // cells of all streams
+    size_t skip;      // bytes of the first cell before the tensor
+
+    explicit Span(const ggml_tensor * t) : cache(cache_of(t)) {
+        const size_t offset = offset_in_cache(t), row = cache->row_bytes;
+        first = offset / row;
+        skip = offset % row;
+        n = (skip + ggml_nbytes(t) + row - 1) / row;
+    }
+    size_t bytes() const { return (n * cache->row_bytes + 255) / 256 * 256; }
+    void read(half * to) const {
+        const size_t n_cells = cache->store->shape().n_cells;
+        std::vector<PageSpan> pages;
+        for (size_t i = first; i < first + n;) {
+            const size_t cell = i % n_cells, in_page = cell % kPageCells;
+            const size_t m = std::min({first + n - i, kPageCells - in_page, n_cells - cell});
+            const PageStore::Page & page = cache->store->page(int(i / n_cells), int(cell / kPageCells));
+            pages.push_back({page.rows, page.records, int(in_page), int(m)});
+            i += m;
+        }
+        cache->cuda->read_here(pages.data(), int(pages.size()), to);
+    }
+};
+
+ggml_status Run::on_copies(ggml_tensor * op) {
+    ggml_tensor result = *op, sources[GGML_MAX_SRC];
+    CacheTensor * const to = cache_of(op);
+    const bool packed_result = to && is_packed(*to);
+    std::vector<ggml_tensor *> copied;  // ours, with data that is yet to come
+    std::vector<Span> spans;
+    auto stand_in = [&](const ggml_tensor * t, ggml_tensor & with) {
+        CacheTensor * cache = cache_of(t);
+        with = *t;
+        with.view_src = nullptr;
+        with.buffer = inner_buffer(*cache->owner);
+        with.extra = nullptr;
+        if (is_packed(*cache)) {
+            copied.push_back(&with);
+            spans.emplace_back(t);
+        } else {
+            with.data = cache->plain_data + offset_in_cache(t);
+        }
+    };
+    if (to) stand_in(op, result);
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        const ggml_tensor * src = op->src[i];
+        if (!src || !cache_of(src)) continue;
+        result.src[i] = &sources[i];
+        stand_in(src, sources[i]);
+    }
+    to_inner();
+    if (!copied.empty()) {
+        cuda::Queue & queue = use(*spans[0].cache);
+        size_t bytes = 0;
+        for (const Span & span : spans) bytes += span.bytes();
+        auto * at = static_cast<uint8_t *>(queue.workspace(bytes));
+        uint8_t * const result_at = at;
+        for (size_t i = 0; i < spans.size(); ++i) {
+            if (spans[i].cache->owner != spans[0].cache->owner) {
+                warn_once("an operation on two caches of different buffers cannot be computed on the GPU");
+                return GGML_STATUS_FAILED;
+            }
+            // An operation in place must see one copy, not two.
+            const bool same = packed_result && i > 0 && spans[i].cache == to && spans[i].first == spans[0].first && spans[i].skip == spans[0].skip;
+            if (!same) spans[i].read(reinterpret_cast<half *>(at));
+            copied[i]->data = (same ? result_at : at) + spans[i].skip;
+            at += same ? 0 : spans[i].bytes();
+        }
+        to_inner();
+    }
+    const ggml_status status = run_node(c_.inner, &result);
+    inner_ahead_ = true;
+    if (status != GGML_STATUS_SUCCESS || !packed_result) return status;
+    std::vector<uint8_t> bytes(ggml_nbytes(op));
+    ggml_backend_synchronize(c_.inner);
+    to->owner->memory->get(bytes.data(), static_cast<uint8_t *>(result.data), bytes.size());
+    to->write(offset_in_cache(op), bytes.data(), bytes.size(), 1);
+    return status;
+}
+
+// What the nodes are. A graph that comes again, token by token, is looked at once.
+void Run::classify() {
+    const size_t n = graph_->n_nodes;
+    if (graph_->uid && graph_->uid == c_.graph_uid && n == c_.kinds.size() && mode_changes == c_.mode_changes) return;
+    for (size_t i = 0; i < n; ++i) {
+        if (!is_view(graph_->nodes[i]->op)) learn_geometry(graph_->nodes[i]);
+    }
+    c_.graph_uid = graph_->uid;
+    c_.mode_changes = mode_changes;
+    c_.kinds.resize(n);
+    c_.any_cache = false;
+    for (size_t i = 0; i < n; ++i) {
+        c_.kinds[i] = kind_of(graph_->nodes[i]);
+        c_.any_cache |= c_.kinds[i] != Kind::view && c_.kinds[i] != Kind::inner;
+    }
+}
+
+ggml_status Run::operator()() {
+    classify();
+    if (!c_.any_cache) return ggml_backend_graph_compute_async(c_.inner, graph_);
+
+    fetch_inputs();
+    ggml_status status = GGML_STATUS_SUCCESS;
+    for (int i = 0; i < graph_->n_nodes && status == GGML_STATUS_SUCCESS; ++i) {
+        ggml_tensor * node = graph_->nodes[i];
+        const Kind kind = c_.kinds[i];
+        if (kind == Kind::view) continue;
+        if (kind == Kind::inner) {
+            if (first_ < 0) first_ = i;
+            end_ = i + 1;
+            continue;
+        }
+        status = flush();
+        if (status != GGML_STATUS_SUCCESS) break;
+        if (kind == Kind::write) {
+            status = write(*cache_of(node), node);
+        } else if (kind == Kind::shift) {
+            status = shift(*cache_of(node), node);
+        } else {
+            CacheTensor * k = node->op == GGML_OP_FLASH_ATTN_EXT ? cache_of(node->src[1]) : nullptr;
+            CacheTensor * v = k ? cache_of(node->src[2]) : nullptr;
+            if (kind == Kind::attend) {
+                use(*k);
+                attention(*k->store, *k->cuda, *v->store, *v->cuda, attention_call(*k, node));
+            } else {
+                if (k && v && (k->mode == CacheTensor::Mode::packed || v->mode == CacheTensor::Mode::packed)) warn_unpacked(*k);
+                status = on_copies(node);
+            }
+            for (CacheTensor * t : {k, v}) {
+                if (t && t->mode == CacheTensor::Mode::packed) attended_.push_back(t);
+            }
+        }
+    }
+    if (status == GGML_STATUS_SUCCESS) status = flush();
+    to_inner();
+    if (!settle()) status = GGML_STATUS_FAILED;
+    for (Buffer * buffer : buffers_) buffer->memory->trim();
+    for (const auto & queue : used_) {
+        if (!queue->error()) continue;
+        warn_once(queue->error());
+        status = GGML_STATUS_FAILED;
+    }
+    return status;
+}
+
+// ---- the backend ----
+
+ggml_guid guid = {0x6d, 0x69, 0x78, 0x6b, 0x76, 0x71, 0x2d, 0x63, 0x75, 0x64, 0x61, 0x67, 0x67, 0x6d, 0x6c, 0x01};
+
+const char * get_name(ggml_backend_t backend) { return ggml_backend_dev_name(backend->device); }
+
+void synchronize(ggml_backend_t backend) {
+    for (const auto & weak : get(backend).queues) {
+        if (const auto queue = weak.lock()) queue->synchronize();
+    }
+    ggml_backend_synchronize(get(backend).inner);
+}
+
+void free_backend(ggml_backend_t backend) {
+    synchronize(backend);
+    CudaContext & context = get(backend);
+    ggml_backend_event_free(context.inner_done);
+    ggml_backend_free(context.inner);
+    delete &context;
+    delete backend;
+}
+
+ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    try {
+        return Run(get(backend), graph)();
+    } catch (const std::bad_alloc &) {
+        warn_once("out of GPU memory in the cache");
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+}
+
+// What the inner backend says before memory is laid out: which results have to stay for operations that it fuses. If it would also spread the graph
+// over streams, it is not asked: it could not join them where we cut.
+void graph_optimize(ggml_backend_t backend, ggml_cgraph * graph, ggml_backend_graph_optimize_params * params) {
+    static const char * const streams = std::getenv("GGML_CUDA_GRAPH_OPT");
+    ggml_backend_t inner = get(backend).inner;
+    if (inner->iface.graph_optimize && (!streams || std::atoi(streams) != 1)) inner->iface.graph_optimize(inner, graph, params);
+}
+
+void event_record(ggml_backend_t backend, ggml_backend_event_t event) { ggml_backend_event_record(event, get(backend).inner); }
+void event_wait(ggml_backend_t backend, ggml_backend_event_t event) { ggml_backend_event_wait(get(backend).inner, event); }
+
+}  // namespace
+
+ggml_backend_t make_cuda_backend(ggml_backend_dev_t device) {
+    ggml_backend_dev_t inner_device = static_cast<Device *>(device->context)->inner;
+    ggml_backend_t inner = ggml_backend_dev_init(inner_device, nullptr);
+    if (!inner) return nullptr;
+    ggml_backend_event_t inner_done = ggml_backend_event_new(inner_device);
+    if (!inner_done) {
+        ggml_backend_free(inner);
+        warn_once("this build of ggml has no events for CUDA, which a cache on the GPU needs; use the device MIXKVQ-CPU");
+        return nullptr;
+    }
+    auto * context = new CudaContext;
+    context->inner = inner;
+    context->inner_done = inner_done;
+    context->queue_done.device = inner_device;
+    auto * backend = new ggml_backend{};
+    backend->guid = &guid;
+    backend->iface.get_name = get_name;
+    backend->iface.free = free_backend;
+    backend->iface.synchronize = synchronize;
+    backend->iface.graph_compute = graph_compute;
+    backend->iface.event_record = event_record;
+    backend->iface.event_wait = event_wait;
+    backend->iface.graph_optimize = graph_optimize;
+    backend->device = device;
+    backend->context = context;
+    return backend;
+}
+
+}  // namespace mixkvq::glue

@@ -1,0 +1,214 @@
+// The devices over ggml's CUDA devices. Each computes whole graphs, so that nothing is copied between backends: the inner device does everything but
+// the operations on a cache. Weights and results are the inner device's memory, and so are our buffers, with the cache tensors in them.
+
+#include <cstdio>
+#include <cstring>
+#include <new>
+
+#include "glue.h"
+#include "mixkvq/cuda_memory.h"
+
+namespace mixkvq::glue {
+
+namespace {
+
+struct CudaDevice final : Device {
+    int number = -1;  // CUDA's
+};
+
+// ---- buffers ----
+
+class CudaBuffer final : public BufferMemory {
+  public:
+    CudaBuffer(CudaDevice & device, ggml_backend_buffer_t inner) : device_(device), inner_(inner) {}
+    ~CudaBuffer() override {
+        if (queue_) queue_->synchronize();
+        for (ggml_backend_buffer_t more : more_) ggml_backend_buffer_free(more);
+        ggml_backend_buffer_free(inner_);
+    }
+
+    ggml_backend_buffer_t inner() const { return inner_; }
+    const std::shared_ptr<cuda::Queue> & queue() const { return queue_; }
+
+    uint8_t * base() const override { return static_cast<uint8_t *>(ggml_backend_buffer_get_base(inner_)); }
+    bool is_zero() const override { return false; }
+    const char * isa() const override { return "cuda"; }
+
+    std::unique_ptr<PageMemory> pages(CacheTensor & tensor, const StoreShape & shape) override {
+        if (!queue_) queue_ = std::make_shared<cuda::Queue>(device_.number);
+        auto pages = std::make_unique<CudaMemory>(queue_, shape.row, shape.n_pages() * shape.n_streams);
+        tensor.cuda = pages.get();
+        return pages;
+    }
+    void trim() override {
+        if (queue_) queue_->trim();
+    }
+    size_t scratch_bytes() const override { return queue_ ? queue_->bytes() : 0; }
+    size_t scratch_bytes_peak() const override { return queue_ ? queue_->bytes_peak() : 0; }
+
+    uint8_t * allocate(size_t bytes) override {
+        ggml_backend_buffer_t more = ggml_backend_buft_alloc_buffer(inner_->buft, bytes);
+        if (!more) throw std::bad_alloc();
+        more_.push_back(more);
+        ggml_backend_buffer_clear(more, 0);
+        return static_cast<uint8_t *>(ggml_backend_buffer_get_base(more));
+    }
+    void set(uint8_t * to, const void * from, size_t bytes) override {
+        ggml_tensor t = bytes_at(to, bytes);
+        inner_->iface.set_tensor(inner_, &t, from, 0, bytes);
+    }
+    void get(void * to, const uint8_t * from, size_t bytes) const override {
+        const ggml_tensor t = bytes_at(const_cast<uint8_t *>(from), bytes);
+        inner_->iface.get_tensor(inner_, &t, to, 0, bytes);
+    }
+    void fill(uint8_t * at, uint8_t value, size_t bytes) override {
+        ggml_tensor t = bytes_at(at, bytes);
+        inner_->iface.memset_tensor(inner_, &t, value, 0, bytes);
+    }
+    void zero_all() override {}  // pages are zeroed when they are taken
+
+    ggml_status init(ggml_tensor * t) override { return inner_->iface.init_tensor ? inner_->iface.init_tensor(inner_, t) : GGML_STATUS_SUCCESS; }
+    bool copy(const ggml_tensor * src, ggml_tensor * dst) override {
+        if (!inner_->iface.cpy_tensor) return false;
+        ggml_tensor from = *src, to = *dst;
+        from.view_src = to.view_src = nullptr;
+        from.buffer = root_of(src)->buffer;
+        to.buffer = inner_;
+        if (const Buffer * ours = buffer_of(src)) from.buffer = inner_buffer(*ours);
+        return from.buffer && inner_->iface.cpy_tensor(inner_, &from, &to);
+    }
+
+  private:
+    ggml_tensor bytes_at(uint8_t * at, size_t n) const {
+        ggml_tensor t = {};
+        t.type = GGML_TYPE_I8;
+        t.buffer = inner_;
+        t.data = at;
+        t.ne[0] = int64_t(n);
+        t.ne[1] = t.ne[2] = t.ne[3] = 1;
+        t.nb[0] = 1;
+        t.nb[1] = t.nb[2] = t.nb[3] = n;
+        return t;
+    }
+
+    CudaDevice & device_;
+    ggml_backend_buffer_t inner_;
+    std::vector<ggml_backend_buffer_t> more_;
+    std::shared_ptr<cuda::Queue> queue_;  // from the first cache tensor on
+};
+
+std::unique_ptr<BufferMemory> allocate(Device & device, size_t size, std::string & error) {
+    if (ggml_backend_buffer_t inner = ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(device.inner), size)) {
+        return std::make_unique<CudaBuffer>(static_cast<CudaDevice &>(device), inner);
+    }
+    size_t free = 0, total = 0;
+    ggml_backend_dev_memory(device.inner, &free, &total);
+    char text[200];
+    std::snprintf(text, sizeof(text), "%s has no room for a buffer of %.0f MiB (%.0f of %.0f MiB are free); choose a smaller context",
+                  ggml_backend_dev_name(device.inner), size / 1048576.0, free / 1048576.0, total / 1048576.0);
+    error = text;
+    return nullptr;
+}
+
+// ---- the device ----
+
+CudaDevice & get(ggml_backend_dev_t dev) { return *static_cast<CudaDevice *>(dev->context); }
+ggml_backend_dev_t inner_of(ggml_backend_dev_t dev) { return get(dev).inner; }
+
+const char * get_name(ggml_backend_dev_t dev) { return get(dev).name.c_str(); }
+const char * get_description(ggml_backend_dev_t dev) { return get(dev).description.c_str(); }
+void get_memory(ggml_backend_dev_t dev, size_t * free, size_t * total) { ggml_backend_dev_memory(inner_of(dev), free, total); }
+enum ggml_backend_dev_type get_type(ggml_backend_dev_t dev) { return ggml_backend_dev_type(inner_of(dev)); }
+
+// With the inner device's id: llama.cpp takes one device of an id by itself, the first, so ours has to be asked for.
+void get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
+    ggml_backend_dev_get_props(inner_of(dev), props);
+    props->name = get_name(dev);
+    props->description = get_description(dev);
+}
+
+ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) { return make_cuda_backend(dev); }
+ggml_backend_buffer_type_t get_buffer_type(ggml_backend_dev_t dev) { return &get(dev).type; }
+ggml_backend_buffer_type_t get_host_buffer_type(ggml_backend_dev_t dev) { return ggml_backend_dev_host_buffer_type(inner_of(dev)); }
+
+bool supports_op(ggml_backend_dev_t dev, const ggml_tensor * op) {
+    CudaDevice & device = get(dev);
+    for (int i = -1; i < GGML_MAX_SRC; ++i) {
+        const ggml_tensor * t = i < 0 ? op : op->src[i];
+        if (!t) continue;
+        const ggml_tensor * root = root_of(t);
+        if (is_in_memory_of_llama(t)) {
+            if (root->buffer->buft != &device.type) return false;  // of another device of ours
+        } else if (root->buffer && root->buffer->buft == &device.type && root->buffer->size == 0) {
+            return false;  // an empty buffer stands for the one that a weight would be in; ours are for the cache only
+        }
+    }
+    try {
+        touches_cache(op, &device.type);
+    } catch (const std::bad_alloc &) {
+        warn_once("there is no memory left on the GPU for a cache");
+        return false;
+    }
+    return ggml_backend_dev_supports_op(device.inner, op);
+}
+
+bool supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t type) {
+    return type == &get(dev).type || ggml_backend_dev_supports_buft(inner_of(dev), type);
+}
+
+bool offload_op(ggml_backend_dev_t dev, const ggml_tensor * op) { return ggml_backend_dev_offload_op(inner_of(dev), op); }
+
+// An event knows the inner device and is freed and awaited there.
+ggml_backend_event_t event_new(ggml_backend_dev_t dev) { return ggml_backend_event_new(inner_of(dev)); }
+void event_free(ggml_backend_dev_t, ggml_backend_event_t event) { ggml_backend_event_free(event); }
+void event_synchronize(ggml_backend_dev_t, ggml_backend_event_t event) { ggml_backend_event_synchronize(event); }
+
+}  // namespace
+
+ggml_backend_buffer_t inner_buffer(const Buffer & buffer) {
+    const auto * memory = dynamic_cast<const CudaBuffer *>(buffer.memory.get());
+    return memory ? memory->inner() : nullptr;
+}
+
+std::shared_ptr<cuda::Queue> queue_of(const Buffer & buffer) { return static_cast<const CudaBuffer &>(*buffer.memory).queue(); }
+
+std::vector<std::unique_ptr<Device>> find_cuda_devices(void * return_address) {
+    std::vector<std::unique_ptr<Device>> found;
+    auto count = reinterpret_cast<decltype(&ggml_backend_dev_count)>(registry_function(return_address, "ggml_backend_dev_count"));
+    auto at = reinterpret_cast<decltype(&ggml_backend_dev_get)>(registry_function(return_address, "ggml_backend_dev_get"));
+    for (size_t i = 0; count && at && i < count(); ++i) {
+        ggml_backend_dev_t inner = at(i);
+        if (std::strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(inner)), "CUDA") != 0) continue;
+        if (cuda::unavailable()) break;
+        ggml_backend_dev_props props = {};
+        ggml_backend_dev_get_props(inner, &props);
+        auto device = std::make_unique<CudaDevice>();
+        device->number = props.device_id ? cuda::device_of_bus(props.device_id) : -1;
+        if (device->number < 0) continue;
+        device->inner = inner;
+        device->name = std::string("MIXKVQ-") + ggml_backend_dev_name(inner);
+        device->description = std::string(ggml_backend_dev_description(inner)) + " with a MixKVQ cache";
+        device->allocate = allocate;
+        ggml_backend_device_i & iface = device->ggml.iface;
+        iface.get_name = get_name;
+        iface.get_description = get_description;
+        iface.get_memory = get_memory;
+        iface.get_type = get_type;
+        iface.get_props = get_props;
+        iface.init_backend = init_backend;
+        iface.get_buffer_type = get_buffer_type;
+        iface.get_host_buffer_type = get_host_buffer_type;
+        iface.supports_op = supports_op;
+        iface.supports_buft = supports_buft;
+        iface.offload_op = offload_op;
+        if (props.caps.events) {
+            iface.event_new = event_new;
+            iface.event_free = event_free;
+            iface.event_synchronize = event_synchronize;
+        }
+        found.push_back(std::move(device));
+    }
+    return found;
+}
+
+}  // namespace mixkvq::glue

@@ -1,0 +1,98 @@
+// The kernels on an NVIDIA GPU. Every function enqueues its work on a stream and returns at once; nothing is allocated and nothing waits.
+// Pointers are device memory unless their name says host. Free of CUDA's headers, so that callers need no CUDA compiler.
+//
+// Pack and unpack give the bytes of cpp/kernels/scalar.cpp. Attention does not: its tolerance is stated in tests/native/test_cuda_attention.cpp.
+// F16 pages are 16-byte aligned and their rows multiples of 8 halfs, records and record offsets multiples of 64 bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "mixkvq/kernels.h"
+#include "mixkvq/page.h"
+
+namespace mixkvq::cuda {
+
+using Stream = void *;  // cudaStream_t
+
+// The heads of a store: formats, and where each one's record lies among the records of a page. Arrays in device memory.
+struct KeyHead {
+    KeyFormat format;
+    uint32_t record_offset;
+};
+struct ValueHead {
+    ValueFormat format;
+    uint32_t record_offset;
+};
+
+// A page as attention sees it: packed, in F16 (128 rows of `row` halfs), or, if both are null, empty. F16 pages are finite in every cell below n_kv,
+// those that the mask hides too.
+struct PageRef {
+    const uint8_t * records;
+    const half * rows;
+};
+
+// A page to be packed or unpacked. Records are 64-byte aligned.
+struct PageJob {
+    half * rows;
+    uint8_t * records;
+    CellMask valid;  // for packing
+};
+
+// nullptr, or a sentence that says why there is no usable GPU (no driver, too old): call it before anything else.
+const char * unavailable();
+
+// Rows to F16 pages as the cache stores them: NaN becomes 0, infinity +-65504. Cell i goes to destination[i] (nullptr: skipped), a row of `row`
+// halfs; source rows are `stride` bytes apart.
+void write_rows(Stream stream, const void * source, bool source_is_half, size_t stride, half * const * destination, int n, int row);
+
+// All heads of all jobs. `importance` is I_d, [head][head size].
+void pack_keys(Stream stream, const KeyHead * heads, int n_heads, int head_size, int row, const PageJob * jobs, int n_jobs, const float * importance);
+void pack_values(Stream stream, const ValueHead * heads, int n_heads, int head_size, int row, const PageJob * jobs, int n_jobs);
+void unpack_keys(Stream stream, const KeyHead * heads, int n_heads, int head_size, int row, const PageJob * jobs, int n_jobs);
+void unpack_values(Stream stream, const ValueHead * heads, int n_heads, int head_size, int row, const PageJob * jobs, int n_jobs);
+
+// The query statistics of a store: sums of |q_d| and q_d^2 by KV head and channel, and how many query vectors are in them. `importance` becomes
+// the mean |q_d|; while more than `memory` vectors are in the sums, all are halved before, so that old ones fade. A call without queries leaves it.
+struct QuerySums {
+    float * abs;         // [n_kv_heads][head_size]
+    float * sqr;         // the same
+    float * importance;  // the same
+    float * count;       // one number: vectors per KV head
+};
+void observe(Stream stream, const QuerySums & sums, const float * q, size_t q_token, size_t q_head, size_t q_stream, int n_tokens, int n_streams,
+             int n_kv_heads, int group, int head_size, float memory);
+
+// Attention of a batch of queries. Strides are in elements. Query head h reads KV head h / (n_heads / n_kv_heads).
+struct Attention {
+    const float * q;
+    size_t q_token, q_head, q_stream;
+    float * out;
+    size_t out_token, out_head, out_stream;
+    const half * mask;  // [stream][head][token][cell], added to the scores; nullptr: every cell of [0, n_kv) that its page has is seen
+    size_t mask_token, mask_head, mask_stream;
+    const float * sinks;  // a logit per query head that takes part in the softmax without a value; or nullptr
+
+    int n_tokens, n_heads, n_kv_heads, n_streams, n_kv;
+    int head_size_k, head_size_v;
+    float scale, max_bias, softcap;
+
+    const PageRef * key_pages;    // [stream][page], page_stride apart from stream to stream; cells [0, n_kv) lie in pages 0 to (n_kv - 1) / 128
+    const PageRef * value_pages;
+    size_t page_stride;
+    const KeyHead * key_heads;
+    const ValueHead * value_heads;
+    int row_k, row_v;  // halfs of a cell in an F16 page
+
+    // Of the formats, for choosing a kernel and reserving shared memory; host side.
+    int most_n16;       // of any key head
+    bool any_grouped;   // some value head is not rotated
+
+    float * workspace;  // attention_workspace() floats, 16-byte aligned
+};
+
+// Floats of workspace that a call needs, at most. Looks at everything but pointers other than that of the mask.
+size_t attention_workspace(const Attention & call);
+void attention(Stream stream, const Attention & call);
+
+}  // namespace mixkvq::cuda

@@ -1,0 +1,144 @@
+// Pages in the memory of an NVIDIA GPU. Free of CUDA's headers.
+//
+// Work is queued and takes effect in the order of the calls. What a caller passes (lists, rows on the host) is copied before a call returns. Where
+// there is no memory left, std::bad_alloc is thrown; whatever else goes wrong is kept in Queue::error, and what comes after it is worth nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "mixkvq/attention.h"
+#include "mixkvq/cache.h"
+#include "mixkvq/cuda.h"
+#include "mixkvq/page_memory.h"
+
+namespace mixkvq::cuda {
+
+// The number of the GPU with this PCI bus id; -1 if CUDA does not show it.
+int device_of_bus(const char * pci_bus_id);
+
+// What the memories that share a pool or copy from each other have in common: a stream, lists on their way to the GPU, pages beyond the stores' own.
+// One thread at a time.
+class Queue {
+  public:
+    explicit Queue(int device);
+    ~Queue();
+    Queue(const Queue &) = delete;
+    Queue & operator=(const Queue &) = delete;
+
+    // The stream, with its device made that of this thread.
+    Stream stream();
+    // An event (cudaEvent_t) behind all that is queued so far; it is the same one for each call.
+    void * mark();
+    // What is queued from now on waits for this event.
+    void wait_for(void * event);
+    void synchronize();
+    // What went wrong first, or nullptr.
+    const char * error() const { return error_.empty() ? nullptr : error_.c_str(); }
+    void note(int code);  // a cudaError_t
+
+    // Room for the arguments of one kernel on the host, and, once they are there, where the GPU reads them.
+    void * reserve(size_t bytes);
+    const void * send();
+    template <class T> const T * send(const T * list, size_t n);
+
+    struct Piece {
+        const void * at;
+        size_t bytes;
+    };
+    // Pieces of GPU memory on the host, each one aligned to 64 bytes behind the one before. Waits; the next call takes the memory back.
+    const uint8_t * fetch(const Piece * pieces, size_t n);
+
+    // GPU memory that calls share; it grows to the largest and stays.
+    void * workspace(size_t bytes);
+    // Blocks of GPU memory, not zeroed.
+    void * get(size_t bytes);
+    void put(void * block, size_t bytes) { free_[bytes].push_back(block); }
+    void trim();  // frees the blocks that nobody holds
+    size_t bytes() const { return bytes_; }
+    size_t bytes_peak() const { return peak_; }
+
+    void * allocate(size_t bytes);
+    void release(void * block);
+
+  private:
+    static constexpr int kParts = 4;
+
+    void make_ring(size_t part_bytes);
+    void free_ring();
+
+    int device_;
+    void * stream_ = nullptr;
+    void * mark_ = nullptr;
+    bool idle_ = true;      // nothing has been queued since it was waited for
+    bool ordered_ = false;  // memory is allocated and freed in the order of the stream
+    std::string error_;
+
+    // A ring in parts: pinned memory and its copy on the GPU. An event guards a part until the work that reads it is done.
+    uint8_t * ring_ = nullptr;
+    uint8_t * ring_copy_ = nullptr;
+    void * part_done_[kParts] = {};
+    size_t part_bytes_ = 0, used_ = 0, reserved_ = 0;
+    int part_ = 0;
+
+    uint8_t * fetched_ = nullptr;
+    size_t fetched_bytes_ = 0;
+    void * workspace_ = nullptr;
+    size_t workspace_bytes_ = 0;
+    std::unordered_map<size_t, std::vector<void *>> free_;
+    size_t bytes_ = 0, peak_ = 0;
+};
+
+}  // namespace mixkvq::cuda
+
+namespace mixkvq {
+
+class CudaMemory final : public PageMemory {
+  public:
+    // The rows of a cell have `row` elements, the store `n_pages` pages in all.
+    CudaMemory(std::shared_ptr<cuda::Queue> queue, int row, int n_pages);
+    ~CudaMemory() override;
+
+    void set_layout(const PageLayout & layout) override;
+    half * get() override;
+    void put(half * rows) override { queue_->put(rows, page_bytes()); }
+    void zero(half * rows, int n_rows) override;
+    void copy(half * to, const half * from) override;
+    void copy_records(uint8_t * to, const uint8_t * from) override;
+    void pack(const PageJob * jobs, int n, int n_threads) override;
+    void unpack(const PageJob * jobs, int n, int n_threads) override;
+    void write(half * const * to, int n, const Rows & from) override;
+    void read(const PageSpan * spans, int n, half * rows) override;
+    void observe(const Queries & queries, int n_threads) override;
+    bool query_statistics(float * mean_abs, float * mean_sqr) override;
+
+    // As read, to GPU memory (16-byte aligned), and without waiting.
+    void read_here(const PageSpan * spans, int n, half * rows);
+
+    cuda::Queue & queue() { return *queue_; }
+
+  private:
+    friend void attention(PageStore &, CudaMemory &, PageStore &, CudaMemory &, const AttentionCall &);
+
+    size_t page_bytes() const { return size_t(2) * kPageCells * row_; }
+    void copy_bytes(void * to, const void * from, size_t bytes);
+    cuda::QuerySums sums() const;
+    const cuda::PageRef * pages_of(PageStore & store);
+
+    std::shared_ptr<cuda::Queue> queue_;
+    int row_;
+    cuda::PageRef * table_ = nullptr;  // as attention reads it; follows the store's take_moved
+    const PageLayout * layout_ = nullptr;
+    void * heads_ = nullptr;           // KeyHead or ValueHead, by head
+    float * sums_ = nullptr;           // keys: the arrays of QuerySums, one behind the other
+    bool any_queries_ = false;
+};
+
+// Attention of a batch over a pair of stores whose memories share a queue; the pointers of the call are the GPU's. Counts the queries for I_d.
+void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, CudaMemory & value_memory, const AttentionCall & call);
+
+}  // namespace mixkvq

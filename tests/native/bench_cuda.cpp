@@ -1,0 +1,233 @@
+// Attention on the GPU: time of a layer, and packed bytes per second beside what a copy from device to device reaches (bytes read plus bytes
+// written). Eight layers of memory of their own take turns, so that the L2 cache holds none of them when it is read again.
+//
+// `bench_cuda [depth...]`: decoding at these depths (default 4096 32768 131072), then prefill of 2048 tokens at depth 32768.
+// The numbers in the pages do not matter to the time: eight different pages, packed by the scalar kernels, repeat.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <cuda_runtime.h>
+
+#include "mixkvq/cuda.h"
+#include "mixkvq/kernels.h"
+#include "mixkvq/profile.h"
+
+using namespace mixkvq;
+
+namespace mixkvq {
+const Kernels & scalar_kernels();
+}
+
+namespace {
+
+constexpr int kLayers = 8, kHeads = 8, kGroup = 4, kSize = 128, kRow = kHeads * kSize, kRuns = 21;
+
+void check(cudaError_t error, const char * what) {
+    if (error == cudaSuccess) return;
+    std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+    std::exit(1);
+}
+
+template <class T>
+T * device(size_t n) {
+    void * p = nullptr;
+    check(cudaMalloc(&p, n * sizeof(T)), "cudaMalloc");
+    return static_cast<T *>(p);
+}
+template <class T>
+T * upload(const std::vector<T> & x) {
+    T * p = device<T>(x.size());
+    check(cudaMemcpy(p, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+    return p;
+}
+
+// Median milliseconds of a run.
+double time_of(const std::function<void()> & run) {
+    cudaEvent_t start, stop;
+    check(cudaEventCreate(&start), "cudaEventCreate");
+    check(cudaEventCreate(&stop), "cudaEventCreate");
+    std::vector<float> ms;
+    for (int i = 0; i < kRuns + 3; ++i) {
+        check(cudaEventRecord(start), "cudaEventRecord");
+        run();
+        check(cudaEventRecord(stop), "cudaEventRecord");
+        check(cudaEventSynchronize(stop), "run");
+        float x = 0;
+        check(cudaEventElapsedTime(&x, start, stop), "cudaEventElapsedTime");
+        if (i >= 3) ms.push_back(x);
+    }
+    std::sort(ms.begin(), ms.end());
+    check(cudaEventDestroy(start), "cudaEventDestroy");
+    check(cudaEventDestroy(stop), "cudaEventDestroy");
+    return ms[ms.size() / 2];
+}
+
+// A cache of one format: packed up to the last page or the last `n_half` pages, which are F16.
+struct Cache {
+    KeyFormat key;
+    ValueFormat value;
+    int n_pages, n_half;
+    size_t key_bytes, value_bytes;  // of a page, all heads
+    cuda::KeyHead * key_heads;
+    cuda::ValueHead * value_heads;
+    std::vector<cuda::PageRef *> key_pages, value_pages;  // by layer
+    std::vector<void *> memory;
+
+    Cache(const Preset & preset, int n_pages, int n_half) : key(key_format(preset, kSize)), value(value_format(preset, kSize)), n_pages(n_pages), n_half(n_half) {
+        const Kernels & host = scalar_kernels();
+        key_bytes = kHeads * key.record_bytes();
+        value_bytes = kHeads * value.record_bytes();
+        std::vector<cuda::KeyHead> kh;
+        std::vector<cuda::ValueHead> vh;
+        for (int h = 0; h < kHeads; ++h) {
+            kh.push_back({key, uint32_t(h * key.record_bytes())});
+            vh.push_back({value, uint32_t(h * value.record_bytes())});
+        }
+        key_heads = keep(upload(kh));
+        value_heads = keep(upload(vh));
+
+        constexpr int kKinds = 8;
+        std::mt19937 rng(1);
+        std::normal_distribution<float> gauss;
+        std::vector<float> importance(kSize, 1.0f);
+        std::vector<half> rows(size_t(kPageCells) * kRow);
+        std::vector<uint8_t> records_k(kKinds * key_bytes + 64), records_v(kKinds * value_bytes + 64);
+        auto aligned = [](std::vector<uint8_t> & x) { return reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(x.data()) + 63) / 64 * 64); };
+        for (int i = 0; i < kKinds; ++i) {
+            for (half & x : rows) {
+                const float y = gauss(rng);
+                host.to_half(&y, &x, 1);
+            }
+            for (int h = 0; h < kHeads; ++h) {
+                host.pack_keys(key, rows.data() + h * kSize, kRow, CellMask::all(), importance.data(), aligned(records_k) + i * key_bytes + kh[h].record_offset);
+                host.pack_values(value, rows.data() + h * kSize, kRow, CellMask::all(), aligned(records_v) + i * value_bytes + vh[h].record_offset);
+            }
+        }
+        const int n_packed = n_pages - n_half;
+        const half * half_rows = keep(upload(rows));
+        for (int layer = 0; layer < kLayers; ++layer) {
+            uint8_t * k = keep(device<uint8_t>(std::max<size_t>(1, n_packed * key_bytes)));
+            uint8_t * v = keep(device<uint8_t>(std::max<size_t>(1, n_packed * value_bytes)));
+            std::vector<cuda::PageRef> kp(n_pages), vp(n_pages);
+            for (int p = 0; p < n_packed; p += kKinds) {
+                const size_t n = std::min(kKinds, n_packed - p);
+                check(cudaMemcpy(k + p * key_bytes, aligned(records_k), n * key_bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+                check(cudaMemcpy(v + p * value_bytes, aligned(records_v), n * value_bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+            }
+            for (int p = 0; p < n_pages; ++p) {
+                kp[p] = p < n_packed ? cuda::PageRef{k + p * key_bytes, nullptr} : cuda::PageRef{nullptr, half_rows};
+                vp[p] = p < n_packed ? cuda::PageRef{v + p * value_bytes, nullptr} : cuda::PageRef{nullptr, half_rows};
+            }
+            key_pages.push_back(keep(upload(kp)));
+            value_pages.push_back(keep(upload(vp)));
+        }
+    }
+    ~Cache() {
+        for (void * p : memory) cudaFree(p);
+    }
+    Cache(const Cache &) = delete;
+    Cache & operator=(const Cache &) = delete;
+    template <class T>
+    T * keep(T * p) {
+        memory.push_back(p);
+        return p;
+    }
+};
+
+// Milliseconds per layer, the layers in turns.
+double time_attention(Cache & cache, int n_tokens) {
+    cuda::Attention c = {};
+    c.n_tokens = n_tokens, c.n_heads = kHeads * kGroup, c.n_kv_heads = kHeads, c.n_streams = 1, c.n_kv = cache.n_pages * kPageCells;
+    c.head_size_k = c.head_size_v = kSize;
+    c.scale = 1.0f / std::sqrt(float(kSize));
+    c.q_head = kSize, c.q_token = kSize * c.n_heads, c.q_stream = c.q_token * n_tokens;
+    c.out_head = kSize, c.out_token = c.q_token, c.out_stream = c.q_stream;
+    c.mask_token = c.n_kv, c.mask_stream = c.mask_token * n_tokens;
+    std::mt19937 rng(2);
+    std::normal_distribution<float> gauss;
+    std::vector<float> q(c.q_stream);
+    for (float & x : q) x = gauss(rng);
+    std::vector<half> mask(c.mask_stream);
+    for (int t = 0; t < n_tokens; ++t) {
+        for (int i = 0; i < c.n_kv; ++i) mask[t * c.mask_token + i] = i > c.n_kv - n_tokens + t ? 0xfc00 : 0;
+    }
+    float * dq = upload(q), * out = device<float>(c.out_stream);
+    half * dmask = upload(mask);
+    c.q = dq, c.out = out, c.mask = dmask;
+    c.page_stride = cache.n_pages;
+    c.key_heads = cache.key_heads, c.value_heads = cache.value_heads;
+    c.row_k = c.row_v = kRow;
+    c.most_n16 = cache.key.n16;
+    c.any_grouped = !cache.value.rotated();
+    c.workspace = device<float>(cuda::attention_workspace(c) + 1);
+    const double ms = time_of([&] {
+        for (int layer = 0; layer < kLayers; ++layer) {
+            c.key_pages = cache.key_pages[layer], c.value_pages = cache.value_pages[layer];
+            cuda::attention(nullptr, c);
+        }
+    });
+    check(cudaGetLastError(), "attention");
+    for (void * p : {static_cast<void *>(dq), static_cast<void *>(out), static_cast<void *>(dmask), static_cast<void *>(c.workspace)}) cudaFree(p);
+    return ms / kLayers;
+}
+
+double copy_bandwidth() {
+    const size_t bytes = size_t(1) << 30;
+    char * a = device<char>(bytes), * b = device<char>(bytes);
+    check(cudaMemset(a, 1, bytes), "cudaMemset");
+    const double ms = time_of([&] { check(cudaMemcpyAsync(b, a, bytes, cudaMemcpyDeviceToDevice), "cudaMemcpyAsync"); });
+    cudaFree(a);
+    cudaFree(b);
+    return 2.0 * double(bytes) / ms * 1e-6;
+}
+
+}  // namespace
+
+int main(int argc, char ** argv) {
+    int n_devices = 0;
+    const char * why = cuda::unavailable();
+    if (why || cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
+        std::printf("skipped: %s\n", why ? why : "no GPU");
+        return 77;
+    }
+    cudaDeviceProp properties;
+    check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+    const double copy = copy_bandwidth();
+    std::printf("%s, %d SMs; copy %.0f GB/s (read + written)\n", properties.name, properties.multiProcessorCount, copy);
+    std::printf("%d query and %d KV heads of %d\n\n", kHeads * kGroup, kHeads, kSize);
+
+    std::vector<int> depths;
+    for (int i = 1; i < argc; ++i) depths.push_back(std::atoi(argv[i]));
+    if (depths.empty()) depths = {4096, 32768, 131072};
+    std::printf("%-9s %8s %7s | %10s %12s %8s | %14s\n", "format", "depth", "tokens", "us / layer", "packed GB/s", "of copy", "F16 bytes GB/s");
+    for (const char * name : {"mix2.5", "mix3.2", "mix4.3"}) {
+        for (int depth : depths) {
+            Cache cache(*find_preset(name), (depth + kPageCells - 1) / kPageCells, 0);
+            for (int n_tokens : {1, 2, 4, 8}) {
+                const double ms = time_attention(cache, n_tokens);
+                const double gb = double(cache.n_pages) * double(cache.key_bytes + cache.value_bytes) / ms * 1e-6;
+                const double as_half = double(cache.n_pages) * kPageCells * kRow * 2 * 2 / ms * 1e-6;
+                std::printf("%-9s %8d %7d | %10.1f %12.0f %7.0f%% | %14.0f\n", name, depth, n_tokens, 1e3 * ms, gb, 100 * gb / copy, as_half);
+            }
+        }
+    }
+    for (int n_half : {3}) {  // what F16 pages (sinks, recent window) add
+        Cache cache(*find_preset("mix3.2"), 131072 / kPageCells, n_half);
+        std::printf("%-9s %8d %7d | %10.1f   with %d pages in F16\n", "mix3.2", 131072, 1, 1e3 * time_attention(cache, 1), n_half);
+    }
+    std::printf("\n%-9s %8s %7s | %10s %10s\n", "format", "depth", "tokens", "ms / layer", "TFLOP/s");
+    for (const char * name : {"mix2.5", "mix3.2", "mix4.3"}) {
+        const int n_tokens = 2048, depth = 32768;
+        Cache cache(*find_preset(name), (depth + n_tokens) / kPageCells, n_tokens / kPageCells);
+        const double ms = time_attention(cache, n_tokens);
+        std::printf("%-9s %8d %7d | %10.3f %10.0f\n", name, depth, n_tokens, ms, 4.0 * n_tokens * (depth + n_tokens / 2.0) * kHeads * kGroup * kSize / ms * 1e-9);
+    }
+    return 0;
+}

@@ -1,0 +1,407 @@
+// The kernels on a GPU against the scalar kernels: pack and unpack give the same bytes, rows the same halves, for every head size, kind of data,
+// mask and format. Query statistics: within 1e-5 of sums in double, and the same bits from run to run.
+// Exits with 77 where there is no usable GPU.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "check.h"
+#include "mixkvq/cuda.h"
+#include "pages.h"
+
+namespace {
+
+const Kernels & scalar = *kernels_for(Isa::scalar);
+int n_compared = 0;
+
+bool cuda_ok(cudaError_t error, const char * what) {
+    CHECK(error == cudaSuccess, "%s: %s", what, cudaGetErrorString(error));
+    return error == cudaSuccess;
+}
+
+// What was launched since the last call has ended, without an error.
+void finish(const char * what) {
+    cuda_ok(cudaGetLastError(), what);
+    cuda_ok(cudaDeviceSynchronize(), what);
+}
+
+// An array in device memory.
+template <class T>
+class Device {
+public:
+    explicit Device(size_t n) : n_(n) { cuda_ok(cudaMalloc(reinterpret_cast<void **>(&p_), std::max<size_t>(n * sizeof(T), 1)), "cudaMalloc"); }
+    explicit Device(const std::vector<T> & x) : Device(x.size()) { set(x); }
+    Device(const Device &) = delete;
+    ~Device() { cudaFree(p_); }
+
+    T * data() const { return p_; }
+    void set(const std::vector<T> & x) const { cuda_ok(cudaMemcpy(p_, x.data(), n_ * sizeof(T), cudaMemcpyHostToDevice), "copy to the device"); }
+    std::vector<T> get() const {
+        std::vector<T> x(n_);
+        cuda_ok(cudaMemcpy(x.data(), p_, n_ * sizeof(T), cudaMemcpyDeviceToHost), "copy to the host");
+        return x;
+    }
+
+private:
+    T * p_ = nullptr;
+    size_t n_;
+};
+
+half scalar_half(float x) {
+    half h;
+    scalar.to_half(&x, &h, 1);
+    return h;
+}
+
+// --- records --------------------------------------------------------------------------------------------------
+
+constexpr int kMasks = 5;
+constexpr int kJobs = int(Data::count) * kMasks;
+constexpr half kUntouched = 0x1111;
+
+std::string name_of(int job) { return std::string(data_name(Data(job / kMasks))) + " mask " + std::to_string(job % kMasks); }
+
+template <class T>
+size_t first_difference(const T * a, const T * b, size_t n) {
+    size_t at = 0;
+    while (at < n && a[at] == b[at]) ++at;
+    return at;
+}
+
+// Every head of the store has a format of its own, every page another kind of data or mask. scalar_pack(head, rows, valid, record) and so on
+// are given what the device is.
+template <class Head, class Format, class ScalarPack, class ScalarUnpack, class Pack, class Unpack>
+void compare_records(const std::vector<Format> & formats, ScalarPack scalar_pack, ScalarUnpack scalar_unpack, Pack pack, Unpack unpack) {
+    const int d = formats[0].head_size, n_heads = int(formats.size()), row = n_heads * d + (d % 64 == 0 ? 24 : 0);
+    const size_t page = size_t(kPageCells) * row;
+    std::vector<Head> heads;
+    uint32_t page_bytes = 64;  // records do not begin with the page
+    for (const Format & f : formats) {
+        CHECK(f.error() == nullptr, "%s: %s", describe(f).c_str(), f.error());
+        heads.push_back({f, page_bytes});
+        page_bytes += uint32_t(f.record_bytes()) + 64;  // a gap that nobody may write
+    }
+
+    // NaN where a kernel must not look; cells without a token hold it in one page and numbers in the next.
+    std::vector<half> rows(kJobs * page, 0x7e00);
+    std::vector<uint8_t> records(kJobs * size_t(page_bytes), 0xa5);
+    std::vector<half> unpacked(rows.size(), kUntouched);
+    std::vector<CellMask> masks;
+    for (int job = 0; job < kJobs; ++job) {
+        masks.push_back(make_mask(job % kMasks));
+        const std::vector<half> data = make_rows(scalar, Data(job / kMasks), row, row);
+        for (int t = 0; t < kPageCells; ++t) {
+            if (masks[job].test(t) || job % 2) std::copy_n(&data[size_t(t) * row], n_heads * d, &rows[job * page + size_t(t) * row]);
+        }
+        for (int h = 0; h < n_heads; ++h) {
+            uint8_t * record = &records[job * size_t(page_bytes) + heads[h].record_offset];
+            scalar_pack(h, &rows[job * page + h * d], row, masks[job], record);
+            scalar_unpack(h, record, &unpacked[job * page + h * d], row);
+        }
+    }
+
+    const Device<Head> device_heads(heads);
+    const Device<half> device_rows(rows), device_unpacked(std::vector<half>(rows.size(), kUntouched));
+    const Device<uint8_t> device_records(std::vector<uint8_t>(records.size(), 0xa5)), scalar_records(records);
+    std::vector<cuda::PageJob> packing, unpacking;
+    for (int job = 0; job < kJobs; ++job) {
+        packing.push_back({device_rows.data() + job * page, device_records.data() + job * size_t(page_bytes), masks[job]});
+        unpacking.push_back({device_unpacked.data() + job * page, scalar_records.data() + job * size_t(page_bytes), CellMask()});
+    }
+    const Device<cuda::PageJob> pack_jobs(packing), unpack_jobs(unpacking);
+    pack(device_heads.data(), n_heads, d, row, pack_jobs.data(), 1);  // one page by itself, then the others together
+    pack(device_heads.data(), n_heads, d, row, pack_jobs.data() + 1, kJobs - 1);
+    unpack(device_heads.data(), n_heads, d, row, unpack_jobs.data(), kJobs - 1);
+    unpack(device_heads.data(), n_heads, d, row, unpack_jobs.data() + kJobs - 1, 1);
+    unpack(device_heads.data(), n_heads, d, row, unpack_jobs.data(), 0);
+    finish(describe(formats[0]).c_str());
+
+    const std::vector<uint8_t> got = device_records.get();
+    const std::vector<half> got_rows = device_unpacked.get();
+    for (int job = 0; job < kJobs; ++job) {
+        for (int h = 0; h < n_heads; ++h) {
+            const size_t begin = job * size_t(page_bytes) + heads[h].record_offset, n = formats[h].record_bytes();
+            const size_t at = first_difference(&records[begin], &got[begin], n);
+            CHECK(at == n, "%s %s: pack differs at byte %zu of %zu: %02x, on the GPU %02x", describe(formats[h]).c_str(), name_of(job).c_str(), at, n,
+                  records[begin + at], got[begin + at]);
+            bool same = true;
+            for (int t = 0; t < kPageCells && same; ++t) {
+                const size_t cell = job * page + size_t(t) * row + h * d;
+                const size_t i = first_difference(&unpacked[cell], &got_rows[cell], d);
+                same = i == size_t(d);
+                CHECK(same, "%s %s: unpack differs at cell %d, dimension %zu: %04x, on the GPU %04x", describe(formats[h]).c_str(), name_of(job).c_str(),
+                      t, i, unpacked[cell + i], got_rows[cell + i]);
+            }
+            ++n_compared;
+        }
+    }
+    CHECK(got == records, "%s: pack wrote between records", describe(formats[0]).c_str());
+    CHECK(got_rows == unpacked, "%s: unpack wrote between rows", describe(formats[0]).c_str());
+}
+
+void test_keys(int d) {
+    std::vector<KeyFormat> formats = key_formats(d);
+    std::shuffle(formats.begin(), formats.end(), rng);
+    std::vector<float> importance(formats.size() * d);
+    for (size_t i = 0; i < importance.size(); ++i) importance[i] = i / d % 3 == 0 ? 1.0f : i % 5 == 0 ? 1.0f : std::exp(gauss());
+    for (size_t head = 0; head < formats.size(); head += 2) {
+        importance[head * d + 3] = 0;
+        importance[head * d + 4] = std::numeric_limits<float>::quiet_NaN();
+        importance[head * d + 9] = -1;
+    }
+    const Device<float> device_importance(importance);
+    compare_records<cuda::KeyHead>(
+        formats,
+        [&](int h, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
+            scalar.pack_keys(formats[h], rows, stride, valid, &importance[h * d], record);
+        },
+        [&](int h, const uint8_t * record, half * rows, size_t stride) { scalar.unpack_keys(formats[h], record, rows, stride); },
+        [&](const cuda::KeyHead * heads, int n_heads, int head_size, int row, const cuda::PageJob * jobs, int n_jobs) {
+            cuda::pack_keys(nullptr, heads, n_heads, head_size, row, jobs, n_jobs, device_importance.data());
+        },
+        [](const cuda::KeyHead * heads, int n_heads, int head_size, int row, const cuda::PageJob * jobs, int n_jobs) {
+            cuda::unpack_keys(nullptr, heads, n_heads, head_size, row, jobs, n_jobs);
+        });
+}
+
+void test_values(int d) {
+    std::vector<ValueFormat> formats = value_formats(d);
+    std::shuffle(formats.begin(), formats.end(), rng);
+    compare_records<cuda::ValueHead>(
+        formats,
+        [&](int h, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
+            scalar.pack_values(formats[h], rows, stride, valid, record);
+        },
+        [&](int h, const uint8_t * record, half * rows, size_t stride) { scalar.unpack_values(formats[h], record, rows, stride); },
+        [](const cuda::ValueHead * heads, int n_heads, int head_size, int row, const cuda::PageJob * jobs, int n_jobs) {
+            cuda::pack_values(nullptr, heads, n_heads, head_size, row, jobs, n_jobs);
+        },
+        [](const cuda::ValueHead * heads, int n_heads, int head_size, int row, const cuda::PageJob * jobs, int n_jobs) {
+            cuda::unpack_values(nullptr, heads, n_heads, head_size, row, jobs, n_jobs);
+        });
+}
+
+// --- rows -----------------------------------------------------------------------------------------------------
+
+float any_float() {
+    const float special[] = {0.0f,     -0.0f,      65504.0f,  65519.99f, 65520.0f, -1e30f,   INFINITY, -INFINITY, NAN,
+                             5.96e-8f, 2.9802e-8f, -2.99e-8f, 6.1e-5f,   1e-40f,   1.00049f, 2049.0f,  -2051.0f};
+    if (below(4) == 0) return special[below(int(std::size(special)))];
+    const uint32_t bits = uint32_t(rng());
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return below(2) ? x : gauss();
+}
+
+half any_half() { return half(rng()); }
+half as_stored(float x) { return scalar_half(x); }
+half as_stored(half h) {
+    const half magnitude = h & 0x7fff;
+    return magnitude < 0x7c00 ? h : magnitude > 0x7c00 ? half(0) : half((h & 0x8000) | 0x7bff);
+}
+
+// Every third row goes nowhere. `pad` is in numbers: source rows and their places are aligned to 16 bytes, or are not.
+template <class Row, class Make>
+void compare_rows(int n, int row, int pad, Make make) {
+    const int stride = row + pad, skip = pad % 8;
+    std::vector<Row> source(size_t(n) * stride + skip);
+    for (Row & x : source) x = make();
+    std::vector<half> expected(size_t(n) * stride + skip, kUntouched);
+    const Device<Row> device_source(source);
+    const Device<half> out(expected);
+    std::vector<half *> places(n, nullptr);
+    for (int i = 0; i < n; ++i) {
+        if (i % 3 == 2) continue;
+        const size_t place = size_t(n - 1 - i) * stride + skip;
+        places[i] = out.data() + place;
+        for (int d = 0; d < row; ++d) expected[place + d] = as_stored(source[skip + size_t(i) * stride + d]);
+    }
+    const Device<half *> destination(places);
+    cuda::write_rows(nullptr, device_source.data() + skip, sizeof(Row) == 2, stride * sizeof(Row), destination.data(), n, row);
+    finish("write_rows");
+    const std::vector<half> got = out.get();
+    const size_t at = first_difference(expected.data(), got.data(), got.size());
+    CHECK(at == got.size(), "write_rows of %d-byte numbers, %d rows of %d, %d apart: differs at row %zu, dimension %zu: %04x, on the GPU %04x",
+          int(sizeof(Row)), n, row, stride, at / stride, at % stride, expected[at], got[at]);
+    ++n_compared;
+}
+
+void test_write_rows() {
+    for (int n : {1, 2, 5, 300}) {
+        for (int row : {8, 37, 128, 1000, 1024, 4096}) {
+            for (int pad : {0, 1, 4, 8, 24}) {
+                compare_rows<float>(n, row, pad, any_float);
+                compare_rows<half>(n, row, pad, any_half);
+            }
+        }
+    }
+    cuda::write_rows(nullptr, nullptr, true, 0, nullptr, 0, 128);
+    finish("write_rows of nothing");
+}
+
+// --- query statistics -----------------------------------------------------------------------------------------
+
+struct Observed {
+    std::vector<float> abs, sqr, importance, count;
+    bool operator==(const Observed & o) const { return abs == o.abs && sqr == o.sqr && importance == o.importance && count == o.count; }
+};
+
+// Three batches into the same sums, compared with sums in double that fade alike.
+void test_observe(int n_tokens, int n_streams, int n_kv_heads, int group, int d, float memory) {
+    const size_t n = size_t(n_kv_heads) * d, q_head = d + 8, q_token = q_head * n_kv_heads * group + 4, q_stream = q_token * n_tokens + 12;
+    std::vector<double> abs(n), sqr(n);
+    double count = 0;
+    const Device<float> q(q_stream * n_streams);
+    const Device<float> device_abs(std::vector<float>(n, 0.0f)), device_sqr(std::vector<float>(n, 0.0f));
+    const Device<float> importance(std::vector<float>(n, 7.0f)), device_count(std::vector<float>(1, 0.0f));
+    const cuda::QuerySums sums = {device_abs.data(), device_sqr.data(), importance.data(), device_count.data()};
+    auto run = [&] { cuda::observe(nullptr, sums, q.data(), q_token, q_head, q_stream, n_tokens, n_streams, n_kv_heads, group, d, memory); };
+    auto read = [&] {
+        finish("observe");
+        return Observed{device_abs.get(), device_sqr.get(), importance.get(), device_count.get()};
+    };
+    for (int batch = 0; batch < 3; ++batch) {
+        std::vector<float> x(q_stream * n_streams, NAN);  // between the queries, too
+        for (int s = 0; s < n_streams; ++s) {
+            for (int t = 0; t < n_tokens; ++t) {
+                for (int h = 0; h < n_kv_heads * group; ++h) {
+                    for (int i = 0; i < d; ++i) {
+                        const float v = gauss() * float(1 + i % 7);
+                        x[s * q_stream + t * q_token + h * q_head + i] = v;
+                        abs[h / group * d + i] += std::fabs(double(v));
+                        sqr[h / group * d + i] += double(v) * v;
+                    }
+                }
+            }
+        }
+        q.set(x);
+        const Observed before = read();
+        run();
+        const Observed got = read();
+        device_abs.set(before.abs);
+        device_sqr.set(before.sqr);
+        device_count.set(before.count);
+        run();
+        const char * format = "observe %d tokens %d streams %d x %d heads D=%d, batch %d, channel %zu: %s is %.9g, on the GPU %.9g";
+        CHECK(read() == got, "observe of %d tokens: another result the second time", n_tokens);
+        for (count += double(n_tokens) * n_streams * group; count > memory; count /= 2) {
+            for (double & v : abs) v /= 2;
+            for (double & v : sqr) v /= 2;
+        }
+        CHECK(got.count[0] == float(count), format, n_tokens, n_streams, n_kv_heads, group, d, batch, size_t(0), "the count", count, double(got.count[0]));
+        auto compare = [&](const char * what, size_t i, double expected, float x) {
+            CHECK(std::fabs(x - expected) <= 1e-5 * expected, format, n_tokens, n_streams, n_kv_heads, group, d, batch, i, what, expected, double(x));
+        };
+        for (size_t i = 0; i < n; ++i) {
+            compare("sum |q|", i, abs[i], got.abs[i]);
+            compare("sum q^2", i, sqr[i], got.sqr[i]);
+            compare("importance", i, abs[i] / count, got.importance[i]);
+        }
+    }
+    ++n_compared;
+}
+
+void test_observations() {
+    for (int d : {32, 40, 128, 256}) {
+        for (int n_tokens : {1, 3, 64, 65, 600}) {
+            test_observe(n_tokens, 1, 4, 4, d, 8192.0f);
+            test_observe(n_tokens, 2, 3, 1, d, 500.0f);
+        }
+        test_observe(1, 9, 8, 7, d, 100.0f);
+        test_observe(2, 5, 1, 3, d, 1e9f);
+    }
+}
+
+// --- time -----------------------------------------------------------------------------------------------------
+
+template <class Launch>
+double microseconds(Launch launch) {
+    cudaEvent_t begin, end;
+    cudaEventCreate(&begin);
+    cudaEventCreate(&end);
+    const int n = 50;
+    for (int i = 0; i < n; ++i) {
+        if (i == 10) cudaEventRecord(begin);
+        launch();
+    }
+    cudaEventRecord(end);
+    finish("timing");
+    float ms = 0;
+    cudaEventElapsedTime(&ms, begin, end);
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    return 1000 * ms / (n - 10);
+}
+
+// For information: a layer of an 8B model after a prefill of 512 tokens (four pages), and its queries.
+void print_times() {
+    const int d = 128, n_heads = 8, row = n_heads * d, n_jobs = 4;
+    KeyFormat key;
+    key.head_size = d;
+    key.n16 = 4;
+    key.n8 = 4;
+    key.n4 = 24;
+    key.n3 = 32;
+    key.n2 = 64;
+    ValueFormat value;
+    value.head_size = d;
+    value.bits = 3;
+    std::vector<cuda::KeyHead> keys;
+    std::vector<cuda::ValueHead> values;
+    for (uint32_t h = 0; h < uint32_t(n_heads); ++h) {
+        keys.push_back({key, h * uint32_t(key.record_bytes())});
+        values.push_back({value, h * uint32_t(value.record_bytes())});
+    }
+    const Device<cuda::KeyHead> key_heads(keys);
+    const Device<cuda::ValueHead> value_heads(values);
+    const Device<half> rows(make_rows(scalar, Data::outliers, row * n_jobs, size_t(row) * n_jobs));
+    const size_t bytes = n_heads * std::max(key.record_bytes(), value.record_bytes());
+    const Device<uint8_t> records(bytes * n_jobs);
+    std::vector<cuda::PageJob> page_jobs;
+    for (int i = 0; i < n_jobs; ++i) page_jobs.push_back({rows.data() + size_t(i) * kPageCells * row, records.data() + i * bytes, CellMask::all()});
+    const Device<cuda::PageJob> jobs(page_jobs);
+    const Device<float> ones(std::vector<float>(row, 1.0f));
+    std::printf("4 pages of 8 heads of 128, microseconds: pack_keys %.1f", microseconds([&] {
+        cuda::pack_keys(nullptr, key_heads.data(), n_heads, d, row, jobs.data(), n_jobs, ones.data());
+    }));
+    std::printf(", pack_values %.1f", microseconds([&] { cuda::pack_values(nullptr, value_heads.data(), n_heads, d, row, jobs.data(), n_jobs); }));
+    std::printf(", unpack_keys %.1f", microseconds([&] { cuda::unpack_keys(nullptr, key_heads.data(), n_heads, d, row, jobs.data(), n_jobs); }));
+    std::printf(", unpack_values %.1f\n", microseconds([&] { cuda::unpack_values(nullptr, value_heads.data(), n_heads, d, row, jobs.data(), n_jobs); }));
+
+    const std::vector<float> zeros(row, 0.0f);
+    const Device<float> sum(zeros), sqr(zeros), mean(zeros), count(std::vector<float>(1, 0.0f));
+    const cuda::QuerySums sums = {sum.data(), sqr.data(), mean.data(), count.data()};
+    const size_t q_token = 32 * d;
+    for (int n : {1, 512, 2048}) {
+        const Device<float> q(std::vector<float>(n * q_token, 0.5f));
+        std::printf("%d tokens of 32 query heads, microseconds: observe %.1f\n", n,
+                    microseconds([&] { cuda::observe(nullptr, sums, q.data(), q_token, d, 0, n, 1, n_heads, 4, d, 8192.0f); }));
+        std::vector<half *> places(n);
+        for (int i = 0; i < n; ++i) places[i] = rows.data() + size_t(i % (n_jobs * kPageCells)) * row;
+        const Device<half *> destination(places);
+        std::printf("%d rows of %d floats, microseconds: write_rows %.1f\n", n, row,
+                    microseconds([&] { cuda::write_rows(nullptr, q.data(), false, q_token * sizeof(float), destination.data(), n, row); }));
+    }
+}
+
+}  // namespace
+
+int main() {
+    if (const char * reason = cuda::unavailable()) {
+        std::printf("skipped: %s\n", reason);
+        return 77;
+    }
+    for (int d : kHeadSizes) {
+        test_keys(d);
+        test_values(d);
+    }
+    test_write_rows();
+    test_observations();
+    std::printf("%d cases compared\n", n_compared);
+    print_times();
+    finish("the end");
+    return check_result();
+}
