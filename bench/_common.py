@@ -14,16 +14,13 @@ from rich.console import Console
 from bridge import Llama
 from mixkvq.caches import CACHE_HELP, split_names
 from mixkvq.caches import open_cache as open_model
-from mixkvq.compare import clear, last_logits
 from mixkvq.record import available_cores, describe_run, save_json
 
 __all__ = [
     "CACHE_HELP",
     "available_cores",
     "cache_statistics",
-    "clear",
     "describe_run",
-    "last_logits",
     "open_model",
     "read_bandwidth",
     "round_up",

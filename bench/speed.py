@@ -23,7 +23,6 @@ from _common import (
     CACHE_HELP,
     available_cores,
     cache_statistics,
-    clear,
     describe_run,
     open_model,
     read_bandwidth,
@@ -211,7 +210,7 @@ def main(model, kv, depths, tokens, rounds, prefill, prefill_depth, prefill_roun
         fill = bar.add_task("filling", total=stops[-1] * len(caches))
         step = bar.add_task("measuring", total=len(depths) + len(prefill_depths) + 1)
         for llm in contexts.values():
-            clear(llm)
+            llm.clear()
         for depth in stops:
             for llm in contexts.values():
                 for start in range(llm.n_tokens, depth, BATCH):
@@ -240,7 +239,7 @@ def main(model, kv, depths, tokens, rounds, prefill, prefill_depth, prefill_roun
             save_json(out, result)
         # Attention is what a depth takes beyond depth 0, so a machine that has changed its pace meanwhile must not pass for attention.
         for llm in contexts.values():
-            clear(llm)
+            llm.clear()
         for cache, seconds in measure_in_turns(contexts, [[token] for token in text[:tokens]], rounds).items():
             result["depths"][0]["caches"][cache]["seconds_per_token"] = spread([s / tokens for s in taken[0][cache] + seconds])
         bar.advance(step)

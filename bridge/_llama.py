@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import llama_cpp
+import numpy as np
 from llama_cpp import _logger as llama_logger
 from llama_cpp import llama_chat_format
 from llama_cpp import llama_cpp as C
@@ -501,6 +502,40 @@ class Llama(llama_cpp.Llama):
                 found[layer["layer"]] = statistics
         return found
 
+    def forward(self, tokens: Sequence[int], n_logits: int = 1) -> Any:
+        """Evaluate at most n_batch tokens behind those before; logits of the last `n_logits` of them.
+
+        Returns float32 [n_logits, vocabulary], a view of the context's memory: the next evaluation overwrites it. Llama(logits_all=True) would keep
+        the logits of the whole context. Raises ContextError.
+        """
+        n = len(tokens)
+        self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=False)
+        for i in range(n - n_logits, n):
+            self._batch.batch.logits[i] = True
+        try:
+            self._ctx.decode(self._batch)
+        except RuntimeError as e:
+            failure = self._failure(e, n)
+            raise failure from failure.__cause__
+        self.input_ids[self.n_tokens : self.n_tokens + n] = tokens
+        self.n_tokens += n
+        if not n_logits:
+            return np.empty((0, self.n_vocab()), np.float32)
+        return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n_logits, self.n_vocab()))
+
+    def last_logits(self) -> Any:
+        """Logits of the last evaluated token, float32 [vocabulary]: a view that the next evaluation overwrites."""
+        return np.ctypeslib.as_array(C.llama_get_logits_ith(self._ctx.ctx, -1), shape=(self.n_vocab(),))
+
+    def clear(self) -> None:
+        """Empty the cache. What it has learnt of the queries stays, as it does between the requests to a server."""
+        self.reset()
+        self._ctx.kv_cache_clear()
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends the model's turn."""
+        return bool(C.llama_vocab_is_eog(self._model.vocab, token))
+
     def chat_tokens(self, messages: Sequence[Any], **kwargs: Any) -> list[int]:
         """The prompt that `create_chat_completion` would evaluate for these messages, as tokens."""
         name = str(self.chat_format)
@@ -526,15 +561,22 @@ class Llama(llama_cpp.Llama):
                 super().eval(tokens[i : i + self.n_batch])
                 self.on_read(min(i + self.n_batch, len(tokens)), len(tokens))
         except RuntimeError as e:
-            if not str(e).startswith("llama_decode returned"):
-                raise
-            said = self._session.error() if self._session is not None else ""
-            cause = self._session.codec_failure() if self._session is not None else None
-            if cause is not None and not isinstance(cause, Exception):
-                raise cause from None  # Ctrl-C in the codec
-            if cause is not None:
-                said = said.replace("it returned 1", type(cause).__name__ + (f": {cause}" if str(cause) else ""))
-            raise ContextError(_sentence(said or f"llama.cpp failed to evaluate {len(tokens)} tokens ({e})")) from cause
+            failure = self._failure(e, len(tokens))
+            raise failure from failure.__cause__
+
+    def _failure(self, e: RuntimeError, n_tokens: int) -> BaseException:
+        """What to raise in place of an evaluation's error."""
+        if not str(e).startswith("llama_decode returned"):
+            return e
+        said = self._session.error() if self._session is not None else ""
+        cause = self._session.codec_failure() if self._session is not None else None
+        if cause is not None and not isinstance(cause, Exception):
+            return cause  # Ctrl-C in the codec
+        if cause is not None:
+            said = said.replace("it returned 1", type(cause).__name__ + (f": {cause}" if str(cause) else ""))
+        failure = ContextError(_sentence(said or f"llama.cpp failed to evaluate {n_tokens} tokens ({e})"))
+        failure.__cause__ = cause
+        return failure
 
     def close(self) -> None:
         """Free the context and the model; safe to call twice and after a failed construction."""

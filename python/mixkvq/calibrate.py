@@ -13,14 +13,14 @@ instead and says so.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
 import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -39,8 +39,8 @@ from bridge.model_file import ModelFile, open_model
 
 from . import command, tasks
 from .allocate import Tables, allocate, body_bits, thresholds
-from .caches import total_bits
-from .compare import Passage, clear, compare_caches, feed, standard_error, tokenize_text, work
+from .caches import SINKS, WINDOW, total_bits
+from .compare import Passage, compare_caches, feed, standard_error, tokenize_text, work
 from .profile import LayerProfile, Profile, check_target, side_car, uniform_profile, write_profile
 from .record import available_cores
 from .reference import PAGE_CELLS
@@ -53,6 +53,7 @@ LEAST_TOKENS = 8 * PAGE_CELLS
 KEY_GROUPS = (128, 64)  # tokens per scale that are tried
 TRUSTS = (1.0, 0.5)  # in the weights that were measured
 TILTS = (0.5, 2.0)  # weight of keys against that of values, tried beside 1
+WINDOWS = (128, 256, 512, 1024)  # tried where a budget of memory can pay for them
 PAPER_RANGE = (0.1, 2.0)  # of both thresholds in the paper's search
 PAPER_TRIALS = 30
 
@@ -132,7 +133,7 @@ def _own_words(llm: Llama, n: int, seed: int) -> list[int]:
     """What the model writes after its beginning of text, at temperature 1."""
     written = llm.tokenize(b"", add_bos=True) or llm.tokenize(b"\n", add_bos=False)
     rng = np.random.default_rng(seed)
-    clear(llm)
+    llm.clear()
     part = list(written)
     while len(written) < n:
         logits = feed(llm, part, PAGE_CELLS, 1)[-1].astype(np.float64)
@@ -172,6 +173,21 @@ def bits_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int, sinks:
         least = (fixed + LEAST_BITS * slope) * elements / 8 / share / 2**20
         raise SettingsError(f"A context of {n_ctx} tokens of {model.name} needs at least {math.ceil(least)} MiB; {mib:g} MiB are not enough.")
     return bits
+
+
+def sizes_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int | None, sinks: int | None) -> dict[int, float]:
+    """Body bits by window, for the windows that a budget can pay for; only for `window` if one is given.
+
+    No window is more than a quarter of the context or of what is read to calibrate. Raises SettingsError as `bits_of_budget`.
+    """
+    sinks = SINKS if sinks is None else sinks
+    first = WINDOW if window is None else window
+    sizes = {first: min(MOST_BITS, bits_of_budget(model, mib, n_ctx, first, sinks))}
+    for larger in WINDOWS if window is None else ():
+        if first < larger <= min(n_ctx, model.n_ctx_train or LONGEST, LONGEST) // 4:
+            with contextlib.suppress(SettingsError):
+                sizes[larger] = min(MOST_BITS, bits_of_budget(model, mib, n_ctx, larger, sinks))
+    return sizes
 
 
 TOLERANCE = 0.05
@@ -218,6 +234,17 @@ def best_formats(calibration: Calibration, bits: float) -> tuple[Formats, float]
     for tilt in TILTS:
         attempt(trust, tilt)
     return min(tried.values(), key=lambda entry: entry[1])
+
+
+def best_window(calibration: Calibration, sizes: Mapping[int, float]) -> int:
+    """Which window, with the body bits that it leaves of the budget, diverges least; the reader goes on with it."""
+    found = {}
+    for window, bits in sizes.items():
+        calibration.reader.change_window(window)
+        found[window] = calibration.objective(allocate(calibration.tables, bits))
+    best = min(found, key=lambda window: found[window])
+    calibration.reader.change_window(best)
+    return best
 
 
 def _moderated(tables: Tables, trust: float, tilt: float) -> Tables:
@@ -310,7 +337,7 @@ class Verdict:
 def measure(
     model: str, profile: Path, preset: str, passages: dict[str, list[Passage]], window: int | None, sinks: int | None, threads: int, steps: Steps
 ) -> dict[str, Verdict]:
-    """Profile and preset on held-out text, by kind of text."""
+    """Profile and preset on held-out text, by kind of text. window: of both; None: the profile's own, and the default."""
     found = {}
     with steps("measuring on text that was held out", work(2, [p for some in passages.values() for p in some], 2)) as progress:
         for kind, some in passages.items():
@@ -348,7 +375,7 @@ class Steps:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
 
-    @contextmanager
+    @contextlib.contextmanager
     def __call__(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         step = self.bar.add_task(name, total=total)
         try:
@@ -361,6 +388,7 @@ def calibrate(
     model: str,
     *,
     bits: float | None = None,
+    budget: tuple[float, int] | None = None,
     max_kld: float | None = None,
     texts: Sequence[Path] = (),
     tokens: int = 4096,
@@ -376,13 +404,17 @@ def calibrate(
 ) -> tuple[Profile, dict[str, Any]]:
     """A profile for the model, and what was found on the way.
 
-    bits: body bits to take at most; None: those of the default preset. max_kld: instead, the fewest bits whose mean divergence on held-out text,
-    of every kind, is at most that. policy: "gain" (least expected harm), "paper" (fixed thresholds t16 and t4) or "search" (the paper's search).
+    bits: body bits to take at most; None: those of the default preset. budget: instead, MiB that the cache may take at so many tokens; then a
+    window that is not given is chosen too. max_kld: instead, the fewest bits whose mean divergence on held-out text, of every kind, is at most
+    that. policy: "gain" (least expected harm), "paper" (fixed thresholds t16 and t4) or "search" (the paper's search).
     Raises the errors of bridge.Llama, SettingsError, and ProfileError if no formats keep max_kld.
     """
     file = open_model(model)
     threads = threads or available_cores()
-    default_window, default_sinks = 128 if window is None else window, 128 if sinks is None else sinks
+    windows: dict[int, float] = {}
+    if budget is not None:
+        windows = sizes_of_budget(file, *budget, window, sinks)
+        bits = next(iter(windows.values()))
     began = time.perf_counter()
     steps = Steps(quiet)
     fell_back = False
@@ -396,9 +428,15 @@ def calibrate(
         if bits is None:
             bits = preset_of_size(model, uniform_profile(model).packed_bits(file.head_size_v))[2]
         name, probe, _ = preset_of_size(model, bits)
-        reader = Reader(model, material.calibration, window=default_window, sinks=default_sinks, threads=threads)
+        own_window, own_sinks = WINDOW if window is None else window, SINKS if sinks is None else sinks
+        reader = Reader(model, material.calibration, window=own_window, sinks=own_sinks, threads=threads)
         try:
             calibration = prepare(reader, file.n_layers, probe, steps, seconds=60 * minutes / 3)
+            chosen = window
+            if len(windows) > 1:
+                with steps("window", len(windows) * reader.n_tokens) as calibration.progress:
+                    chosen = best_window(calibration, windows)
+                bits = windows[chosen]
 
             def find(bits: float) -> Profile:
                 nonlocal fell_back
@@ -413,7 +451,7 @@ def calibrate(
                         formats, objective = best_formats(calibration, bits)
                     if objective >= 1 and max_kld is None:
                         fell_back, formats = True, probe
-                return make_profile(file, formats, calibration.tables, window, sinks)
+                return make_profile(file, formats, calibration.tables, window if fell_back else chosen, sinks)
 
             def judge(profile: Profile, preset: str) -> dict[str, Verdict]:
                 path = Path(folder) / "candidate.gguf"
@@ -533,7 +571,7 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
     help="Least expected harm; the paper's thresholds; the paper's search for them (needs Optuna).",
 )
 @click.option("--thresholds", "t16_t4", callback=_two_numbers, help="T16,T4 of --policy paper.  [default: 1.85,1.58]")
-@click.option("--window", type=click.IntRange(0, 1 << 20), help="Recent tokens in F16.  [default: 128]")
+@click.option("--window", type=click.IntRange(0, 1 << 20), help="Recent tokens in F16.  [default: 128; with --budget-mib what diverges least]")
 @click.option("--sinks", type=click.IntRange(0, 1 << 20), help="First tokens in F16.  [default: 128]")
 @click.option("--tokens", type=click.IntRange(min=1024), default=4096, show_default=True, help="Of each kind of text, to calibrate and to measure.")
 @click.option("--minutes", type=click.FloatRange(min=0.1), default=2, show_default=True, help="About how long it may take; less is coarser.")
@@ -549,23 +587,23 @@ def cli(model, texts, bits, budget_mib, ctx, max_kld, out, force, policy, t16_t4
         raise click.UsageError("--max-kld goes with --policy gain.")
     if t16_t4 is not None and policy != "paper":
         raise click.UsageError("--thresholds goes with --policy paper.")
-    file = open_model(model)
     if budget_mib is not None:
-        bits = min(MOST_BITS, bits_of_budget(file, budget_mib, ctx, 128 if window is None else window, 128 if sinks is None else sinks))
+        sizes_of_budget(open_model(model), budget_mib, ctx, window, sinks)
     out = Path(side_car(model)) if out is None else out
     check_target(out)
     if out.exists() and not force:
         raise click.UsageError(f"{out} exists; give --force to replace it, or another file with -o.")
     profile, found = calibrate(
-        model, bits=bits, max_kld=max_kld, texts=texts, tokens=tokens, policy=policy, t16_t4=t16_t4, window=window, sinks=sinks, minutes=minutes,
-        seed=seed, threads=threads, quiet=quiet,
+        model, bits=bits, budget=None if budget_mib is None else (budget_mib, ctx), max_kld=max_kld, texts=texts, tokens=tokens, policy=policy,
+        t16_t4=t16_t4, window=window, sinks=sinks, minutes=minutes, seed=seed, threads=threads, quiet=quiet,
     )  # fmt: skip
     write_profile(out, profile)
     if not quiet:
         _print_table(Console(width=max(110, Console().width)), profile, found)
         if found["fell_back"]:
             click.echo(f"No allocation was better than the preset {found['preset']} on text of every kind, so the profile has the preset's formats.")
-        click.echo(f"{out} written in {found['seconds']:.0f} s: {profile.body_bits:.2f} body bits. " + _how_to_use(out, model))
+        window = f", a window of {profile.window} tokens" if profile.window is not None else ""
+        click.echo(f"{out} written in {found['seconds']:.0f} s: {profile.body_bits:.2f} body bits{window}. " + _how_to_use(out, model))
 
 
 def _how_to_use(out: Path, model: str) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bridge.errors import ContextError, ContextTooLargeError, SettingsError
+from bridge.errors import ContextTooLargeError, SettingsError
 
 from .caches import LENGTHS, PAGE, f16_tokens, is_stock, open_cache, sizes
 
@@ -71,47 +71,15 @@ def cut(n: int, style: str, windows: Iterable[int] = (PAGE,)) -> list[int]:
 def feed(llm: Llama, tokens: Sequence[int], batch: int, wanted: int) -> npt.NDArray[np.float32]:
     """Evaluate `tokens`, at most `batch` at a time; the logits of the last `wanted` ones, [wanted, vocabulary].
 
-    The result may be a view of the context's memory: the next evaluation overwrites it. Llama(logits_all=True) would keep the logits of the
-    whole context.
+    The result may be a view of the context's memory: the next evaluation overwrites it.
     """
     rows = []
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch]
-        rows.append(_evaluate(llm, part, min(len(part), max(0, wanted - (len(tokens) - start - len(part))))))
+        rows.append(llm.forward(part, min(len(part), max(0, wanted - (len(tokens) - start - len(part))))))
         if len(tokens) > batch:
             rows[-1] = rows[-1].copy()
     return rows[0] if len(rows) == 1 else np.concatenate(rows)
-
-
-def _evaluate(llm: Llama, tokens: Sequence[int], wanted: int) -> npt.NDArray[np.float32]:
-    n = len(tokens)
-    llm._batch.set_batch(batch=tokens, n_past=llm.n_tokens, logits_all=False)
-    for i in range(n - wanted, n):
-        llm._batch.batch.logits[i] = True
-    try:
-        llm._ctx.decode(llm._batch)
-    except RuntimeError as e:
-        cause = llm._session.codec_failure() if llm._session is not None else None
-        if cause is not None and not isinstance(cause, Exception):
-            raise cause from None  # Ctrl-C in a codec
-        said = f"The codec failed: {type(cause).__name__}: {cause}" if cause is not None else f"llama.cpp failed to evaluate {n} tokens ({e})"
-        raise ContextError(" ".join(said.split()).rstrip(".") + ".") from cause
-    llm.input_ids[llm.n_tokens : llm.n_tokens + n] = tokens
-    llm.n_tokens += n
-    if not wanted:
-        return np.empty((0, llm.n_vocab()), np.float32)
-    return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(wanted, llm.n_vocab()))
-
-
-def clear(llm: Llama) -> None:
-    """Empty the cache. What it has learnt of the queries stays, as it does between the requests to a server."""
-    llm.reset()
-    llm._ctx.kv_cache_clear()
-
-
-def last_logits(llm: Llama) -> npt.NDArray[np.float32]:
-    """Logits of the last evaluated token: a view that the next evaluation overwrites."""
-    return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),))
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> Float:
@@ -298,7 +266,7 @@ def work(n_names: int, passages: Sequence[Passage], at_once: int) -> int:
 def _walk(baseline: _Walker, others: Sequence[_Walker], passage: Passage, cuts: Sequence[int], progress: Callable[[int], None]) -> list[Comparison]:
     found = [Comparison() for _ in others]
     for w in (baseline, *others):
-        clear(w.llm)
+        w.llm.clear()
     tokens = passage.tokens
     for start, end in zip(cuts, cuts[1:]):
         wanted = min(end - start, max(0, end + 1 - passage.first))

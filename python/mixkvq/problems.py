@@ -31,7 +31,7 @@ from bridge.errors import BridgeError, SettingsError
 
 from . import tasks
 from .caches import is_stock, open_cache, sizes
-from .compare import CELLS, Passage, clear, last_logits
+from .compare import CELLS, Passage
 
 if TYPE_CHECKING:
     from bridge import Llama
@@ -268,15 +268,12 @@ class Solver:
 
 def generate_greedily(llm: Llama, prompt: Sequence[int], limit: int) -> tuple[list[int], bool]:
     """The arg-max tokens that follow the prompt, up to and including the end of the turn, and whether that was reached."""
-    from bridge.library import llama
-
-    library, vocabulary = llama().C, llm._model.vocab
-    clear(llm)
+    llm.clear()
     llm.eval(prompt)
     generated: list[int] = []
     while True:
-        generated.append(int(last_logits(llm).argmax()))
-        if library.llama_vocab_is_eog(vocabulary, generated[-1]):
+        generated.append(int(llm.last_logits().argmax()))
+        if llm.ends(generated[-1]):
             return generated, True
         if len(generated) >= limit:
             return generated, False

@@ -16,7 +16,7 @@ from bridge import Kv, Llama, Page
 from bridge.library import native
 
 from .allocate import CODED_BITS, VALUE_BITS, Tables, key_format, key_harm, value_harm
-from .compare import Passage, clear, cut, feed
+from .compare import Passage, cut, feed
 from .profile import LayerProfile
 from .reference import PAGE_CELLS, QUAD, KeyFormat, ValueFormat
 
@@ -172,16 +172,30 @@ class Reader:
     def __init__(self, model: str, passages: Passages, *, window: int, sinks: int, threads: int, max_bytes: int = 1 << 30) -> None:
         self.probe = Probe()
         self.passages = passages
-        self.window = window
         everything = [p for some in passages.values() for p in some]
         self.n_tokens = sum(len(p.tokens) - 1 for p in everything)
-        self.llm = Llama(
-            model, kv=Kv(window=window, sinks=sinks), codec=self.probe, n_ctx=max(len(p.tokens) for p in everything), n_batch=PAGE_CELLS,
-            n_ubatch=PAGE_CELLS, n_threads=threads, n_threads_batch=threads, verbose=False,
-        )  # fmt: skip
+        self._model, self._sinks = model, sinks
+        self._n_ctx, self._threads = max(len(p.tokens) for p in everything), threads
+        self._open(window)
         n_targets = sum(len(p.tokens) - p.first for p in everything)
         self._every = max(1, -(-n_targets * self.llm.n_vocab() * 4 // max_bytes))
         self._exact: dict[str, list[list[NDArray[np.float32]]]] = {}
+
+    def _open(self, window: int) -> None:
+        self.window = window
+        self.llm = Llama(
+            self._model, kv=Kv(window=window, sinks=self._sinks), codec=self.probe, n_ctx=self._n_ctx, n_batch=PAGE_CELLS, n_ubatch=PAGE_CELLS,
+            n_threads=self._threads, n_threads_batch=self._threads, verbose=False,
+        )  # fmt: skip
+
+    def change_window(self, window: int) -> None:
+        """Go on with another window; what the exact cache predicts stays, if both windows end at pages."""
+        if window == self.window:
+            return
+        if window % PAGE_CELLS or self.window % PAGE_CELLS:
+            self._exact = {}
+        self.llm.close()
+        self._open(window)
 
     def close(self) -> None:
         self.llm.close()
@@ -240,7 +254,7 @@ class Reader:
 
     def _chunks(self, passage: Passage, progress: Progress, n_tokens: int | None = None) -> Iterator[NDArray[np.float32]]:
         """Logits of the predictions that count, page by page."""
-        clear(self.llm)
+        self.llm.clear()
         cuts = cut(min(len(passage.tokens), n_tokens or len(passage.tokens)) - 1, "decode", [self.window])
         for start, end in zip(cuts, cuts[1:]):
             wanted = min(end - start, max(0, end + 1 - passage.first))

@@ -9,7 +9,7 @@ import numpy as np
 import plot
 import pytest
 import speed
-from _common import clear, last_logits, open_model
+from _common import open_model
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "cot-tiny-34m-q8_0.gguf"
@@ -100,15 +100,15 @@ def test_filled_context_is_seen_whole(cache):
 
     def next_logits():
         llm.eval([7])
-        logits = last_logits(llm).copy()
+        logits = llm.last_logits().copy()
         llm._ctx.kv_cache_seq_rm(speed.MEASURED, llm.n_tokens - 1, -1)
         llm.n_tokens -= 1
         return logits
 
-    clear(llm)
+    llm.clear()
     llm.eval(text[:256])
     expected = next_logits()
-    clear(llm)
+    llm.clear()
     speed.append_chunk(llm, text[:256])
     np.testing.assert_array_equal(next_logits(), expected)
 

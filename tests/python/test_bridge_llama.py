@@ -207,6 +207,26 @@ def test_logits_and_logprobs():
     stock.close()
 
 
+def test_forward_gives_the_logits_that_are_asked_for_and_clear_begins_again():
+    whole, llama = load(stock="f16", logits_all=True, n_ctx=512), load(stock="f16", n_ctx=512)
+    tokens = whole.tokenize(NOVEL.encode())[:60]
+    whole.eval(tokens)
+    assert llama.forward(tokens[:40], 0).shape == (0, llama.n_vocab())
+    rows = llama.forward(tokens[40:], 3).copy()
+    np.testing.assert_allclose(rows, whole._scores[57:60], atol=0.05)
+    np.testing.assert_array_equal(llama.last_logits(), rows[-1])
+    assert llama.n_tokens == 60 and llama.input_ids[:60].tolist() == tokens
+    llama.clear()
+    assert llama.n_tokens == 0
+    np.testing.assert_allclose(llama.forward(tokens[:10], 1)[0], whole._scores[9], atol=0.05)
+    assert llama.ends(llama.token_eos()) and not llama.ends(tokens[5])
+    with pytest.raises(bridge.ContextError, match="500 tokens"):
+        for _ in range(2):
+            llama.forward([tokens[5]] * 500, 1)
+    whole.close()
+    llama.close()
+
+
 def test_embeddings():
     texts = ["The captain remembered the harbour.", "def f(x): return x"]
     ours, stock = load(embedding=True, n_ctx=512), load(embedding=True, n_ctx=512, stock="f16")

@@ -156,6 +156,10 @@ def test_exact_cache_does_not_diverge_and_rounding_does(reader):
     coarse = reader.divergence(profile.layers, tables, lambda n: None)["text"]
     fine = reader.divergence(uniform_profile(MODEL, "mix8.2").layers, tables, lambda n: None)["text"]
     assert fine < coarse / 4  # what is left is the arithmetic of the cache itself
+    reader.change_window(256)
+    assert reader.divergence(profile.layers, tables, lambda n: None)["text"] < coarse
+    reader.change_window(128)  # what the cache has learnt of the queries is gone
+    assert reader.divergence(profile.layers, tables, lambda n: None)["text"] == pytest.approx(coarse, rel=0.05)
     sample = reader.sample(400)
     assert sample == {"text": [(0, len(reader.passages["text"][0].tokens))]}  # 8 pages at least, and there are fewer
     sensitivity.measure_weights(reader, tables, profile.layers, by_head=False, sample=sample, progress=lambda n: None)
@@ -218,6 +222,32 @@ def test_budget_holds_for_the_whole_cache(tmp_path):
         llm.eval(llm.tokenize(b"A short text."))
         assert llm.kv_stats()["bytes"] <= mib * 2**20
         llm.close()
+
+
+def test_a_larger_window_leaves_fewer_bits_and_only_fitting_ones_are_tried():
+    file = open_model(MODEL)
+    sizes = calibrate.sizes_of_budget(file, 70, 32768, None, None)
+    assert list(sizes) == [128, 256, 512, 1024] and list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    for window, bits in sizes.items():
+        assert bits == calibrate.bits_of_budget(file, 70, 32768, window, 128)
+    assert list(calibrate.sizes_of_budget(file, 20, 2048, None, None)) == [128, 256, 512]  # at most a quarter of the context
+    assert list(calibrate.sizes_of_budget(file, 16, 8192, None, None)) == [128, 256]  # more cannot be paid for
+    assert list(calibrate.sizes_of_budget(file, 70, 32768, 200, None)) == [200]
+
+
+def test_a_window_is_chosen_where_the_budget_is_bytes(tmp_path):
+    out = tmp_path / "out.gguf"
+    done = run(MODEL, "--budget-mib", 62, "--ctx", 32768, "--tokens", 1200, "--minutes", 0.2, "-o", out)
+    assert done.returncode == 0, done.stderr
+    profile = read_profile(out, MODEL)
+    if "No allocation was better" in done.stdout:
+        assert profile.window is None
+    else:
+        assert profile.window in calibrate.WINDOWS and f"a window of {profile.window} tokens" in " ".join(done.stdout.split())
+    llm = bridge.Llama(str(MODEL), kv=out, n_ctx=32768, verbose=False)
+    llm.eval(llm.tokenize(b"A short text."))
+    assert llm.kv_stats()["bytes"] <= 62 * 2**20
+    llm.close()
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_only_wanted_rows_come_back(tiny):
     rows = feed(whole, tokens, 64, 40).copy()
     assert feed(part, tokens[:20], 8, 0).shape == (0, tiny_models.N_VOCAB)
     np.testing.assert_allclose(feed(part, tokens[20:], 7, 9), rows[-9:], atol=2e-2)
-    np.testing.assert_array_equal(compare.last_logits(whole).shape, [tiny_models.N_VOCAB])
+    np.testing.assert_array_equal(whole.last_logits().shape, [tiny_models.N_VOCAB])
     assert part.n_tokens == 40 and part.input_ids[:40].tolist() == tokens
 
 

@@ -506,6 +506,11 @@ def test_a_prior_decides_without_looking_at_the_page(tmp_path, with_ranges):
     for head in range(2):
         salience = prior[head] * (ranges[head] if with_ranges else 1)
         assert (numbers[head, np.argsort(-salience)[:32]] > 4).all()
+    page = lab.sample_page()  # queries=: only the queries are the profile's
+    numbers = bits_of_channels(f"mixkvq:K=32@4+96@2,queries={path}", page)
+    for head in range(2):
+        salience = prior[head] * np.ptp(page.rows[head], axis=0)
+        assert (numbers[head, np.argsort(-salience)[:32]] > 4).all()
     without = dataclasses.replace(lab.sample_page(), layer=1)
     assert np.array_equal(read(f"mixkvq:K=32@4+96@2,prior={path}", without)[0], read("mixkvq:K=32@4+96@2", without)[0])
 

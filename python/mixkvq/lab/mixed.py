@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +100,7 @@ class KeyOptions:
     score: str
     static: bool
     prior: str
+    queries: str
     pairs: str
     clip: float
     clip_bits: int
@@ -135,6 +136,7 @@ class Keys:
         self._o = options
         self._frozen: dict[tuple[int, int], tuple[int, Order]] = {}
         self._prior = _read_prior(options.prior) if options.prior else {}
+        self._queries = _read_prior(options.queries, ranges=False) if options.queries else {}
 
     def __call__(self, page: Page) -> tuple[Rows, float]:
         o, x = self._o, page.rows
@@ -168,6 +170,8 @@ class Keys:
     def _order(self, page: Page, ranges: Array) -> tuple[Array, Order]:
         """The score of every channel, and the channels from the most salient to the least."""
         o = self._o
+        if page.layer in self._queries:
+            page = replace(page, q_abs=self._queries[page.layer])
         score = SCORES[o.score](page, ranges)
         if page.layer in self._prior:
             score = self._prior[page.layer]
@@ -263,15 +267,14 @@ def _least_error(x: Array, low: Array, high: Array, bits: Array, where: NDArray[
     return np.where(changed, middle - best * width, low), np.where(changed, middle + best * width, high)
 
 
-def _read_prior(path: str) -> dict[int, Array]:
-    """The salience that a profile expects: mean |q| times mean range, or mean |q| where the profile has no ranges."""
+def _read_prior(path: str, ranges: bool = True) -> dict[int, Array]:
+    """What a profile has seen by layer: mean |q|, times mean range if it has it and `ranges`."""
     from ..profile import read_profile
 
     prior = {}
     for i, layer in enumerate(read_profile(path).layers):
         if layer is not None and layer.query_prior is not None:
-            ranges = getattr(layer, "key_range", None)
-            prior[i] = layer.query_prior if ranges is None else layer.query_prior * ranges
+            prior[i] = layer.query_prior * layer.key_range if ranges and layer.key_range is not None else layer.query_prior
     return prior
 
 
@@ -410,6 +413,7 @@ def make(name: str, options: Options) -> Codec:
         score="A" if score == "static" else score,
         static=options.flag("static") or score == "static" or bool(prior),
         prior=prior,
+        queries=options.text("queries", ""),
         pairs=options.text("pairs", "", ["", "near", "far"]),
         clip=options.number("clip", 1, 0.5, 1),
         clip_bits=options.integer("clipbits", MOST_BITS, range(1, MOST_BITS + 1)),
