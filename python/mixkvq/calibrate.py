@@ -53,7 +53,8 @@ LEAST_TOKENS = 8 * PAGE_CELLS
 KEY_GROUPS = (128, 64)  # tokens per scale that are tried
 TRUSTS = (1.0, 0.5)  # in the weights that were measured
 TILTS = (0.5, 2.0)  # weight of keys against that of values, tried beside 1
-WINDOWS = (128, 256, 512, 1024)  # tried where a budget of memory can pay for them
+WINDOWS = (128, 256, 512)  # tried where a budget of memory can pay for them
+LONG_IN_WINDOWS = 4  # a passage of so many windows shows what they are worth
 PAPER_RANGE = (0.1, 2.0)  # of both thresholds in the paper's search
 PAPER_TRIALS = 30
 
@@ -178,13 +179,13 @@ def bits_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int, sinks:
 def sizes_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int | None, sinks: int | None) -> dict[int, float]:
     """Body bits by window, for the windows that a budget can pay for; only for `window` if one is given.
 
-    No window is more than a quarter of the context or of what is read to calibrate. Raises SettingsError as `bits_of_budget`.
+    Others than the default are a quarter of the context at most, and of what is read to calibrate. Raises SettingsError as `bits_of_budget`.
     """
     sinks = SINKS if sinks is None else sinks
     first = WINDOW if window is None else window
     sizes = {first: min(MOST_BITS, bits_of_budget(model, mib, n_ctx, first, sinks))}
     for larger in WINDOWS if window is None else ():
-        if first < larger <= min(n_ctx, model.n_ctx_train or LONGEST, LONGEST) // 4:
+        if first < larger <= min(n_ctx, model.n_ctx_train or LONGEST, LONGEST) // LONG_IN_WINDOWS:
             with contextlib.suppress(SettingsError):
                 sizes[larger] = min(MOST_BITS, bits_of_budget(model, mib, n_ctx, larger, sinks))
     return sizes
@@ -237,13 +238,19 @@ def best_formats(calibration: Calibration, bits: float) -> tuple[Formats, float]
 
 
 def best_window(calibration: Calibration, sizes: Mapping[int, float]) -> int:
-    """Which window, with the body bits that it leaves of the budget, diverges least; the reader goes on with it."""
+    """Which window, with the body bits that it leaves of the budget, diverges least; the reader goes on with it.
+
+    Only long passages count: most of a short one would lie in the window, as little of a long context does.
+    """
+    reader = calibration.reader
+    sample = reader.passages_from(LONG_IN_WINDOWS * max(sizes))
     found = {}
     for window, bits in sizes.items():
-        calibration.reader.change_window(window)
-        found[window] = calibration.objective(allocate(calibration.tables, bits))
+        reader.change_window(window)
+        klds = reader.divergence(allocate(calibration.tables, bits), calibration.tables, calibration.progress, sample).values()
+        found[window] = float(np.mean([math.log(max(kld, 1e-9)) for kld in klds]))
     best = min(found, key=lambda window: found[window])
-    calibration.reader.change_window(best)
+    reader.change_window(best)
     return best
 
 

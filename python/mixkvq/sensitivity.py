@@ -208,7 +208,9 @@ class Reader:
         }
         self.probe.collector = None
 
-    def divergence(self, profiles: Sequence[LayerProfile | None], tables: Sequence[Tables | None], progress: Progress) -> dict[str, float]:
+    def divergence(
+        self, profiles: Sequence[LayerProfile | None], tables: Sequence[Tables | None], progress: Progress, sample: Sample | None = None
+    ) -> dict[str, float]:
         """Divergence from the exact cache, in nats per token, by kind of text, with the cache rounded to these formats: see `divergence_now`."""
         self.probe.rounding = {}
         for i, (profile, table) in enumerate(zip(profiles, tables, strict=True)):
@@ -216,7 +218,7 @@ class Reader:
                 keys, values = head_formats(profile, table.size_v)
                 self.probe.rounding[i, False] = list(keys)
                 self.probe.rounding[i, True] = list(values)
-        return self.divergence_now(progress)
+        return self.divergence_now(progress, sample)
 
     def divergence_now(self, progress: Progress, sample: Sample | None = None) -> dict[str, float]:
         """The same with `probe.rounding` as it stands; of a sample of the passages, if one is given.
@@ -251,6 +253,11 @@ class Reader:
                 found.setdefault(kind, []).append((i, n))
                 left -= n
         return found
+
+    def passages_from(self, n_tokens: int) -> Sample:
+        """The passages of so many tokens or more, whole; if there is none, all."""
+        found = {kind: [(i, len(p.tokens)) for i, p in enumerate(some) if len(p.tokens) >= n_tokens] for kind, some in self.passages.items()}
+        return {kind: some for kind, some in found.items() if some} or self.sample(self.n_tokens)
 
     def _chunks(self, passage: Passage, progress: Progress, n_tokens: int | None = None) -> Iterator[NDArray[np.float32]]:
         """Logits of the predictions that count, page by page."""
