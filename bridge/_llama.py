@@ -19,6 +19,7 @@ from llama_cpp import llama_chat_format
 from llama_cpp import llama_cpp as C
 
 from . import session as reports
+from .devices import Gpu, Placement, check_device, place
 from .errors import (
     BridgeError,
     CacheNotUsedError,
@@ -39,7 +40,7 @@ from .settings import Kv, KvLike, check_geometry, least_bits, resolve_kv, stock_
 # version outside these is refused: a mismatch would crash instead of failing.
 LLAMA_CPP_VERSIONS = ((0, 3, 36), (0, 3, 37))  # from, below
 GGML_VERSIONS = ((0, 25, 0), (0, 26, 0))
-DEVICE_NAME = "MIXKVQ-CPU"
+CPU_DEVICE, OURS = "MIXKVQ-CPU", "MIXKVQ-"  # our devices: the CPU's, and one for each of llama.cpp's own, MIXKVQ-CUDA0
 _SETTINGS = ("MIXKVQ_PRESET", "MIXKVQ_PROFILE", "MIXKVQ_WINDOW", "MIXKVQ_SINKS")
 CELLS = 256  # llama.cpp rounds a context up to this many cells
 
@@ -119,21 +120,24 @@ class _Backend:
         # A llama.cpp that loads its backends from files has read GGML_BACKEND_PATH; a second registration would list the device twice.
         by_name = _function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)
         C.llama_backend_init()
-        self.device = by_name(DEVICE_NAME.encode())
-        if self.device:
-            registry = _function("ggml_backend_dev_backend_reg", ctypes.c_void_p, ctypes.c_void_p)(self.device)
+        cpu = by_name(CPU_DEVICE.encode())
+        if cpu:
+            registry = _function("ggml_backend_dev_backend_reg", ctypes.c_void_p, ctypes.c_void_p)(cpu)
         else:
             path = library_path()
             with _without_settings():
                 registry = _function("ggml_backend_load", ctypes.c_void_p, ctypes.c_char_p)(os.fsencode(path))
             if not registry:
                 raise VersionError(_log.reason(f"llama.cpp did not accept the backend {path}") + f"; {_install_hint()}.")
-            self.device = by_name(DEVICE_NAME.encode())
-            if not self.device:
-                raise VersionError(f"The backend {path} was loaded but offers no device {DEVICE_NAME}.")
+            if not by_name(CPU_DEVICE.encode()):
+                raise VersionError(f"The backend {path} was loaded but offers no device {CPU_DEVICE}.")
+        get = _function("ggml_backend_reg_dev_get", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+        found = [get(registry, i) for i in range(_function("ggml_backend_reg_dev_count", ctypes.c_size_t, ctypes.c_void_p)(registry))]
+        self.devices = {_device_name(device): device for device in found}
+        self.cpu = self.devices[CPU_DEVICE]
         address = _function("ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(registry, b"mixkvq_backend_api")
         if not address:
-            raise VersionError(f"The loaded device {DEVICE_NAME} is not the MixKVQ backend of this package; unset GGML_BACKEND_PATH.")
+            raise VersionError(f"The loaded device {CPU_DEVICE} is not the MixKVQ backend of this package; unset GGML_BACKEND_PATH.")
         try:
             self.native = module.Backend(address)
         except (RuntimeError, ValueError) as e:
@@ -170,13 +174,35 @@ def _backend() -> _Backend:
         return _backend_instance
 
 
-def _other_devices() -> list[int]:
-    """The discrete GPUs of this process: what llama.cpp would use by default if our device were not registered."""
+def _device_name(device: int) -> str:
+    return str(_function("ggml_backend_dev_name", ctypes.c_char_p, ctypes.c_void_p)(device).decode())
+
+
+def _gpu(device: int, name: str) -> Gpu:
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    _function("ggml_backend_dev_memory", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(device, ctypes.byref(free), ctypes.byref(total))
+    return Gpu(name, device, free.value)
+
+
+def _stock_gpus() -> list[Gpu]:
+    """The discrete GPUs of this process: what llama.cpp would use by default if our devices were not registered."""
     get = _function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
     kind = _function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
-    name = _function("ggml_backend_dev_name", ctypes.c_char_p, ctypes.c_void_p)
     devices = [get(i) for i in range(_function("ggml_backend_dev_count", ctypes.c_size_t)())]
-    return [d for d in devices if kind(d) == _GPU and not name(d).startswith(b"MIXKVQ")]
+    return [_gpu(d, _device_name(d)) for d in devices if kind(d) == _GPU and not _device_name(d).startswith(OURS)]
+
+
+def _our_gpus(backend: _Backend) -> tuple[list[Gpu], str]:
+    """The GPUs that can hold our cache, under llama.cpp's names for them, and why there are no others."""
+    ours = [_gpu(device, name.removeprefix(OURS)) for name, device in backend.devices.items() if name != CPU_DEVICE]
+    others = [gpu.name for gpu in _stock_gpus()]
+    if ours or not others:
+        return ours, ""
+    if not any(name.startswith("CUDA") for name in others):
+        return ours, f"MixKVQ has kernels for NVIDIA GPUs under CUDA only, and llama.cpp has {', '.join(others)}"
+    if native().HAS_CUDA:
+        return ours, f"the CUDA driver does not serve MixKVQ on {', '.join(others)}"
+    return ours, f"MixKVQ was built without CUDA; for {', '.join(others)} install it with: pip install . -C cmake.define.MIXKVQ_CUDA=ON"
 
 
 def _sentence(text: str) -> str:
@@ -304,9 +330,12 @@ class Llama(llama_cpp.Llama):
             then keeps the result in F16: it saves no memory, and `kv_stats` gives the bits that the codec counts. `kv` gives window and sinks
             only. What the function raises ends the evaluation as a ContextError with that as its __cause__, and so do rows of another shape,
             NaN, and bits that are not positive. The function cannot use the model that calls it.
+        device: where the model is computed: "auto" (a GPU if llama.cpp and MixKVQ both have one, else the CPU; with a codec the CPU), "cpu", "gpu"
+            (all GPUs, its layers split between them), or GPUs by llama.cpp's names, "CUDA0" or "CUDA0,CUDA1".
         on_load: called with the share of the model that is loaded, 0.0 to 1.0.
-        **kwargs: as for `llama_cpp.Llama`. n_gpu_layers, flash_attn and offload_kqv are set as the cache needs them, whatever is given;
-            n_ctx is rounded up to a multiple of 256 cells (as llama.cpp does inside), and 0 means the model's training context.
+        **kwargs: as for `llama_cpp.Llama`. n_gpu_layers is how many layers GPUs get, the last ones, with their part of the cache; not given, it is
+            as many as fit their memory, and -1 is all. flash_attn and offload_kqv are set as the cache needs them, whatever is given; n_ctx is
+            rounded up to a multiple of 256 cells (as llama.cpp does inside), and 0 means the model's training context.
 
     Attributes:
         on_read: None, or a function called with (tokens read, tokens to read) while a prompt is evaluated: at its start and after every batch.
@@ -328,6 +357,7 @@ class Llama(llama_cpp.Llama):
         kv: KvLike = None,
         stock: str | None = None,
         codec: Codec | None = None,
+        device: str = "auto",
         on_load: Callable[[float], None] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -363,17 +393,11 @@ class Llama(llama_cpp.Llama):
             check_geometry(self._file)
             self.kv = with_profile(self.kv, self._file) if codec is None else Kv(window=self.kv.window, sinks=self.kv.sinks)
         kwargs["n_ctx"] = self._checked_context(kwargs)
+        check_device(device)
+        self.device = device
 
         backend = _backend() if stock is None else None
-        if backend is not None:
-            self._set_devices([backend.device])
-            kwargs.update(n_gpu_layers=-1, offload_kqv=True, split_mode=C.LLAMA_SPLIT_MODE_LAYER, main_gpu=0, tensor_split=None)
-        elif _backend_instance is not None:
-            # Our device is registered in this process: llama.cpp would choose it by default.
-            others = _other_devices()
-            self._set_devices(others)
-            if not others:
-                kwargs["n_gpu_layers"] = 0
+        self._place(backend, kwargs)
         kwargs["flash_attn"] = True
         self._on_load = C.llama_progress_callback(_progress(on_load)) if on_load is not None else None
 
@@ -412,8 +436,49 @@ class Llama(llama_cpp.Llama):
             params.progress_callback = self._on_load
         self._model_params = params
 
-    def _set_devices(self, devices: Sequence[int]) -> None:
+    def _place(self, backend: _Backend | None, kwargs: dict[str, Any]) -> None:
+        """Decide which devices compute the model, and check that the context fits them."""
+        gpus, missing = _our_gpus(backend) if backend is not None else (_stock_gpus(), "")
+        n_ctx, n_ubatch = kwargs["n_ctx"], self._n_ubatch(kwargs)
+        bits = 16.0 if self.codec is not None else least_bits(self.kv, self.stock)
+        cache = self._file.cache_elements(n_ctx, n_ubatch) * bits / 8
+        masks = n_ctx * n_ubatch * 6  # as F32 and as F16
+        n_layers = self._file.n_layers
+        n_gpu_layers = kwargs.get("n_gpu_layers")
+        if n_gpu_layers is not None and (not isinstance(n_gpu_layers, int) or isinstance(n_gpu_layers, bool)):
+            raise SettingsError(f"n_gpu_layers is {n_gpu_layers!r}; it must be a number of layers, or -1 for all.")
+        if kwargs.get("vocab_only"):
+            self._placement = Placement()
+        else:
+            self._placement = place(
+                "cpu" if self.device == "auto" and self.codec is not None else self.device, gpus, missing, n_gpu_layers=n_gpu_layers,
+                n_layers=n_layers, weights=sum(os.path.getsize(path) for path in (self._file.path, *self._file.parts)), cache=cache,
+                workspace=masks + 4 * n_ubatch * self._file.n_vocab,
+            )  # fmt: skip
+            if self._placement.note:
+                _log.say(f"mixkvq: {self._placement.note}")
+        on_gpus = [gpu.device for gpu in self._placement.gpus]
+        on_cpu = 1.0 if not on_gpus else 0.0 if self._placement.n_layers is None else 1 - self._placement.n_layers / n_layers
+        if not kwargs.get("vocab_only"):
+            _check_memory(n_ctx, on_cpu * (cache + masks))
+        split: list[float] | None = kwargs.get("tensor_split")
+        if backend is None:
+            devices = on_gpus
+            kwargs["n_gpu_layers"] = (-1 if self._placement.n_layers is None else self._placement.n_layers) if on_gpus else 0
+        else:
+            devices = on_gpus or [backend.cpu]
+            kwargs["n_gpu_layers"] = -1
+            if self._placement.n_layers is not None:  # llama.cpp's own CPU device would hold the rest of the cache in F16
+                devices = [backend.cpu, *on_gpus]
+                free = sum(gpu.free for gpu in self._placement.gpus)
+                # llama.cpp counts the output as one layer more, the last.
+                split = [n_layers - self._placement.n_layers, *((self._placement.n_layers + 1) * gpu.free / free for gpu in self._placement.gpus)]
+        kwargs.update(offload_kqv=True, split_mode=C.LLAMA_SPLIT_MODE_LAYER, main_gpu=0, tensor_split=split)
         self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
+
+    @staticmethod
+    def _n_ubatch(kwargs: dict[str, Any]) -> int:
+        return min(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512), kwargs["n_ctx"])
 
     def _checked_context(self, kwargs: dict[str, Any]) -> int:
         n_ctx = kwargs.get("n_ctx", 512)
@@ -428,11 +493,6 @@ class Llama(llama_cpp.Llama):
             raise ModelFileError(f"{self._file.path} does not say its training context; give n_ctx.")
         # llama.cpp rounds up as well, but llama-cpp-python keeps arrays of the length asked for and would overrun them.
         n_ctx = (n_ctx + CELLS - 1) // CELLS * CELLS
-        if not kwargs.get("vocab_only"):
-            n_ubatch = min(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512), n_ctx)
-            need = self._file.cache_elements(n_ctx, n_ubatch) * (16.0 if self.codec is not None else least_bits(self.kv, self.stock)) / 8
-            need += n_ctx * n_ubatch * 6  # the attention mask, as F32 and as F16
-            _check_memory(n_ctx, need)
         return n_ctx
 
     def _verify(self) -> None:
@@ -447,9 +507,10 @@ class Llama(llama_cpp.Llama):
                 raise GeometryError(f"{self._file.name} ({self._file.architecture}) has no key/value cache; stock='f16' runs it as it is.") from None
             why = self._session.error()
             raise CacheNotUsedError(
-                _sentence(why) if why else f"llama.cpp did not put the cache of {self._file.path} on {DEVICE_NAME}, so MixKVQ is not in use."
+                _sentence(why) if why else f"llama.cpp did not put the cache of {self._file.path} on a device of MixKVQ, so MixKVQ is not in use."
             ) from None
-        _check_memory(self.n_ctx(), stats["bytes"])
+        if not self._placement.gpus:  # their memory is taken by now, the machine's page by page
+            _check_memory(self.n_ctx(), stats["bytes"])
         if not self.verbose:  # the backend said it, but llama-cpp-python turns stderr off while it loads
             for reason in sorted({layer["reason"] for layer in self._session.layers() if layer["kind"] == "plain"}):
                 _log.say(f"mixkvq: some layers are stored plainly: {reason}")
@@ -471,16 +532,17 @@ class Llama(llama_cpp.Llama):
     # --- what is new ---
 
     def kv_stats(self) -> dict[str, Any]:
-        """Figures of the cache: bytes, body_bits, total_bits, times_smaller (than F16), n_cells, plain_layers and so on.
+        """Figures of the cache: bytes, body_bits, total_bits, times_smaller (than F16), n_cells, plain_layers, device and so on.
 
         `bytes` is everything allocated for the cache; `bytes_used` what the cells written so far take; bits are per key or value element.
         Raises ContextError after close().
         """
         if self.stock is not None:
-            return reports.stock_stats(self.stock, self._stock_cache, self.n_tokens)
+            return {**reports.stock_stats(self.stock, self._stock_cache, self.n_tokens), "device": self._placement.describe(self._file.n_layers)}
         if self._session is None:
             raise ContextError("The model is closed.")
-        return reports.mixkvq_stats(self.kv, self._session.stats(), self._session.layers(), self.codec)
+        stats = reports.mixkvq_stats(self.kv, self._session.stats(), self._session.layers(), self.codec)
+        return {**stats, "device": self._placement.describe(self._file.n_layers)}
 
     def kv_report(self) -> str:
         """The figures of `kv_stats` as a few lines of text."""
@@ -589,8 +651,9 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        for name in ("type_k", "type_v", "n_gpu_layers", "flash_attn", "offload_kqv"):
+        for name in ("type_k", "type_v", "n_gpu_layers", "flash_attn", "offload_kqv", "tensor_split"):
             state.pop(name, None)
+        state["device"] = self.device
         if self.stock is not None:
             state["stock"] = self.stock
         else:
@@ -704,7 +767,7 @@ class Attachment:
             stats = self._session.stats()
         except RuntimeError as e:
             raise CacheNotUsedError(
-                _sentence(self._session.error()) or f"No context has put its cache on {DEVICE_NAME}; pass n_gpu_layers=-1 and flash_attn=True."
+                _sentence(self._session.error()) or f"No context has put its cache on {CPU_DEVICE}; pass n_gpu_layers=-1 and flash_attn=True."
             ) from e
         return reports.mixkvq_stats(self.kv, stats, self._session.layers())
 

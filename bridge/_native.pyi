@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 __version__: str
 PAGE_CELLS: int
 FORMAT_VERSION: int
+HAS_CUDA: bool  # whether the backend was built with kernels for NVIDIA GPUs
 
 @final
 class KeyFormat:

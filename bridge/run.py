@@ -19,6 +19,7 @@ from rich.table import Table
 
 from . import session as reports
 from .answer import Answer, Message, Sampling, stream_answer
+from .devices import DEVICE_HELP, check_device
 from .errors import BridgeError, ContextError, SettingsError
 from .library import native
 from .model_file import built_in_model, open_model
@@ -43,6 +44,8 @@ class Options:
     ctx: int | None
     threads: int | None
     batch: int
+    device: str
+    gpu_layers: int | None
     sampling: Sampling
     kv: Kv
     stock: str | None
@@ -83,6 +86,8 @@ def load(options: Options, console: Console) -> Llama:
         "n_ubatch": options.batch,
         "n_threads": threads,
         "n_threads_batch": threads,
+        "device": options.device,
+        "n_gpu_layers": options.gpu_layers,
         "verbose": options.verbose,
     }
     arguments.update({"stock": options.stock} if options.stock is not None else {"kv": options.kv})
@@ -245,6 +250,8 @@ class Number(click.ParamType):
 )
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads.  [default: physical cores]")
 @click.option("-b", "--batch", type=click.IntRange(1, 1 << 20), default=512, show_default=True, help="Prompt tokens evaluated at a time.")
+@click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
+@click.option("-ngl", "--gpu-layers", type=click.IntRange(-1, 1 << 20), help="Layers for the GPU, -1: all.  [default: as many as fit]")
 @click.option("-n", "--max-tokens", type=click.IntRange(-1, 1 << 30), default=-1, help="Longest answer.  [default: up to the end of the context]")
 @click.option("--temp", type=Number(0, 100), help=f"Temperature; 0 is greedy.  [default: {CHAT_TEMPERATURE} in a chat, else 0]")
 @click.option("--top-k", type=click.IntRange(0, 1 << 30), default=40, show_default=True, help="Sample from this many tokens; 0: all.")
@@ -326,6 +333,8 @@ def check(given: dict[str, Any]) -> Options:
         ctx=given["ctx"],
         threads=given["threads"],
         batch=given["batch"],
+        device=check_device(given["device"]),
+        gpu_layers=given["gpu_layers"],
         sampling=sampling,
         kv=replace(resolve_kv(given["kv"]), window=given["window"], sinks=given["sinks"]),
         stock=given["stock"],

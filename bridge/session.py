@@ -79,7 +79,9 @@ def rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
         ("bits per element", (f"{stats['body_bits']:.2f} body, " if stats["body_bits"] else "") + f"{stats['total_bits']:.2f} total"),
         ("against F16", f"{stats['times_smaller']:.2f} times smaller ({format_bytes(stats['bytes_f16'])})"),
     ]
-    if stats.get("isa"):
+    if stats.get("device"):
+        lines.append(("computed on", str(stats["device"]) + (f" ({stats['isa']})" if stats.get("isa") and stats["device"] == "CPU" else "")))
+    elif stats.get("isa"):
         lines.append(("instructions", str(stats["isa"])))
     for reason, names in plain_by_reason(stats).items():
         lines.append(("kept plainly", f"{', '.join(names)}: {reason}"))

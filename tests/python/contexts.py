@@ -3,33 +3,100 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from bridge import Kv
 from bridge import _llama as adapter
 from bridge._llama import C
+from bridge.library import native
 from bridge.model_file import open_model
 from bridge.page import Codec
 
+CPU, GPU = "MIXKVQ-CPU", "MIXKVQ-CUDA0"  # ours; without the first part of the name, ggml's own below
 FLASH_AUTO, FLASH_OFF, FLASH_ON = -1, 0, 1
 EXACT = Kv(preset="balanced", sinks=1 << 20)  # every page is a sink page, so all stays F16
 PACKED = Kv(preset="mix8.2", window=0, sinks=0)  # every full page is packed, at 8 bits
 BALANCED = Kv(preset="balanced", window=0, sinks=0)
 
+# How far the logits of the same cache may lie apart on a GPU, in standard deviations. llama.cpp's CUDA kernels turn queries and weights into F16 and
+# add up values in F16 (eleven bits), whatever the length of a batch; ours do the first, and add up in F32. What comes out goes through products of
+# TF32 (eleven bits as well), on both sides, which round a small difference up to one of their own. That is the arithmetic of the CPU's kernel for
+# single tokens, with the bound that it has.
+GPU_NOISE = 5e-2
+
+
+def find_device(name: str) -> int | None:
+    """A device of ggml, if there is one of this name."""
+    C.llama_backend_init()
+    return adapter._function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)(name.encode())
+
+
+def stock_name(device: str) -> str:
+    """ggml's device below ours."""
+    return device.removeprefix("MIXKVQ-")
+
+
+def library_name(device: str) -> str:
+    """What bridge.Llama calls it."""
+    return "cpu" if device == CPU else stock_name(device)
+
+
+def devices() -> list[str]:
+    """Those of our devices that tests of contexts run on: the CPU's, and the first GPU's where llama.cpp has it and MixKVQ is built for it.
+
+    MIXKVQ_TEST_DEVICE restricts them to one.
+    """
+    asked = os.environ.get("MIXKVQ_TEST_DEVICE")
+    if asked:
+        return [asked]
+    return [CPU, GPU] if native().HAS_CUDA and find_device(stock_name(GPU)) else [CPU]
+
+
+def gpu_memory(device: str) -> tuple[int, int]:
+    """Free and all bytes."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    memory = adapter._function("ggml_backend_dev_memory", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    memory(find_device(device), ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
+
+
+def only_on_the_cpu(device: str, why: str) -> None:
+    if device != CPU:
+        pytest.skip(f"not on a GPU: {why}")
+
+
+def tolerance(device: str, on_cpu: float) -> float:
+    """The bound for logits of the same cache, given that of the CPU's kernels."""
+    return on_cpu if device == CPU else max(on_cpu, GPU_NOISE)
+
 
 class Model:
-    """A loaded model. `ours`: its caches go to our device."""
+    """A loaded model. `ours`: with its caches on the device, which is one of ours; otherwise on ggml's own device below that one.
 
-    def __init__(self, path: Path | str, ours: bool, no_alloc: bool = False):
+    Several devices divide the layers between them, in their order, as `split` says.
+    """
+
+    def __init__(self, path: Path | str, ours: bool, device: str | Sequence[str] = CPU, *, split: Sequence[float] = (), no_alloc: bool = False):
         self.path, self.ours = str(path), ours
+        names = [device] if isinstance(device, str) else list(device)
+        self.device = names[-1]
         self.backend = adapter._backend()
+        for name in names:
+            if name not in self.backend.devices:
+                pytest.fail(f"There is no device {name} to test, there is {', '.join(self.backend.devices)}.", pytrace=False)
+        chosen = [self.backend.devices[name] if ours else find_device(stock_name(name)) for name in names if ours or name != CPU]
         params = C.llama_model_default_params()
-        self._devices = (ctypes.c_void_p * 2)(self.backend.device if ours else None, None)
+        self._devices = (ctypes.c_void_p * (len(chosen) + 1))(*chosen, None)
         params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
-        params.n_gpu_layers = 999 if ours else 0
+        params.n_gpu_layers = 999 if chosen else 0
+        if split:
+            self._split = (ctypes.c_float * C.llama_max_devices())(*split)
+            params.tensor_split = ctypes.cast(self._split, ctypes.POINTER(ctypes.c_float))
         params.no_alloc = no_alloc
         self.ptr = C.llama_model_load_from_file(self.path.encode(), params)
         assert self.ptr, f"{path} does not load"
@@ -195,13 +262,25 @@ class Context:
         return {layer["name"]: layer["reason"] for layer in self.layers() if layer["kind"] == "plain"}
 
 
+def logged(action):
+    """What llama.cpp logs during `action`, and its result."""
+    lines = []
+    callback = C.llama_log_callback(lambda level, text, _: lines.append(text.decode(errors="replace")))
+    C.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        return action(), "".join(lines)
+    finally:
+        C.llama_log_set(adapter._log._callback, ctypes.c_void_p(0))
+
+
 class Pair:
-    """Our context and a stock F16 one that do the same."""
+    """Our context and a stock F16 one that do the same. `stock` may also be a model of ours on another device, and gets the same cache then."""
 
     def __init__(self, ours: Model, stock: Model, kv: Kv = EXACT, **params):
+        self.kv, self.device = kv, ours.device
         self.ours = Context(ours, kv, **params)
         params.pop("head_sizes_known", None)
-        self.stock = Context(stock, **params)
+        self.stock = Context(stock, kv, **params)
 
     def __enter__(self) -> Pair:
         return self
@@ -235,3 +314,11 @@ def kl(ours: np.ndarray, stock: np.ndarray) -> np.ndarray:
 def distance(ours: np.ndarray, stock: np.ndarray) -> float:
     """Largest difference of a logit, in standard deviations of the logits."""
     return float(np.abs(ours - stock).max() / stock.std())
+
+
+def assert_same(device: str, logits: tuple[np.ndarray, np.ndarray]) -> None:
+    """The same kernels have computed the same numbers: the same bits. A GPU's library may choose another order of a sum for another address."""
+    if device == CPU:
+        np.testing.assert_array_equal(*logits)
+    else:
+        assert distance(*logits) < 1e-3

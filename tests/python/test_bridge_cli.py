@@ -84,7 +84,7 @@ def test_sampling_is_repeatable_with_a_seed():
 
 
 def test_verbose_shows_the_log_of_llama_cpp():
-    code, out, err = run("-v", "-p", "Hello", "-n", "2", "-c", "256")
+    code, out, err = run("-v", "-p", "Hello", "-n", "2", "-c", "256", "--device", "cpu")
     assert code == 0 and "llama_model_loader" in err and "MIXKVQ-CPU" in err and "llama" not in out
 
 
