@@ -48,10 +48,14 @@ Queue::Queue(int device) : device_(device) {
     note(cudaSetDevice(device));
     cudaStream_t stream = nullptr;
     cudaEvent_t event = nullptr;
-    note(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    stream_ = stream;
-    note(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-    mark_ = event;
+    for (void ** made : {&stream_, &side_}) {
+        note(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        *made = stream;
+    }
+    for (void ** made : {&mark_, &fork_, &join_}) {
+        note(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+        *made = event;
+    }
     note(cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, device));
     ordered_ = pools != 0;
     for (void *& done : part_done_) {
@@ -69,8 +73,8 @@ Queue::~Queue() {
     free_ring();
     if (fetched_) cudaFreeHost(fetched_);
     for (void * done : part_done_) cudaEventDestroy(event_of(done));
-    cudaEventDestroy(event_of(mark_));
-    cudaStreamDestroy(stream_of(stream_));
+    for (void * event : {mark_, fork_, join_}) cudaEventDestroy(event_of(event));
+    for (void * stream : {stream_, side_}) cudaStreamDestroy(stream_of(stream));
     cudaGetLastError();
 }
 
@@ -78,6 +82,17 @@ Stream Queue::stream() {
     note(cudaSetDevice(device_));
     idle_ = false;
     return stream_;
+}
+
+Stream Queue::fork() {
+    note(cudaEventRecord(event_of(fork_), stream_of(stream())));
+    note(cudaStreamWaitEvent(stream_of(side_), event_of(fork_), 0));
+    return side_;
+}
+
+void Queue::join() {
+    note(cudaEventRecord(event_of(join_), stream_of(side_)));
+    note(cudaStreamWaitEvent(stream_of(stream_), event_of(join_), 0));
 }
 
 void Queue::note(int code) {
@@ -205,6 +220,7 @@ void * Queue::workspace(size_t bytes) {
         workspace_bytes_ = 0;
         workspace_ = allocate(bytes);
         workspace_bytes_ = bytes;
+        ++n_workspaces_;
     }
     return workspace_;
 }
@@ -232,6 +248,50 @@ void Queue::trim() {
     }
 }
 
+// --- recordings ----
+
+Recording::Recording(std::shared_ptr<Queue> queue, size_t n_rows) : queue_(std::move(queue)), n_rows_(n_rows) {
+    void * rows = nullptr;
+    rows_there_ = static_cast<half **>(queue_->allocate(n_rows * sizeof(half *)));
+    if (cudaHostAlloc(&rows, n_rows * sizeof(half *), cudaHostAllocDefault) != cudaSuccess) {
+        cudaGetLastError();
+        queue_->release(rows_there_);
+        throw std::bad_alloc();
+    }
+    rows_ = static_cast<half **>(rows);
+}
+
+Recording::~Recording() {
+    queue_->synchronize();
+    if (graph_) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph_));
+    queue_->release(rows_there_);
+    cudaFreeHost(rows_);
+}
+
+void Recording::send() {
+    queue_->note(cudaMemcpyAsync(rows_there_, rows_, n_rows_ * sizeof(half *), cudaMemcpyHostToDevice, stream_of(queue_->stream())));
+}
+
+void Recording::begin() {
+    queue_->note(cudaGetLastError());
+    queue_->note(cudaStreamBeginCapture(stream_of(queue_->stream()), cudaStreamCaptureModeRelaxed));
+    queue_->recording_ = true;
+}
+
+bool Recording::end() {
+    queue_->recording_ = false;
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t exec = nullptr;
+    cudaError_t code = cudaStreamEndCapture(stream_of(queue_->stream()), &graph);
+    if (code == cudaSuccess) code = cudaGraphInstantiate(&exec, graph, 0);
+    if (graph) cudaGraphDestroy(graph);
+    if (code != cudaSuccess) cudaGetLastError();
+    graph_ = exec;
+    return code == cudaSuccess;
+}
+
+void Recording::launch() { queue_->note(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_), stream_of(queue_->stream()))); }
+
 }  // namespace mixkvq::cuda
 
 namespace mixkvq {
@@ -239,6 +299,7 @@ namespace mixkvq {
 namespace {
 
 constexpr int kListed = 4096;     // pages or rows in one list
+constexpr int kFewTokens = 64;
 constexpr int kReadPages = 32;    // of a read to the host, at a time
 constexpr float kQueryMemory = 8192;  // as in host memory: more query vectors than this fade
 
@@ -338,13 +399,17 @@ void CudaMemory::unpack(const PageJob * jobs, int n, int) {
 }
 
 void CudaMemory::write(half * const * to, int n, const Rows & from) {
+    if (diverted_) {
+        std::copy(to, to + n, diverted_);
+        return;
+    }
     const size_t row_bytes = size_t(row_) * (from.is_half ? sizeof(half) : sizeof(float));
     const auto * source = static_cast<const uint8_t *>(from.data);
     const int most = from.on_host ? int(std::max<size_t>(1, (128 << 10) / row_bytes)) : kListed;
     for (; n > 0; to += most, n -= most, source += most * from.stride) {
         const int m = std::min(n, most);
         if (!from.on_host) {
-            cuda::write_rows(queue_->stream(), source, from.is_half, from.stride, queue_->send(to, m), m, row_);
+            cuda::write_rows(queue_->stream(), write_of({source, from.stride, from.is_half, false}, queue_->send(to, m), m));
             continue;
         }
         // The rows, and behind them where they go.
@@ -353,7 +418,7 @@ void CudaMemory::write(half * const * to, int n, const Rows & from) {
         for (int i = 0; i < m; ++i) std::memcpy(staged + i * row_bytes, source + i * from.stride, row_bytes);
         std::memcpy(staged + list, to, m * sizeof(half *));
         const auto * here = static_cast<const uint8_t *>(queue_->send());
-        cuda::write_rows(queue_->stream(), here, from.is_half, row_bytes, reinterpret_cast<half * const *>(here + list), m, row_);
+        cuda::write_rows(queue_->stream(), write_of({here, row_bytes, from.is_half}, reinterpret_cast<half * const *>(here + list), m));
     }
 }
 
@@ -392,8 +457,10 @@ void CudaMemory::read(const PageSpan * spans, int n, half * rows) {
     }
 }
 
-void CudaMemory::observe(const Queries & q, int) {
-    cuda::observe(queue_->stream(), sums(), q.q, q.token, q.head, q.stream, q.n_tokens, q.n_streams, layout_->n_heads, q.n_heads / layout_->n_heads,
+void CudaMemory::observe(const Queries & q, int) { observe_on(queue_->stream(), q); }
+
+void CudaMemory::observe_on(cuda::Stream stream, const Queries & q) {
+    cuda::observe(stream, sums(), q.q, q.token, q.head, q.stream, q.n_tokens, q.n_streams, layout_->n_heads, q.n_heads / layout_->n_heads,
                   layout_->head_size, kQueryMemory);
     any_queries_ |= q.n_tokens > 0 && q.n_streams > 0;
 }
@@ -414,7 +481,7 @@ bool CudaMemory::query_statistics(float * mean_abs, float * mean_sqr) {
     return count > 0;
 }
 
-const cuda::PageRef * CudaMemory::pages_of(PageStore & store) {
+const cuda::PageRef * CudaMemory::table_of(PageStore & store) {
     const int n_pages = store.shape().n_pages();
     std::vector<cuda::TableEntry> moved;
     store.take_moved([&](int s, int p) {
@@ -428,10 +495,7 @@ const cuda::PageRef * CudaMemory::pages_of(PageStore & store) {
     return table_;
 }
 
-void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, CudaMemory & value_memory, const AttentionCall & c) {
-    cuda::Queue & queue = key_memory.queue();
-    keys.observe({c.q, c.q_token, c.q_head, c.q_stream, c.n_tokens, c.n_heads, c.n_streams}, 1);
-
+cuda::Attention prepare_attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, CudaMemory & value_memory, const AttentionCall & c) {
     cuda::Attention a = {};
     a.q = c.q;
     a.q_token = c.q_token, a.q_head = c.q_head, a.q_stream = c.q_stream;
@@ -449,8 +513,8 @@ void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, Cu
     a.head_size_v = values.head_size();
     a.scale = c.scale, a.max_bias = c.max_bias, a.softcap = c.softcap;
     a.page_stride = keys.shape().n_pages();
-    a.key_pages = key_memory.pages_of(keys) + c.first_stream * a.page_stride;
-    a.value_pages = value_memory.pages_of(values) + c.first_stream * a.page_stride;
+    a.key_pages = key_memory.table_of(keys) + c.first_stream * a.page_stride;
+    a.value_pages = value_memory.table_of(values) + c.first_stream * a.page_stride;
     a.key_heads = static_cast<const cuda::KeyHead *>(key_memory.heads_);
     a.value_heads = static_cast<const cuda::ValueHead *>(value_memory.heads_);
     a.row_k = keys.shape().row;
@@ -459,8 +523,23 @@ void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, Cu
         a.most_n16 = std::max(a.most_n16, int(keys.key_format(h).n16));
         a.any_grouped |= !values.value_format(h).rotated();
     }
-    a.workspace = static_cast<float *>(queue.workspace(cuda::attention_workspace(a) * sizeof(float)));
-    cuda::attention(queue.stream(), a);
+    a.workspace = static_cast<float *>(key_memory.queue().workspace(cuda::attention_workspace(a) * sizeof(float)));
+    return a;
+}
+
+void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, CudaMemory & value_memory, const AttentionCall & c) {
+    const cuda::Attention a = prepare_attention(keys, key_memory, values, value_memory, c);
+    cuda::Queue & queue = key_memory.queue();
+    // The two need not wait for each other; for a token that is queued by itself the events would take longer.
+    const Queries queries = {c.q, c.q_token, c.q_head, c.q_stream, c.n_tokens, c.n_heads, c.n_streams};
+    if (queue.recording() || c.n_tokens > kFewTokens) {
+        key_memory.observe_on(queue.fork(), queries);
+        cuda::attention(queue.stream(), a);
+        queue.join();
+    } else {
+        keys.observe(queries, 1);
+        cuda::attention(queue.stream(), a);
+    }
 }
 
 }  // namespace mixkvq

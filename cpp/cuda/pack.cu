@@ -2,6 +2,8 @@
 //
 // Pack and unpack give the bytes of cpp/kernels/scalar.cpp: the same operations in the same order, none fused. Compile with -fmad=false, without
 // flushing to zero and with exact division and square root, or the bytes change. Pages are 16-byte aligned, their rows multiples of 8 halfs.
+#include <algorithm>
+
 #include "common.cuh"
 
 namespace mixkvq::cuda {
@@ -18,10 +20,7 @@ __device__ half finite_half(half h) {
 }
 
 template <class Row>
-__global__ void write_rows_kernel(const uint8_t * source, size_t stride, half * const * destination, int row) {
-    half * to = destination[blockIdx.x];
-    if (!to) return;
-    const Row * from = reinterpret_cast<const Row *>(source + blockIdx.x * stride);
+__device__ void write_row(const Row * from, half * to, int row) {
     const bool aligned = ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) & 15) == 0;
     const int vectors = aligned ? row / 8 : 0;
     for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
@@ -36,6 +35,19 @@ __global__ void write_rows_kernel(const uint8_t * source, size_t stride, half * 
         reinterpret_cast<uint4 *>(to)[i] = out;
     }
     for (int i = 8 * vectors + threadIdx.x; i < row; i += blockDim.x) to[i] = finite_half(from[i]);
+}
+
+__global__ void write_rows_kernel(const RowWrite first, const RowWrite second) {
+    const RowWrite & write = int(blockIdx.x) < first.n ? first : second;
+    const int i = int(blockIdx.x) < first.n ? blockIdx.x : blockIdx.x - first.n;
+    half * to = write.destination[i];
+    if (!to) return;
+    const uint8_t * from = static_cast<const uint8_t *>(write.source) + i * write.stride;
+    if (write.source_is_half) {
+        write_row(reinterpret_cast<const half *>(from), to, write.row);
+    } else {
+        write_row(reinterpret_cast<const float *>(from), to, write.row);
+    }
 }
 
 // --- keys -----------------------------------------------------------------------------------------------------
@@ -586,15 +598,11 @@ __global__ void __launch_bounds__(kFewThreads) observe_few_kernel(QuerySums sums
 
 }  // namespace
 
-void write_rows(Stream stream, const void * source, bool source_is_half, size_t stride, half * const * destination, int n, int row) {
+void write_rows(Stream stream, const RowWrite & write, const RowWrite & second) {
+    const int n = write.n + second.n, row = std::max(write.row, second.row);
     if (n == 0) return;
-    const uint8_t * bytes = static_cast<const uint8_t *>(source);
     const int threads = row <= 512 ? 64 : row <= 1024 ? 128 : 256;
-    if (source_is_half) {
-        write_rows_kernel<half><<<n, threads, 0, static_cast<cudaStream_t>(stream)>>>(bytes, stride, destination, row);
-    } else {
-        write_rows_kernel<float><<<n, threads, 0, static_cast<cudaStream_t>(stream)>>>(bytes, stride, destination, row);
-    }
+    write_rows_kernel<<<n, threads, 0, static_cast<cudaStream_t>(stream)>>>(write, second);
 }
 
 void pack_keys(Stream stream, const KeyHead * heads, int n_heads, int, int row, const PageJob * jobs, int n_jobs, const float * importance) {

@@ -332,6 +332,7 @@ void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data
 void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * t, void * data, size_t offset, size_t size) {
     if (const CacheTensor * cache = cache_of(t)) {
         guarded([&] { cache->read(offset_in_cache(t) + offset, data, size); });
+        get(buffer).memory->trim();
     } else {
         get(buffer).memory->get(data, static_cast<const uint8_t *>(t->data) + offset, size);
     }

@@ -1,9 +1,13 @@
 // The backend of a CUDA device. A graph is cut at the operations on caches: what lies between them goes to the inner backend as it is, the operations
-// go to the queue of their cache, and events keep the two in order.
+// go to the queue of their cache, and events keep the two in order. The graph of a token comes again and again: it is recorded, with what the inner
+// backend does in between, and then costs one launch.
 
 #include <algorithm>
 #include <cstdlib>
+#include <list>
 #include <new>
+#include <numeric>
+#include <utility>
 
 #include "glue.h"
 #include "mixkvq/cuda_memory.h"
@@ -11,6 +15,10 @@
 namespace mixkvq::glue {
 
 namespace {
+
+constexpr size_t kGraphs = 4;        // that are remembered
+constexpr int64_t kRowsOfToken = 64; // a graph that writes more rows at a time is not recorded
+constexpr int kLaunches = 8;         // after so many, a graph like the recorded one is recorded when it first comes
 
 enum class Kind {
     view,    // computes nothing
@@ -27,6 +35,17 @@ struct Indices {
     std::vector<uint8_t> bytes;
 };
 
+// What a graph is. One that comes again, token by token, is looked at once.
+struct Graph {
+    uint64_t uid = 0, mode_changes = 0;
+    std::vector<Kind> kinds;  // by node
+    bool any_cache = false;
+    size_t n_rows = 0;        // that it writes, if it can be recorded, else 0
+    std::unique_ptr<cuda::Recording> recording;
+    uint64_t workspaces = 0;  // of the recording's queue, when it was made
+    int n_launches = 0;
+};
+
 struct CudaContext {
     ggml_backend_t inner = nullptr;
     ggml_backend_event_t inner_done = nullptr;
@@ -35,10 +54,10 @@ struct CudaContext {
     std::vector<PageStore::Cell> cells;              // of a write
     std::vector<Indices> indices;
 
-    // By node, of the last graph.
-    std::vector<Kind> kinds;
-    uint64_t graph_uid = 0, mode_changes = 0;
-    bool any_cache = false;
+    std::list<Graph> graphs;  // the last ones, the latest first
+    bool may_record = std::getenv("GGML_CUDA_DISABLE_GRAPHS") == nullptr;
+    ggml_tensor filler = {};
+    std::vector<ggml_tensor *> nodes;  // of a slice
 };
 
 CudaContext & get(ggml_backend_t backend) { return *static_cast<CudaContext *>(backend->context); }
@@ -64,12 +83,23 @@ Kind kind_of(const ggml_tensor * node) {
     if (node->op == GGML_OP_FLASH_ATTN_EXT) {
         const CacheTensor * k = cache_of(node->src[1]);
         const CacheTensor * v = cache_of(node->src[2]);
-        if (can_attend(k, v, node) && k->owner == v->owner && k->store->shape().n_pages() == v->store->shape().n_pages()) return Kind::attend;
+        if (can_attend(k, v, node)) return Kind::attend;
     }
     return Kind::copies;
 }
 
 bool is_input(const ggml_tensor * t) { return root_of(t)->op == GGML_OP_NONE; }
+
+// Whether the inner backend computes a node without waiting for the GPU: only then it can be recorded. The one that may wait is a product with chosen
+// matrices, unless they are quantised and there is one token.
+bool never_waits(const ggml_tensor * node) {
+    return node->op != GGML_OP_MUL_MAT_ID || (ggml_is_quantized(node->src[0]->type) && node->src[1]->type == GGML_TYPE_F32 && node->ne[2] == 1);
+}
+
+Rows rows_of(const ggml_tensor * write) {
+    const ggml_tensor * rows = write->src[0];
+    return {rows->data, rows->nb[1], rows->type != GGML_TYPE_F32, false};
+}
 
 class Run {
   public:
@@ -78,19 +108,31 @@ class Run {
 
   private:
     void classify();
+    ggml_status enqueue();
+    bool is_worth_recording() const;
+    ggml_status replay();
+    bool record();
     cuda::Queue & use(const CacheTensor & t);
+    void used(const CacheTensor & t, const std::shared_ptr<cuda::Queue> & queue);
+    void after_inner(cuda::Queue & queue);
     void to_inner();
     ggml_status flush();
     bool settle();
     void fetch_inputs();
     const uint8_t * indices_of(const ggml_tensor * tensor, cuda::Queue & queue);
     void fetch(const std::vector<const ggml_tensor *> & tensors, cuda::Queue & queue);
-    ggml_status write(CacheTensor & t, const ggml_tensor * op);
+    bool find_cells(const CacheTensor & t, const ggml_tensor * op, const uint8_t * indices);
+    ggml_status write(CacheTensor & t, const ggml_tensor * op, bool is_pair);
     ggml_status shift(CacheTensor & t, const ggml_tensor * op);
     ggml_status on_copies(ggml_tensor * op);
 
     CudaContext & c_;
     ggml_cgraph * graph_;
+    Graph * known_ = nullptr;
+    bool is_again_ = false;                // the graph is the same as the last time
+    bool books_done_ = false;              // what is queued changes no page store, because that has been done beforehand
+    size_t n_written_ = 0;                 // rows, since then
+    cuda::RowWrite first_write_ = {};      // of a pair
     int first_ = -1, end_ = 0;             // nodes that the inner backend has not been given yet
     bool inner_ahead_ = true;              // it has work that the queue does not wait for,
     cuda::Queue * queue_ = nullptr;        // and this queue work that it does not wait for
@@ -99,22 +141,29 @@ class Run {
     std::vector<Buffer *> buffers_;
 };
 
+void Run::used(const CacheTensor & t, const std::shared_ptr<cuda::Queue> & queue) {
+    if (std::find(used_.begin(), used_.end(), queue) != used_.end()) return;
+    used_.push_back(queue);
+    buffers_.push_back(t.owner);
+    auto & known = c_.queues;
+    known.erase(std::remove_if(known.begin(), known.end(), [&](auto & weak) { return weak.expired() || weak.lock() == queue; }), known.end());
+    known.push_back(queue);
+    inner_ahead_ = true;
+}
+
+void Run::after_inner(cuda::Queue & queue) {
+    ggml_backend_event_record(c_.inner_done, c_.inner);
+    queue.wait_for(c_.inner_done->context);
+}
+
 // The queue of a cache, behind all that the inner backend has been given.
 cuda::Queue & Run::use(const CacheTensor & t) {
     const auto shared = queue_of(*t.owner);
     cuda::Queue * queue = shared.get();
     if (queue_ && queue_ != queue) to_inner();
-    if (std::find(used_.begin(), used_.end(), shared) == used_.end()) {
-        used_.push_back(shared);
-        buffers_.push_back(t.owner);
-        auto & known = c_.queues;
-        known.erase(std::remove_if(known.begin(), known.end(), [&](auto & weak) { return weak.expired() || weak.lock() == shared; }), known.end());
-        known.push_back(shared);
-        inner_ahead_ = true;
-    }
+    used(t, shared);
     if (inner_ahead_ || queue_ != queue) {
-        ggml_backend_event_record(c_.inner_done, c_.inner);
-        queue->wait_for(c_.inner_done->context);
+        after_inner(*queue);
         inner_ahead_ = false;
     }
     queue_ = queue;
@@ -142,10 +191,19 @@ ggml_status Run::flush() {
     const uint64_t most = uint64_t(1) << 20;
     const bool known = graph_->uid && graph_->uid < 4 * most && uint64_t(graph_->n_nodes) < most;
     slice.uid = known ? (graph_->uid * most + first_) * most + end_ : 0;
+    if (books_done_) {
+        // A CUDA graph of its own would not fit into ours. It makes none of a graph that it has not seen: this one begins with another node each time.
+        ++c_.filler.ne[0];
+        c_.nodes.assign(1, &c_.filler);
+        c_.nodes.insert(c_.nodes.end(), slice.nodes, slice.nodes + slice.n_nodes);
+        slice.nodes = c_.nodes.data();
+        ++slice.n_nodes;
+        slice.uid = 0;
+    }
     first_ = -1;
     inner_ahead_ = true;
     const ggml_status status = ggml_backend_graph_compute_async(c_.inner, &slice);
-    if (status != GGML_STATUS_SUCCESS) return status;
+    if (status != GGML_STATUS_SUCCESS || books_done_) return status;
     return settle() ? status : GGML_STATUS_FAILED;
 }
 
@@ -172,7 +230,7 @@ void Run::fetch_inputs() {
     std::vector<const ggml_tensor *> wanted;
     const CacheTensor * cache = nullptr;
     for (int i = 0; i < graph_->n_nodes; ++i) {
-        if (c_.kinds[i] != Kind::write && c_.kinds[i] != Kind::shift) continue;
+        if (known_->kinds[i] != Kind::write && known_->kinds[i] != Kind::shift) continue;
         const ggml_tensor * t = graph_->nodes[i]->src[1];
         auto is_same = [&](const ggml_tensor * other) { return other->data == t->data && ggml_nbytes(other) >= ggml_nbytes(t); };
         if (!is_input(t) || std::any_of(wanted.begin(), wanted.end(), is_same)) continue;
@@ -193,20 +251,36 @@ const uint8_t * Run::indices_of(const ggml_tensor * tensor, cuda::Queue & queue)
     return std::find_if(c_.indices.begin(), c_.indices.end(), is_it)->bytes.data();
 }
 
-ggml_status Run::write(CacheTensor & t, const ggml_tensor * op) {
-    cuda::Queue & queue = use(t);
-    const uint8_t * indices = indices_of(op->src[1], queue);
-    const ggml_tensor * rows = op->src[0];
+// Where the rows of a write go, to `cells`. False: there is no such cell.
+bool Run::find_cells(const CacheTensor & t, const ggml_tensor * op, const uint8_t * indices) {
     const int n_cells = t.store->shape().n_cells;
     const int64_t n_all = int64_t(n_cells) * t.store->shape().n_streams;
-    if (!t.store->settle(1)) return GGML_STATUS_FAILED;  // normally nothing to do
     c_.cells.clear();
-    for (int64_t i = 0; i < rows->ne[1]; ++i) {
+    for (int64_t i = 0; i < op->src[0]->ne[1]; ++i) {
         const int64_t cell = index_at(indices, op->src[1], i);
-        if (cell < 0 || cell >= n_all) return GGML_STATUS_FAILED;
+        if (cell < 0 || cell >= n_all) return false;
         c_.cells.push_back({int(cell / n_cells), int(cell % n_cells)});
     }
-    t.store->write(c_.cells.data(), int(c_.cells.size()), {rows->data, rows->nb[1], rows->type != GGML_TYPE_F32, false});
+    return true;
+}
+
+// `is_pair`: another write to the same queue comes next, and, where no page store has to be told, both can go in one launch.
+ggml_status Run::write(CacheTensor & t, const ggml_tensor * op, bool is_pair) {
+    cuda::Queue & queue = use(t);
+    if (books_done_) {
+        const int n = int(op->src[0]->ne[1]);
+        const cuda::RowWrite write = t.cuda->write_of(rows_of(op), known_->recording->rows_there() + n_written_, n);
+        n_written_ += n;
+        if (first_write_.n > 0 || !is_pair) {
+            cuda::write_rows(queue.stream(), write, std::exchange(first_write_, {}));
+        } else {
+            first_write_ = write;
+        }
+        return GGML_STATUS_SUCCESS;
+    }
+    if (!t.store->settle(1)) return GGML_STATUS_FAILED;  // normally nothing to do
+    if (!find_cells(t, op, indices_of(op->src[1], queue))) return GGML_STATUS_FAILED;
+    t.store->write(c_.cells.data(), int(c_.cells.size()), rows_of(op));
     return GGML_STATUS_SUCCESS;
 }
 
@@ -327,32 +401,58 @@ ggml_status Run::on_copies(ggml_tensor * op) {
     return status;
 }
 
-// What the nodes are. A graph that comes again, token by token, is looked at once.
+// What the nodes are: `known_`.
 void Run::classify() {
     const size_t n = graph_->n_nodes;
-    if (graph_->uid && graph_->uid == c_.graph_uid && n == c_.kinds.size() && mode_changes == c_.mode_changes) return;
+    auto & graphs = c_.graphs;
+    auto is_it = [&](const Graph & g) { return graph_->uid && g.uid == graph_->uid && g.kinds.size() == n && g.mode_changes == mode_changes; };
+    const auto found = std::find_if(graphs.begin(), graphs.end(), is_it);
+    if (found != graphs.end()) {
+        is_again_ = true;
+        graphs.splice(graphs.begin(), graphs, found);
+        known_ = &graphs.front();
+        return;
+    }
     for (size_t i = 0; i < n; ++i) {
         if (!is_view(graph_->nodes[i]->op)) learn_geometry(graph_->nodes[i]);
     }
-    c_.graph_uid = graph_->uid;
-    c_.mode_changes = mode_changes;
-    c_.kinds.resize(n);
-    c_.any_cache = false;
+    graphs.remove_if([](const Graph & g) { return g.uid == 0; });  // nobody finds it again
+    while (graphs.size() >= kGraphs) graphs.pop_back();
+    graphs.emplace_front();
+    known_ = &graphs.front();
+    known_->uid = graph_->uid;
+    known_->mode_changes = mode_changes;
+    bool can_record = graph_->uid != 0;
     for (size_t i = 0; i < n; ++i) {
-        c_.kinds[i] = kind_of(graph_->nodes[i]);
-        c_.any_cache |= c_.kinds[i] != Kind::view && c_.kinds[i] != Kind::inner;
+        const ggml_tensor * node = graph_->nodes[i];
+        const Kind kind = kind_of(node);
+        known_->kinds.push_back(kind);
+        known_->any_cache |= kind != Kind::view && kind != Kind::inner;
+        if (kind == Kind::write) {
+            known_->n_rows += node->src[0]->ne[1];
+            can_record &= is_input(node->src[1]) && node->src[0]->ne[1] <= kRowsOfToken;
+        } else {
+            can_record &= kind == Kind::view || kind == Kind::attend || (kind == Kind::inner && never_waits(node));
+        }
     }
+    if (!can_record) known_->n_rows = 0;
 }
 
-ggml_status Run::operator()() {
-    classify();
-    if (!c_.any_cache) return ggml_backend_graph_compute_async(c_.inner, graph_);
+// What comes for the second time will come again. So will, after many of its kind, a graph that comes for the first time: they change with the length
+// of the context.
+bool Run::is_worth_recording() const {
+    if (!c_.may_record || known_->n_rows == 0) return false;
+    return is_again_ || std::any_of(c_.graphs.begin(), c_.graphs.end(), [&](const Graph & g) {
+               return g.n_launches >= kLaunches && g.kinds.size() == known_->kinds.size() && g.n_rows == known_->n_rows;
+           });
+}
 
-    fetch_inputs();
+// Queues the nodes, one after the other.
+ggml_status Run::enqueue() {
     ggml_status status = GGML_STATUS_SUCCESS;
     for (int i = 0; i < graph_->n_nodes && status == GGML_STATUS_SUCCESS; ++i) {
         ggml_tensor * node = graph_->nodes[i];
-        const Kind kind = c_.kinds[i];
+        const Kind kind = known_->kinds[i];
         if (kind == Kind::view) continue;
         if (kind == Kind::inner) {
             if (first_ < 0) first_ = i;
@@ -362,7 +462,11 @@ ggml_status Run::operator()() {
         status = flush();
         if (status != GGML_STATUS_SUCCESS) break;
         if (kind == Kind::write) {
-            status = write(*cache_of(node), node);
+            int next = i + 1;
+            while (next < graph_->n_nodes && known_->kinds[next] == Kind::view) ++next;
+            const bool is_pair = next < graph_->n_nodes && known_->kinds[next] == Kind::write &&
+                                 cache_of(graph_->nodes[next])->owner == cache_of(node)->owner;
+            status = write(*cache_of(node), node, is_pair);
         } else if (kind == Kind::shift) {
             status = shift(*cache_of(node), node);
         } else {
@@ -376,12 +480,97 @@ ggml_status Run::operator()() {
                 status = on_copies(node);
             }
             for (CacheTensor * t : {k, v}) {
-                if (t && t->mode == CacheTensor::Mode::packed) attended_.push_back(t);
+                if (t && t->mode == CacheTensor::Mode::packed && !books_done_) attended_.push_back(t);
             }
         }
     }
     if (status == GGML_STATUS_SUCCESS) status = flush();
     to_inner();
+    return status;
+}
+
+// A graph of writes and attentions as a recording. What changes with every token, the books of the pages and the packing of what has become old, comes
+// before and after.
+ggml_status Run::replay() {
+    const auto each = [&](Kind kind, auto && f) {
+        for (int i = 0; i < graph_->n_nodes; ++i) {
+            if (known_->kinds[i] == kind) f(graph_->nodes[i]);
+        }
+    };
+    each(Kind::write, [&](ggml_tensor * node) { used(*cache_of(node), queue_of(*cache_of(node)->owner)); });
+    each(Kind::attend, [&](ggml_tensor * node) { used(*cache_of(node->src[1]), queue_of(*cache_of(node->src[1])->owner)); });
+    auto & recording = known_->recording;
+    if (!recording) recording = std::make_unique<cuda::Recording>(used_[0], known_->n_rows);
+    cuda::Queue & queue = recording->queue();
+
+    bool is_right = true;
+    half ** rows = recording->rows();
+    each(Kind::write, [&](ggml_tensor * node) {
+        CacheTensor & t = *cache_of(node);
+        is_right = is_right && t.store->settle(1) && find_cells(t, node, indices_of(node->src[1], queue));
+        if (!is_right) return;
+        const CudaMemory::Diversion diversion(*t.cuda, rows);
+        t.store->write(c_.cells.data(), int(c_.cells.size()), rows_of(node));
+        rows += c_.cells.size();
+    });
+    if (!is_right) return GGML_STATUS_FAILED;
+    const auto count_workspaces = [&] {
+        return std::accumulate(used_.begin(), used_.end(), uint64_t(0), [](uint64_t n, const auto & queue) { return n + queue->workspaces(); });
+    };
+    const bool is_recorded = recording->ready() && known_->workspaces == count_workspaces();
+    each(Kind::attend, [&](ggml_tensor * node) {
+        CacheTensor * k = cache_of(node->src[1]), * v = cache_of(node->src[2]);
+        k->cuda->table_of(*k->store);
+        v->cuda->table_of(*v->store);
+        if (!is_recorded) prepare_attention(*k->store, *k->cuda, *v->store, *v->cuda, attention_call(*k, node));
+        attended_.insert(attended_.end(), {k, v});
+    });
+    recording->send();
+    for (const auto & other : used_) {
+        if (other.get() != &queue) queue.wait_for(other->mark());
+    }
+    after_inner(queue);
+
+    books_done_ = true;
+    if (is_recorded || record()) {
+        known_->workspaces = count_workspaces();
+        recording->launch();
+        ++known_->n_launches;
+    } else {
+        c_.may_record = false;  // whatever the reason is, the next graph will have it too
+        const ggml_status status = enqueue();
+        if (status != GGML_STATUS_SUCCESS) return status;
+        after_inner(queue);
+    }
+    queue_ = &queue;
+    void * const done = queue.mark();
+    for (const auto & other : used_) {
+        if (other.get() != &queue) other->wait_for(done);
+    }
+    to_inner();
+    return GGML_STATUS_SUCCESS;
+}
+
+bool Run::record() {
+    cuda::Queue & queue = known_->recording->queue();
+    known_->recording->begin();
+    queue_ = &queue;
+    to_inner();  // so that what the inner backend does is recorded, too
+    n_written_ = 0;
+    const bool queued = enqueue() == GGML_STATUS_SUCCESS;
+    after_inner(queue);
+    const bool recorded = known_->recording->end();
+    n_written_ = 0;
+    queue_ = nullptr;
+    return queued && recorded;
+}
+
+ggml_status Run::operator()() {
+    classify();
+    if (!known_->any_cache) return ggml_backend_graph_compute_async(c_.inner, graph_);
+
+    fetch_inputs();
+    ggml_status status = is_worth_recording() ? replay() : enqueue();
     if (!settle()) status = GGML_STATUS_FAILED;
     for (Buffer * buffer : buffers_) buffer->memory->trim();
     for (const auto & queue : used_) {

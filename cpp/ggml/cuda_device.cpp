@@ -149,6 +149,8 @@ bool supports_op(ggml_backend_dev_t dev, const ggml_tensor * op) {
         warn_once("there is no memory left on the GPU for a cache");
         return false;
     }
+    // Our attention knows more shapes than the inner device's.
+    if (op->op == GGML_OP_FLASH_ATTN_EXT && can_attend(cache_of(op->src[1]), cache_of(op->src[2]), op)) return true;
     return ggml_backend_dev_supports_op(device.inner, op);
 }
 

@@ -81,6 +81,7 @@ static ggml_status write_rows(BackendContext & backend, CacheTensor & t, const g
 
 bool can_attend(const CacheTensor * k, const CacheTensor * v, const ggml_tensor * op) {
     if (!k || !v || k->mode != CacheTensor::Mode::packed || v->mode != CacheTensor::Mode::packed || k->n_heads != v->n_heads) return false;
+    if (k->owner != v->owner || k->store->shape().n_pages() != v->store->shape().n_pages()) return false;
     const ggml_tensor * q = op->src[0];
     const ggml_tensor * mask = op->src[3];
     auto is_cache_view = [](const CacheTensor & t, const ggml_tensor * view) {

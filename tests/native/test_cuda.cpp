@@ -220,7 +220,13 @@ void compare_rows(int n, int row, int pad, Make make) {
         for (int d = 0; d < row; ++d) expected[place + d] = as_stored(source[skip + size_t(i) * stride + d]);
     }
     const Device<half *> destination(places);
-    cuda::write_rows(nullptr, device_source.data() + skip, sizeof(Row) == 2, stride * sizeof(Row), destination.data(), n, row);
+    const cuda::RowWrite all = {device_source.data() + skip, sizeof(Row) == 2, stride * sizeof(Row), destination.data(), n, row};
+    cuda::RowWrite first = all, second = all;  // in two parts, one of which may be empty
+    first.n = n / 3;
+    second.source = device_source.data() + skip + first.n * stride;
+    second.destination += first.n;
+    second.n -= first.n;
+    cuda::write_rows(nullptr, first, second);
     finish("write_rows");
     const std::vector<half> got = out.get();
     const size_t at = first_difference(expected.data(), got.data(), got.size());
@@ -238,7 +244,7 @@ void test_write_rows() {
             }
         }
     }
-    cuda::write_rows(nullptr, nullptr, true, 0, nullptr, 0, 128);
+    cuda::write_rows(nullptr, {nullptr, true, 0, nullptr, 0, 128});
     finish("write_rows of nothing");
 }
 
@@ -383,7 +389,7 @@ void print_times() {
         for (int i = 0; i < n; ++i) places[i] = rows.data() + size_t(i % (n_jobs * kPageCells)) * row;
         const Device<half *> destination(places);
         std::printf("%d rows of %d floats, microseconds: write_rows %.1f\n", n, row,
-                    microseconds([&] { cuda::write_rows(nullptr, q.data(), false, q_token * sizeof(float), destination.data(), n, row); }));
+                    microseconds([&] { cuda::write_rows(nullptr, {q.data(), false, q_token * sizeof(float), destination.data(), n, row}); }));
     }
 }
 

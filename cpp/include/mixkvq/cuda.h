@@ -43,8 +43,15 @@ struct PageJob {
 const char * unavailable();
 
 // Rows to F16 pages as the cache stores them: NaN becomes 0, infinity +-65504. Cell i goes to destination[i] (nullptr: skipped), a row of `row`
-// halfs; source rows are `stride` bytes apart.
-void write_rows(Stream stream, const void * source, bool source_is_half, size_t stride, half * const * destination, int n, int row);
+// halfs; source rows are `stride` bytes apart. A second write, to other cells, may come along.
+struct RowWrite {
+    const void * source;
+    bool source_is_half;
+    size_t stride;
+    half * const * destination;
+    int n, row;
+};
+void write_rows(Stream stream, const RowWrite & write, const RowWrite & second = {});
 
 // All heads of all jobs. `importance` is I_d, [head][head size].
 void pack_keys(Stream stream, const KeyHead * heads, int n_heads, int head_size, int row, const PageJob * jobs, int n_jobs, const float * importance);

@@ -32,6 +32,9 @@ class Queue {
 
     // The stream, with its device made that of this thread.
     Stream stream();
+    // Another one behind all that is queued so far; join: the first waits for it.
+    Stream fork();
+    void join();
     // An event (cudaEvent_t) behind all that is queued so far; it is the same one for each call.
     void * mark();
     // What is queued from now on waits for this event.
@@ -55,6 +58,7 @@ class Queue {
 
     // GPU memory that calls share; it grows to the largest and stays.
     void * workspace(size_t bytes);
+    uint64_t workspaces() const { return n_workspaces_; }  // how many there have been: it is another one when this changes
     // Blocks of GPU memory, not zeroed.
     void * get(size_t bytes);
     void put(void * block, size_t bytes) { free_[bytes].push_back(block); }
@@ -65,7 +69,10 @@ class Queue {
     void * allocate(size_t bytes);
     void release(void * block);
 
+    bool recording() const { return recording_; }
+
   private:
+    friend class Recording;
     static constexpr int kParts = 4;
 
     void make_ring(size_t part_bytes);
@@ -73,7 +80,9 @@ class Queue {
 
     int device_;
     void * stream_ = nullptr;
-    void * mark_ = nullptr;
+    void * side_ = nullptr;  // of fork
+    void * mark_ = nullptr, * fork_ = nullptr, * join_ = nullptr;
+    bool recording_ = false;
     bool idle_ = true;      // nothing has been queued since it was waited for
     bool ordered_ = false;  // memory is allocated and freed in the order of the stream
     std::string error_;
@@ -89,8 +98,37 @@ class Queue {
     size_t fetched_bytes_ = 0;
     void * workspace_ = nullptr;
     size_t workspace_bytes_ = 0;
+    uint64_t n_workspaces_ = 0;
     std::unordered_map<size_t, std::vector<void *>> free_;
     size_t bytes_ = 0, peak_ = 0;
+};
+
+// Work that is recorded once and launched again as one piece, a CUDA graph; only where rows are written to changes from time to time.
+class Recording {
+  public:
+    Recording(std::shared_ptr<Queue> queue, size_t n_rows);
+    ~Recording();
+    Recording(const Recording &) = delete;
+    Recording & operator=(const Recording &) = delete;
+
+    Queue & queue() { return *queue_; }
+    // Where the rows of the next launch go, to be filled before `send`; and the list as kernels read it.
+    half ** rows() { return rows_; }
+    half * const * rows_there() const { return rows_there_; }
+    void send();
+
+    // Between the two, work on the queue, and on streams that wait for it and that it waits for in the end, is recorded and not done. end: false if
+    // it cannot be recorded.
+    void begin();
+    bool end();
+    void launch();
+    bool ready() const { return graph_ != nullptr; }
+
+  private:
+    std::shared_ptr<Queue> queue_;
+    half ** rows_ = nullptr, ** rows_there_ = nullptr;
+    size_t n_rows_;
+    void * graph_ = nullptr;  // cudaGraphExec_t
 };
 
 }  // namespace mixkvq::cuda
@@ -115,19 +153,35 @@ class CudaMemory final : public PageMemory {
     void read(const PageSpan * spans, int n, half * rows) override;
     void observe(const Queries & queries, int n_threads) override;
     bool query_statistics(float * mean_abs, float * mean_sqr) override;
+    void observe_on(cuda::Stream stream, const Queries & queries);
 
     // As read, to GPU memory (16-byte aligned), and without waiting.
     void read_here(const PageSpan * spans, int n, half * rows);
 
+    // While there is one, a write only says where its rows would go. write_of: what the kernel gets, with that list where it can read it.
+    class Diversion {
+      public:
+        Diversion(CudaMemory & memory, half ** list) : memory_(memory) { memory_.diverted_ = list; }
+        ~Diversion() { memory_.diverted_ = nullptr; }
+        Diversion(const Diversion &) = delete;
+        Diversion & operator=(const Diversion &) = delete;
+
+      private:
+        CudaMemory & memory_;
+    };
+    cuda::RowWrite write_of(const Rows & from, half * const * to, int n) const { return {from.data, from.is_half, from.stride, to, n, row_}; }
+
+    // As attention reads it: where the pages are now.
+    const cuda::PageRef * table_of(PageStore & store);
+
     cuda::Queue & queue() { return *queue_; }
 
   private:
-    friend void attention(PageStore &, CudaMemory &, PageStore &, CudaMemory &, const AttentionCall &);
+    friend cuda::Attention prepare_attention(PageStore &, CudaMemory &, PageStore &, CudaMemory &, const AttentionCall &);
 
     size_t page_bytes() const { return size_t(2) * kPageCells * row_; }
     void copy_bytes(void * to, const void * from, size_t bytes);
     cuda::QuerySums sums() const;
-    const cuda::PageRef * pages_of(PageStore & store);
 
     std::shared_ptr<cuda::Queue> queue_;
     int row_;
@@ -136,7 +190,11 @@ class CudaMemory final : public PageMemory {
     void * heads_ = nullptr;           // KeyHead or ValueHead, by head
     float * sums_ = nullptr;           // keys: the arrays of QuerySums, one behind the other
     bool any_queries_ = false;
+    half ** diverted_ = nullptr;
 };
+
+// The call as the kernels get it, with the tables of now and a workspace.
+cuda::Attention prepare_attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, CudaMemory & value_memory, const AttentionCall & call);
 
 // Attention of a batch over a pair of stores whose memories share a queue; the pointers of the call are the GPU's. Counts the queries for I_d.
 void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, CudaMemory & value_memory, const AttentionCall & call);
