@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import tiny_models
-from contexts import Context, Model, random_tokens
+from contexts import Context, Model, devices, random_tokens
 from gguf import GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -60,10 +60,11 @@ def test_version_1_is_taken():
     assert begin(GOLDEN) is None
 
 
+@pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("form", FORMS)
-def test_the_formats_are_those_of_the_file(tmp_path, form):
+def test_the_formats_are_those_of_the_file(tmp_path, form, device):
     """Seen in the cache: tiers and bits of each layer, and the query prior before the first query."""
-    tiny = Model(tiny_models.llama(tmp_path / "m.gguf"), ours=True)
+    tiny = Model(tiny_models.llama(tmp_path / "m.gguf"), True, device)
     rng = np.random.default_rng(2)
     tiers = [np.array([t] * 2, np.int32) for t in ([0, 8, 16, 20, 20, 64], [4, 0, 0, 0, 60, 32])]
     values = [np.array([v] * 2, np.int32) for v in ([4, 32], [2, 0])]

@@ -1,25 +1,33 @@
-"""bench/speed.py on the built-in model: that it measures what it says. Its figures are not looked at, for they depend on the machine."""
+"""bench/speed.py on the built-in model: that it measures what it says. Its figures are not looked at, for they depend on the machine.
+
+bench/llama_bench.py runs a program that answers as llama-bench does, with times that are known. What is measured on a GPU is measured on one only.
+"""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import _common
+import llama_bench
 import numpy as np
 import plot
 import pytest
 import speed
 from _common import open_model
+from click.testing import CliRunner
+from contexts import GPU, devices, library_name
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "cot-tiny-34m-q8_0.gguf"
 CACHES = ["f16", "balanced"]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+@pytest.fixture(scope="module", params=devices())
+def saved(tmp_path_factory, request):
     path = tmp_path_factory.mktemp("bench") / "speed.json"
     options = "--kv f16,balanced --depths 256 --tokens 2 --rounds 2 --threads 1 --prefill 32 --prefill-depth 256 --prefill-rounds 1 --fit-from 0"
+    options += f" --device {library_name(request.param)}"
     command = [sys.executable, str(ROOT / "bench" / "speed.py"), str(MODEL), *options.split(), "--out", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -42,7 +50,11 @@ def test_result_describes_its_run(result):
     assert ours["preset"] == "balanced" and ours["isa"] and 0 < ours["bytes"]
     assert stock["type"] == "f16" and stock["bytes"] == stock["n_cells"] * 10 * 4 * 128 * 2
     memory = result["read_bandwidth"]
-    assert memory["threads"] == 1 and memory["bytes"] >= 256 << 20 and memory["bytes_per_second"] > 0
+    assert memory["bytes"] >= 256 << 20 and memory["bytes_per_second"] > 0
+    if settings["device"] == "cpu":
+        assert memory["threads"] == 1 and "gpu" not in result["machine"]
+    else:
+        assert result["machine"]["gpu"] == memory["gpu"] in plot.heading(result) and 5e10 < memory["bytes_per_second"] < 2e13
     assert str(ROOT) not in json.dumps(result)
 
 
@@ -95,7 +107,7 @@ def test_line_through_the_depths(result):
 @pytest.mark.parametrize("cache", CACHES)
 def test_filled_context_is_seen_whole(cache):
     """One chunk gives what a prompt gives; with several, each of them counts in what follows."""
-    llm = open_model(MODEL, cache, speed.TwoSequences, n_ctx=1024, n_batch=512, n_threads=1)
+    llm = open_model(MODEL, cache, speed.TwoSequences, n_ctx=1024, n_batch=512, n_threads=1, device="cpu")
     text = np.random.default_rng(1).integers(300, 8000, 768).tolist()
 
     def next_logits():
@@ -123,6 +135,120 @@ def test_filled_context_is_seen_whole(cache):
         assert np.abs(after - before).max() > 0.01
         before = after
     llm.close()
+
+
+def test_a_device_that_is_none_and_a_prompt_that_is_too_long_are_refused():
+    for options, words in ((["--device", "fast"], "it must be cpu or the name of a GPU"), (["--prefill", "513"], "--batch is 512")):
+        done = CliRunner().invoke(speed.main, [str(MODEL), *options])
+        assert done.exit_code == 2 and words in done.output
+
+
+class Driver:
+    """A CUDA driver that copies 1 GiB in a millisecond; `broken` names what fails."""
+
+    def __init__(self, broken=""):
+        self.broken, self.called = broken, []
+
+    def __getattr__(self, name):
+        def function(*arguments):
+            self.called.append(name)
+            if name == "cuDeviceGetName":
+                arguments[0].value = b"NVIDIA Example"
+            if name == "cuEventElapsedTime":
+                arguments[0]._obj.value = 1.0
+            return 2 if name == self.broken else 0
+
+        return function
+
+
+def test_copy_bandwidth(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(_common.ctypes, "CDLL", lambda name: driver)
+    found = _common.copy_bandwidth(0, passes=3)
+    assert found == {"bytes_per_second": pytest.approx(2 * 2**30 * 1e3), "bytes": 1 << 30, "passes": 3, "gpu": "NVIDIA Example"}
+    assert driver.called.count("cuMemcpyDtoDAsync_v2") == 6
+    assert driver.called.count("cuMemAlloc_v2") == driver.called.count("cuMemFree_v2") == 2
+    driver.broken = "cuMemAlloc_v2"
+    with pytest.raises(_common.click.ClickException, match="cuMemAlloc_v2 with error 2"):
+        _common.copy_bandwidth(0)
+    assert [_common.gpu_number(name) for name in ("CUDA0", "CUDA11", "cpu", "CPU", "Vulkan0")] == [0, 11, None, None, None]
+
+
+@pytest.mark.skipif(GPU not in devices(), reason="there is no GPU")
+def test_copy_bandwidth_of_a_gpu():
+    assert 5e10 < _common.copy_bandwidth(0)["bytes_per_second"] < 2e13
+
+
+# --- bench/llama_bench.py ---
+
+LLAMA_BENCH = """#!{python}
+import json, os, sys
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+ours = given["-dev"].startswith("MIXKVQ-")
+assert ours == ("GGML_BACKEND_PATH" in os.environ) == ("-ctk" not in given) and given["-ngl"] == "99" and given["-fa"] == "1"
+cache = os.environ["MIXKVQ_PRESET"] if ours else given["-ctk"]
+if cache == os.environ.get("BROKEN"):
+    sys.stderr.write("mixkvq: something is wrong\\n")
+    sys.exit(int(os.environ["STATUS"]))
+slope = {{"f16": 4, "q8_0": 6, "mix3.2": 1, "balanced": 1}}[cache]
+tests = []
+for depth in map(int, given["-d"].split(",")):
+    for ubatch in map(int, given["-ub"].split(",")):
+        n = int(given["-p"]) + int(given["-n"])
+        ns = n * (1000000 + 100 * slope * depth)
+        test = {{"devices": os.environ.get("DEVICES", given["-dev"]), "n_depth": depth, "n_ubatch": ubatch, "build_commit": "abc"}}
+        tests.append({{**test, "samples_ns": [ns + i for i in range(int(given["-r"]))]}})
+print("warning: not JSON")
+print(json.dumps(tests))
+"""
+
+
+@pytest.fixture
+def run_llama_bench(tmp_path, monkeypatch):
+    program, out = tmp_path / "llama-bench", tmp_path / "out.json"
+    program.write_text(LLAMA_BENCH.format(python=sys.executable))
+    program.chmod(0o755)
+
+    def run(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        options = "--device CPU --kv f16,q8_0,balanced --depths 1000,2000 --tokens 10 --prefill 20 --prefill-depth 1000 --ubatch 4,8 --rounds 2"
+        done = CliRunner().invoke(llama_bench.main, [str(program), str(MODEL), *options.split(), "--threads", "1", "--out", str(out)])
+        return done, json.loads(out.read_text()) if out.exists() else None
+
+    monkeypatch.setenv("MIXKVQ_WINDOW", "7")  # of no concern to the program
+    return run
+
+
+def test_llama_bench(run_llama_bench):
+    done, result = run_llama_bench()
+    assert done.exit_code == 0, done.output
+    assert result["bench"] == "llama_bench" and result["build"] == "abc" and result["settings"]["ubatch"] == [4, 8]
+    assert [row["depth"] for row in result["depths"]] == [0, 1000, 2000]
+    for row in result["depths"]:
+        for cache, slope in (("f16", 4), ("q8_0", 6), ("balanced", 1)):
+            figures = row["caches"][cache]
+            seconds = 1e-3 + 1e-7 * slope * row["depth"]
+            assert len(figures["rounds"]) == 4 and figures["seconds_per_token"] == pytest.approx(seconds, rel=1e-4)
+            assert figures["over"]["q8_0"] == pytest.approx((1e-3 + 6e-7 * row["depth"]) / seconds, rel=1e-4)
+            if row["depth"]:
+                assert figures["attention_seconds_per_token"] == pytest.approx(1e-7 * slope * row["depth"], rel=1e-4)
+                assert figures["attention_over"] == {"f16": pytest.approx(4 / slope, rel=1e-4), "q8_0": pytest.approx(6 / slope, rel=1e-4)}
+    assert [(row["ubatch"], row["tokens"], row["depth"]) for row in result["prefill"]] == [(4, 20, 1000), (8, 20, 1000)]
+    for row in result["prefill"]:
+        assert row["caches"]["balanced"]["over"]["f16"] == pytest.approx(1.4 / 1.1, rel=1e-4)
+        assert row["caches"]["f16"]["tokens_per_second"] == pytest.approx(1 / 1.4e-3, rel=1e-4)
+    assert "6.00x" in done.output and "4.00x" in done.output and "1.27x" in done.output
+
+
+@pytest.mark.parametrize("variables, words", [
+    ({"BROKEN": "q8_0", "STATUS": "3"}, "llama-bench with q8_0 ended with status 3: mixkvq: something is wrong"),
+    ({"BROKEN": "balanced", "STATUS": "0"}, "llama-bench with balanced ended with status 0: mixkvq: something is wrong"),
+    ({"DEVICES": "CUDA0"}, "llama-bench with f16 ran on CUDA0, not on none"),
+])  # fmt: skip
+def test_llama_bench_that_did_something_else_is_not_measured(run_llama_bench, variables, words):
+    done, result = run_llama_bench(**variables)
+    assert done.exit_code == 1 and words in done.output and result is None
 
 
 def test_plot(saved, tmp_path):

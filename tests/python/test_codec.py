@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny_models
 from cffi import FFI
-from contexts import BALANCED, EXACT, FLASH_OFF, Context, Model, distance, kl, random_tokens
+from contexts import BALANCED, CPU, EXACT, FLASH_OFF, Context, Model, devices, distance, kl, random_tokens, tolerance
 from gguf import GGUFReader
 from test_bindings import declarations
 
@@ -46,23 +46,23 @@ class Recorder:
         return [p.first_cell for p in self.pages if (p.layer, p.is_value, p.stream) == (layer, is_value, stream)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
+@pytest.fixture(scope="module", params=devices())
+def model(tmp_path_factory, request):
     """Two layers of two key/value heads of 64."""
-    model = Model(tiny_models.llama(tmp_path_factory.mktemp("codec") / "llama.gguf"), ours=True)
+    model = Model(tiny_models.llama(tmp_path_factory.mktemp("codec") / "llama.gguf"), True, request.param)
     yield model
     model.close()
 
 
-@pytest.fixture(scope="module")
-def one_layer(tmp_path_factory):
-    model = Model(tiny_models.llama(tmp_path_factory.mktemp("codec") / "one.gguf", n_layers=1), ours=True)
+@pytest.fixture(scope="module", params=devices())
+def one_layer(tmp_path_factory, request):
+    model = Model(tiny_models.llama(tmp_path_factory.mktemp("codec") / "one.gguf", n_layers=1), True, request.param)
     yield model
     model.close()
 
 
 def load(codec=None, **kwargs):
-    arguments = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "logits_all": True}
+    arguments = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "logits_all": True, "device": "cpu"}
     return bridge.Llama(MODEL, codec=codec, **{**arguments, **kwargs})
 
 
@@ -240,6 +240,7 @@ def test_rows_and_query_statistics_are_those_of_the_model(model):
             packing.feed(tokens, chunk=chunk)
             for a, b in zip(packing.query_statistics(0), statistics):
                 np.testing.assert_array_equal(a, b)
+    rounding = 1e-4 if model.device == CPU else 2e-3  # a GPU multiplies numbers of eleven bits (TF32)
     q, k = first_layer(model, tokens)
     q = q.reshape(2, 2, 700, 64)  # two query heads for each key head
 
@@ -247,7 +248,7 @@ def test_rows_and_query_statistics_are_those_of_the_model(model):
         return np.abs(q[:, :, :n]).mean((1, 2)), (q[:, :, :n] ** 2).mean((1, 2))
 
     for found, expected in zip(statistics, means(700)):
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        np.testing.assert_allclose(found, expected, rtol=rounding)
     pages = [p for p in codec.pages if p.layer == 0]
     assert len(pages) == 10
     for page in pages:
@@ -259,7 +260,7 @@ def test_rows_and_query_statistics_are_those_of_the_model(model):
         np.testing.assert_allclose(page.rows, k[:, cells], atol=4e-3 * np.abs(k).max())
         read = -(-(page.first_cell + 129) // chunk) * chunk  # tokens when the page settles: with the chunk that begins the next page
         for found, expected in zip((page.q_abs, page.q_sqr), means(read)):
-            np.testing.assert_allclose(found, expected, rtol=1e-4)
+            np.testing.assert_allclose(found, expected, rtol=rounding)
 
 
 def test_values_are_those_of_the_state(one_layer):
@@ -313,7 +314,8 @@ def test_a_preset_as_a_codec_is_the_preset(one_layer, preset):
     with Context(one_layer, kv, codec=preset_codec(preset, 64)) as coded, Context(one_layer, kv) as packing, Context(one_layer, EXACT) as exact:
         logits = [context.feed(random_tokens(700), chunk=100)[130:] for context in (coded, packing, exact)]
         assert coded.save(0) == packing.save(0) != exact.save(0)
-        assert kl(logits[0], logits[1]).mean() < 0.05 * kl(logits[1], logits[2]).mean()
+        # A GPU's packed kernels round what they multiply to eleven bits, which shows beside codes of eight.
+        assert kl(logits[0], logits[1]).mean() < (0.05 if one_layer.device == CPU else 0.3) * kl(logits[1], logits[2]).mean()
         found, expected = ([layer["body_bits"] for layer in c.layers()] for c in (coded, packing))
         assert found == pytest.approx(expected)
         assert coded.stats()["body_bits"] == pytest.approx(packing.stats()["body_bits"])
@@ -363,7 +365,7 @@ def test_keys_alone_where_values_are_plain(model):
     with Context(model, NOTHING, flash=FLASH_OFF, codec=codec) as context, Context(model, EXACT, flash=FLASH_OFF) as exact:
         for chunk in (300, 100):
             found, expected = context.feed(random_tokens(chunk)), exact.feed(random_tokens(chunk))
-            assert distance(found, expected) < 1e-2
+            assert distance(found, expected) < tolerance(model.device, 1e-2)
         assert {layer["name"][6]: layer["kind"] for layer in context.layers()} == {"k": "codec", "v": "plain"}
         assert codec.cells() == [0, 128] and not any(p.is_value for p in codec.pages)
 
@@ -661,7 +663,7 @@ def test_a_codec_of_a_c_program(one_layer):
     """Through the struct of functions alone: what the codec returns is in the sentence, and NULL settings have none."""
     ffi = FFI()
     ffi.cdef(declarations())
-    registry = adapter._function("ggml_backend_dev_backend_reg", adapter.ctypes.c_void_p, adapter.ctypes.c_void_p)(one_layer.backend.device)
+    registry = adapter._function("ggml_backend_dev_backend_reg", adapter.ctypes.c_void_p, adapter.ctypes.c_void_p)(one_layer.backend.cpu)
     get = adapter._function("ggml_backend_reg_get_proc_address", *[adapter.ctypes.c_void_p] * 2, adapter.ctypes.c_char_p)
     api = ffi.cast("mixkvq_backend_api *", get(registry, b"mixkvq_backend_api"))
     assert api.version == 2

@@ -2,8 +2,9 @@
 
 Three caches are compared with the stock one. EXACT keeps every page in F16, so an operation that loses, moves or mixes up one number shows as a
 difference far above arithmetic noise (see test_architectures.py; EXACT_BATCH is wider here, because single tokens and small batches before
-a probe leave the noise of the stock F16 sums in its keys and values). PACKED packs every full page at 8 bits, with no recent
-window, so the same operations meet packed pages; what it may lose is small. Where an operation only reads, packed pages are compared exactly.
+a probe leave the noise of the stock F16 sums in its keys and values). These bounds are the CPU's; contexts.GPU_NOISE is a GPU's. PACKED packs
+every full page at 8 bits, with no recent window, so the same operations meet packed pages; what it may lose is small. Where an operation only
+reads, packed pages are compared exactly.
 """
 
 from __future__ import annotations
@@ -18,10 +19,29 @@ import threading
 import numpy as np
 import pytest
 import tiny_models
-from contexts import BALANCED, EXACT, FLASH_AUTO, FLASH_OFF, FLASH_ON, PACKED, Context, Model, Pair, distance, kl, random_tokens
+from contexts import (
+    BALANCED,
+    CPU,
+    EXACT,
+    FLASH_AUTO,
+    FLASH_OFF,
+    FLASH_ON,
+    PACKED,
+    Context,
+    Model,
+    Pair,
+    assert_same,
+    devices,
+    distance,
+    gpu_memory,
+    kl,
+    logged,
+    only_on_the_cpu,
+    random_tokens,
+    tolerance,
+)
 
 from bridge import Kv
-from bridge import _llama as adapter
 from bridge._llama import C
 
 EXACT_BATCH, EXACT_TOKEN = 1e-2, 5e-2
@@ -32,43 +52,47 @@ KVS = pytest.mark.parametrize("kv", [EXACT, PACKED], ids=["exact", "packed"])
 STREAMS = pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
+@pytest.fixture(scope="module", params=devices())
+def models(tmp_path_factory, request):
     path = tiny_models.llama(tmp_path_factory.mktemp("operations") / "llama.gguf", head_size=64, n_kv=2, ratio=2)
-    pair = Model(path, ours=True), Model(path, ours=False)
+    pair = Model(path, True, request.param), Model(path, False, request.param)
     yield pair
     for model in pair:
         model.close()
 
 
-@pytest.fixture(scope="module")
-def windowed_models(tmp_path_factory):
+@pytest.fixture(scope="module", params=devices())
+def windowed_models(tmp_path_factory, request):
     path = tiny_models.gpt_oss(tmp_path_factory.mktemp("operations") / "gpt-oss.gguf")
-    pair = Model(path, ours=True), Model(path, ours=False)
+    pair = Model(path, True, request.param), Model(path, False, request.param)
     yield pair
     for model in pair:
         model.close()
 
 
-def same(kv, logits, tolerance=EXACT_BATCH):
+def same(pair, logits, bound=EXACT_BATCH):
     """Our and the stock logits agree as well as the cache allows."""
+    agree(pair.device, pair.kv, logits, bound)
+
+
+def agree(device, kv, logits, bound=EXACT_BATCH):
     ours, stock = logits
     assert ours.shape == stock.shape
     if kv is EXACT:
-        assert distance(ours, stock) < tolerance
+        assert distance(ours, stock) < tolerance(device, bound)
     else:
         assert 1e-9 < kl(ours, stock).mean() < EIGHT_BIT
 
 
-def check(kv, pair, *seqs):
+def check(pair, *seqs):
     """Both contexts continue every sequence alike: a batch, then single tokens. What this appends stays."""
-    assert pair.ours.pages_packed() > 0 if kv is PACKED else pair.ours.pages_packed() == 0
+    assert pair.ours.pages_packed() > 0 if pair.kv is PACKED else pair.ours.pages_packed() == 0
     for seq in seqs or (0,):
         position = pair.pos_max(seq)
         assert position[0] == position[1]
-        same(kv, pair.feed(PROBE, seq))
+        same(pair, pair.feed(PROBE, seq))
         single = [pair.feed([token], seq) for token in PROBE[:3]]
-        same(kv, tuple(np.concatenate(side) for side in zip(*single)), EXACT_TOKEN)
+        same(pair, tuple(np.concatenate(side) for side in zip(*single)), EXACT_TOKEN)
 
 
 # --- removing ---
@@ -80,7 +104,7 @@ def test_seq_rm(models, kv, p0, p1):
     with Pair(*models, kv) as pair:
         pair.feed(random_tokens(500))
         assert pair.rm(0, p0, p1) == (True, True)
-        check(kv, pair)
+        check(pair)
 
 
 @KVS
@@ -90,7 +114,7 @@ def test_seq_rm_of_a_whole_sequence(models, kv):
             pair.feed(random_tokens(300, seq), seq)
         assert pair.rm(0) == (True, True)
         pair.feed(random_tokens(200, 5), 0)
-        check(kv, pair, 1, 0)
+        check(pair, 1, 0)
 
 
 @KVS
@@ -102,7 +126,7 @@ def test_speculative_rollbacks(models, kv):
         for _ in range(12):
             pair.feed(rng.integers(3, 259, 12).tolist())
             pair.rm(0, pair.stock.pos_max() - int(rng.integers(0, 8)), -1)
-        check(kv, pair)
+        check(pair)
 
 
 # --- copying and keeping ---
@@ -114,9 +138,9 @@ def test_seq_cp(models, kv, unified):
     with Pair(*models, kv, n_ctx=2048, n_seq=2, unified=unified) as pair:
         pair.feed(random_tokens(400), 0)
         pair.cp(0, 1)
-        same(kv, pair.feed(PROBE, 1))
+        same(pair, pair.feed(PROBE, 1))
         pair.feed(random_tokens(90, 3), 0)
-        check(kv, pair, 0, 1)
+        check(pair, 0, 1)
 
 
 @KVS
@@ -128,7 +152,7 @@ def test_seq_cp_over_a_stream_in_use(models, kv):
         pair.cp(0, 1)
         pair.cp(0, 2)
         pair.feed(random_tokens(150, 7), 0)
-        check(kv, pair, 1, 2, 0)
+        check(pair, 1, 2, 0)
 
 
 def test_a_copy_between_streams_is_bit_for_bit(models):
@@ -146,7 +170,7 @@ def test_seq_cp_of_a_part(models, kv):
     with Pair(*models, kv, n_seq=2, unified=True) as pair:
         pair.feed(random_tokens(400), 0)
         pair.cp(0, 1, 0, 300)
-        check(kv, pair, 1, 0)
+        check(pair, 1, 0)
 
 
 @KVS
@@ -160,7 +184,7 @@ def test_seq_keep(models, kv, unified):
         if unified:  # between streams there is nothing to remove
             assert pair.pos_max(0) == (-1, -1)
         pair.feed(random_tokens(150, 8), 0)
-        check(kv, pair, 1, 0)
+        check(pair, 1, 0)
 
 
 # --- context shift ---
@@ -175,7 +199,7 @@ def test_context_shift(models, kv):
             n = pair.stock.pos_max() + 1
             pair.rm(0, 40, 40 + n // 2)
             pair.add(0, 40 + n // 2, n, -(n // 2))
-            check(kv, pair)
+            check(pair)
             pair.feed(random_tokens(100, n))
 
 
@@ -184,7 +208,7 @@ def test_seq_add_upwards(models, kv):
     with Pair(*models, kv) as pair:
         pair.feed(random_tokens(400))
         pair.add(0, 130, -1, 1000)
-        check(kv, pair)
+        check(pair)
 
 
 @KVS
@@ -192,7 +216,7 @@ def test_seq_div(models, kv):
     with Pair(*models, kv) as pair:
         pair.feed(random_tokens(500))
         pair.div(0, 64, 480, 4)
-        check(kv, pair)
+        check(pair)
 
 
 @KVS
@@ -202,7 +226,7 @@ def test_shift_of_one_sequence_of_several(models, kv):
             pair.feed(random_tokens(400, seq), seq)
         pair.rm(1, 0, 200)
         pair.add(1, 200, -1, -200)
-        check(kv, pair, 0, 1)
+        check(pair, 0, 1)
 
 
 def test_a_shift_leaves_other_pages_alone(models):
@@ -227,7 +251,7 @@ def test_shift_of_a_windowed_model(windowed_models):
         pair.feed(random_tokens(450))
         pair.rm(0, 10, 200)
         pair.add(0, 200, -1, -190)
-        check(EXACT, pair)
+        check(pair)
 
 
 # --- clear ---
@@ -242,7 +266,7 @@ def test_clear(models, kv, data):
         if data:
             assert pair.ours.pages_packed() == 0 and pair.ours.stats()["bytes_used"] == 0
         pair.feed(random_tokens(400, 3))
-        check(kv, pair)
+        check(pair)
 
 
 def test_clear_gives_what_a_new_context_gives(models):
@@ -255,7 +279,7 @@ def test_clear_gives_what_a_new_context_gives(models):
             again = context.feed(random_tokens(600), chunk=100)
             if kv is EXACT:
                 np.testing.assert_array_equal(again, first)
-            assert distance(again, first) < 1e-3
+            assert distance(again, first) < tolerance(context.model.device, 1e-3)
 
 
 # --- saving and loading ---
@@ -284,7 +308,7 @@ def test_whole_state(models, kv, n_seq, unified, direction):
             assert loaded.pos_max(seq) == saved.pos_max(seq)
             found = loaded.feed(PROBE, seq), saved.feed(PROBE, seq)
             if kv is EXACT:
-                assert distance(*found) < EXACT_BATCH
+                assert distance(*found) < tolerance(ours.device, EXACT_BATCH)
             else:  # to load an 8-bit state into packed pages rounds a second time
                 assert kl(*found).mean() < 2 * EIGHT_BIT
         for context in (saved, loaded):
@@ -299,7 +323,7 @@ def test_a_saved_f16_state_is_the_stock_one_byte_for_byte(models):
         # Header, positions, then the keys of layer 0: 410 rows of 2 heads of 64.
         rows = 410 * 2 * 64 * 2
         assert np.array_equal(a[: rows + 4000], b[: rows + 4000])
-        assert (a == b).mean() > 0.7
+        assert (a == b).mean() > (0.7 if models[0].device == CPU else 0.6)
 
 
 @KVS
@@ -316,7 +340,7 @@ def test_sequence_state(models, kv, flags, unified):
         pair.feed(random_tokens(33, 4), 2)
         for context, state in zip((pair.ours, pair.stock), states):
             assert context.load(state, 0, flags) == len(state)
-        check(kv, pair, 0, 1, 2)
+        check(pair, 0, 1, 2)
 
 
 @KVS
@@ -328,7 +352,7 @@ def test_sequence_state_in_the_other_cache(models, kv, direction):
         state = saved.save(0)
         assert loaded.load(state, 1) == len(state)
         found = loaded.feed(PROBE, 1), saved.feed(PROBE, 0)
-        assert distance(*found) < EXACT_BATCH if kv is EXACT else kl(*found).mean() < 2 * EIGHT_BIT
+        assert distance(*found) < tolerance(writer.device, EXACT_BATCH) if kv is EXACT else kl(*found).mean() < 2 * EIGHT_BIT
 
 
 @KVS
@@ -341,7 +365,7 @@ def test_state_file(models, kv, tmp_path):
         found, n = (C.llama_token * 1024)(), ctypes.c_size_t()
         assert C.llama_state_load_file(loaded.ptr, path, found, 1024, ctypes.byref(n))
         assert list(found[: n.value]) == list(tokens)
-        same(kv, (saved.feed(PROBE), loaded.feed(PROBE)))
+        agree(models[0].device, kv, (saved.feed(PROBE), loaded.feed(PROBE)))
 
 
 def test_a_state_that_does_not_fit_is_refused(models):
@@ -354,7 +378,7 @@ def test_a_state_that_does_not_fit_is_refused(models):
             tokens = random_tokens(170)
             for context in (loaded, stock):
                 context.feed(tokens)
-            same(PACKED, (loaded.feed(PROBE), stock.feed(PROBE)))
+            agree(models[0].device, PACKED, (loaded.feed(PROBE), stock.feed(PROBE)))
 
 
 def test_state_of_a_windowed_model(windowed_models):
@@ -367,7 +391,7 @@ def test_state_of_a_windowed_model(windowed_models):
                 assert context.load(state, 0) == len(state)
             assert kl(*pair.feed(PROBE)).mean() < 2 * EIGHT_BIT
             if kv is EXACT:
-                assert distance(*pair.feed(PROBE)) < EXACT_TOKEN  # batches of 64 and 6
+                assert distance(*pair.feed(PROBE)) < tolerance(pair.device, EXACT_TOKEN)  # batches of 64 and 6
 
 
 # --- cells in any order ---
@@ -384,8 +408,8 @@ def test_freed_cells_are_used_again(models, kv):
         for start in range(0, 240, 40):
             pair.rm(2, start, start + 15)
         pair.feed(random_tokens(200, 77), 3)  # of 768 cells 48 have never been used
-        same(kv, pair.feed(PROBE, 3))
-        check(kv, pair, 0)
+        same(pair, pair.feed(PROBE, 3))
+        check(pair, 0)
 
 
 def test_scattered_writes_do_not_keep_pages_in_f16(models):
@@ -415,8 +439,8 @@ def test_ubatch_sizes(models, kv, n_ubatch):
     """None is a multiple of a page but the last. Stock ubatches are as long, since its kernel depends on their length."""
     with Pair(*models, kv, n_ubatch=n_ubatch) as pair:
         n = 300 if n_ubatch == 1 else 700
-        same(kv, pair.feed(random_tokens(n)), EXACT_TOKEN)
-        same(kv, pair.feed(PROBE), EXACT_TOKEN)
+        same(pair, pair.feed(random_tokens(n)), EXACT_TOKEN)
+        same(pair, pair.feed(PROBE), EXACT_TOKEN)
 
 
 def test_the_result_depends_on_ubatches_only_by_rounding(models):
@@ -425,15 +449,16 @@ def test_the_result_depends_on_ubatches_only_by_rounding(models):
     for n_ubatch in (512, 13, 1):
         with Context(models[0], EXACT, n_ubatch=n_ubatch) as context:
             results.append(context.feed(random_tokens(400)))
-    assert distance(results[1], results[0]) < EXACT_BATCH and distance(results[2], results[0]) < EXACT_BATCH
+    bound = tolerance(models[0].device, EXACT_BATCH)
+    assert distance(results[1], results[0]) < bound and distance(results[2], results[0]) < bound
 
 
 @KVS
 def test_single_tokens_from_the_first(models, kv):
     with Pair(*models, kv, n_ctx=512) as pair:
         single = [pair.feed([token]) for token in random_tokens(290)]
-        same(kv, tuple(np.concatenate(side) for side in zip(*single)), EXACT_TOKEN)
-        check(kv, pair)
+        same(pair, tuple(np.concatenate(side) for side in zip(*single)), EXACT_TOKEN)
+        check(pair)
 
 
 @KVS
@@ -452,12 +477,12 @@ def test_several_sequences_in_a_batch(models, kv, unified, equal):
             (code, ours), (stock_code, stock) = pair.batch(rows)
             assert code == stock_code == 0
             if step > 4:
-                same(kv, (ours, stock), EXACT_TOKEN)
+                same(pair, (ours, stock), EXACT_TOKEN)
         rows = [(int(rng.integers(3, 259)), position[seq], [seq]) for seq in range(4)]  # a decode step of all
         (_, ours), (_, stock) = pair.batch(rows)
-        same(kv, (ours, stock), EXACT_TOKEN)
+        same(pair, (ours, stock), EXACT_TOKEN)
         for seq in range(4):
-            check(kv, pair, seq)
+            check(pair, seq)
 
 
 @KVS
@@ -466,9 +491,9 @@ def test_tokens_that_several_sequences_share(models, kv):
         rows = [(token, i, [0, 1, 2]) for i, token in enumerate(random_tokens(300))]
         (code, ours), (stock_code, stock) = pair.batch(rows)
         assert code == stock_code == 0
-        check(kv, pair, 0, 1, 2)
+        check(pair, 0, 1, 2)
         pair.rm(1)
-        check(kv, pair, 2)
+        check(pair, 2)
 
 
 def test_a_batch_without_room_changes_nothing(models):
@@ -478,7 +503,7 @@ def test_a_batch_without_room_changes_nothing(models):
             rows = [(5, 400 + i, [0]) for i in range(200)]
             (code, _), (stock_code, _) = pair.batch(rows)
             assert code == stock_code == 1
-            same(kv, pair.feed(PROBE))
+            same(pair, pair.feed(PROBE))
 
 
 # --- the recent window and page 0 ---
@@ -519,7 +544,7 @@ def test_flash_attention(models, kv, flash):
     with Pair(*models, kv, flash=flash) as pair:
         pair.feed(random_tokens(500))
         pair.feed([5])
-        check(kv, pair)
+        check(pair)
         plain = pair.ours.plain()
         if flash == FLASH_OFF:
             assert sorted(plain) == ["cache_v_l0", "cache_v_l1"]
@@ -537,20 +562,20 @@ def test_operations_without_flash_attention(models, kv):
         pair.cp(0, 1)
         pair.rm(0, 100, 200)
         pair.add(0, 200, -1, -100)
-        check(kv, pair, 0, 1)
+        check(pair, 0, 1)
         state = pair.stock.save(1)
         pair.clear()
         for context in (pair.ours, pair.stock):
             assert context.load(state, 0) == len(state)
-        check(kv, pair, 0)
+        check(pair, 0)
 
 
 def test_flash_attention_off_copies_what_it_reads_exactly(models):
     """The product of queries and unpacked keys is ggml's own, so with F16 pages nothing at all differs."""
     with Pair(*models, EXACT, flash=FLASH_OFF) as pair:
         pair.feed(random_tokens(500))
-        np.testing.assert_array_equal(*pair.feed(PROBE))
-        np.testing.assert_array_equal(*pair.feed([5]))
+        assert_same(pair.device, pair.feed(PROBE))
+        assert_same(pair.device, pair.feed([5]))
 
 
 @pytest.mark.parametrize("type_name", ["q8_0", "q4_0", "f32"])
@@ -560,10 +585,10 @@ def test_another_type_on_our_device_is_plain(models, type_name):
     number = STOCK_TYPES[type_name][0]
     with Pair(*models, BALANCED, type_k=number, type_v=number) as pair:
         pair.feed(random_tokens(300))
-        np.testing.assert_array_equal(*pair.feed(PROBE))
+        assert_same(pair.device, pair.feed(PROBE))
         pair.rm(0, 50, 100)
         pair.add(0, 100, -1, -50)
-        np.testing.assert_array_equal(*pair.feed(PROBE))
+        assert_same(pair.device, pair.feed(PROBE))
         plain = pair.ours.plain()
         assert len(plain) == 4 and all(type_name in why for why in plain.values())
 
@@ -571,22 +596,11 @@ def test_another_type_on_our_device_is_plain(models, type_name):
 # --- memory ---
 
 
-def logged(action):
-    """What llama.cpp logs during `action`, and its result."""
-    lines = []
-    callback = C.llama_log_callback(lambda level, text, _: lines.append(text.decode(errors="replace")))
-    C.llama_log_set(callback, ctypes.c_void_p(0))
-    try:
-        return action(), "".join(lines)
-    finally:
-        C.llama_log_set(adapter._log._callback, ctypes.c_void_p(0))
-
-
 @pytest.mark.parametrize("preset", ["tiny", "balanced", "near-lossless", "paper"])
 def test_llama_cpp_reports_the_packed_size(models, preset):
     context, text = logged(lambda: Context(models[0], Kv(preset=preset), n_ctx=8192))
     with context:
-        size = float(re.search(r"MIXKVQ-CPU KV buffer size = +([\d.]+) MiB", text)[1]) * 2**20
+        size = float(re.search(rf"{models[0].device} KV buffer size = +([\d.]+) MiB", text)[1]) * 2**20
         stats, layers = context.stats(), context.layers()
         assert stats["bytes_f16"] == 8192 * 2 * 2 * (2 * 64) * 2
         assert size == pytest.approx(sum(layer["bytes"] for layer in layers), rel=0.01)
@@ -604,10 +618,10 @@ def test_llama_cpp_reports_the_packed_size(models, preset):
 
 def test_a_dry_run_allocates_nothing(models):
     """llama.cpp measures memory with models and contexts that are not allocated."""
-    model = Model(models[0].path, ours=True, no_alloc=True)
+    model = Model(models[0].path, True, models[0].device, no_alloc=True)
     context, text = logged(lambda: Context(model, BALANCED, n_ctx=1 << 17))
     with context:
-        assert "MIXKVQ-CPU KV buffer size =     0.00 MiB" in text
+        assert f"{model.device} KV buffer size =     0.00 MiB" in text
         with pytest.raises(RuntimeError, match="no cache"):
             context.stats()
     model.close()
@@ -666,9 +680,15 @@ def resident_bytes():
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def bytes_taken(device):
+    """Of the GPU's memory by everybody, or of the machine's by this process."""
+    return resident_bytes() if device == CPU else gpu_memory(device)[1] - gpu_memory(device)[0]
+
+
 @LINUX
 def test_contexts_created_and_freed(models):
-    """Two hundred contexts, each used a little: the process does not grow."""
+    """Two hundred contexts, each used a little: the process does not grow, nor what is taken of the GPU."""
+    device = models[0].device
 
     def use():
         with Context(models[0], BALANCED, n_ctx=512, n_ubatch=128) as context:
@@ -678,11 +698,12 @@ def test_contexts_created_and_freed(models):
     for _ in range(20):
         use()
     gc.collect()
-    before = resident_bytes()
+    before = bytes_taken(device)
     for _ in range(200):
         use()
     gc.collect()
-    assert resident_bytes() - before < 4 << 20  # one cache of these has 0.4 MB: 200 would be 80 MB
+    # One cache of these has 0.4 MB: 200 would be 80 MB. A GPU's memory is given out in pieces of 2 MB, and others may have taken some.
+    assert bytes_taken(device) - before < (4 if device == CPU else 32) << 20
 
 
 # --- several contexts ---
@@ -694,8 +715,8 @@ def test_two_contexts_of_a_model_do_not_meet(models):
         for at in range(5):
             exact.feed(random_tokens(100, at))
             packed.feed(random_tokens(120, 50 + at))
-        check(EXACT, exact)
-        check(PACKED, packed)
+        check(exact)
+        check(packed)
         assert exact.ours.pages_packed() == 0 < packed.ours.pages_packed()
 
 
@@ -733,6 +754,7 @@ def test_threads_each_with_its_context(models):
 
 def test_threads_of_a_context_change_nothing(models):
     """Splitting the pages over threads changes sums by rounding only."""
+    only_on_the_cpu(models[0].device, "it has no threads")
     for kv in (EXACT, PACKED):
         results = []
         for n_threads in (1, 2):
@@ -808,7 +830,7 @@ def test_random_operations(models, seed):
             if logits is None:
                 continue
             if kv is EXACT:
-                assert distance(*logits) < 2 * EXACT_TOKEN, history
+                assert distance(*logits) < tolerance(pair.device, 2 * EXACT_TOKEN), history
             else:
                 worst.append(kl(*logits).mean())
                 assert worst[-1] < 30 * EIGHT_BIT, history
@@ -830,5 +852,5 @@ def test_random_operations_of_a_windowed_model(windowed_models, seed):
             history.append(str(kind))
             if logits is not None:
                 worst.append(distance(*logits) if kv is EXACT else kl(*logits).mean())
-                assert worst[-1] < (2 * EXACT_TOKEN if kv is EXACT else 30 * EIGHT_BIT), history
+                assert worst[-1] < (tolerance(pair.device, 2 * EXACT_TOKEN) if kv is EXACT else 30 * EIGHT_BIT), history
         assert len(worst) > 10
