@@ -66,7 +66,12 @@ bench: $(NATIVE)/.built .venv/.plot $(BENCH)/8b-2layers.gguf
 	@echo "== Speed in llama.cpp: this takes a while, less with DEPTHS=0,2048,8192; results go to $(BENCH)"
 	@$(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --depths "$(DEPTHS)" --rounds 5 --out $(BENCH)/speed-builtin.json
 	@$(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --depths "$(DEPTHS)" --tokens 8 --rounds 5 --out $(BENCH)/speed-8b-2layers.json
-	@$(PY) bench/plot.py $(BENCH)/speed-builtin.json $(BENCH)/speed-8b-2layers.json --out $(BENCH)/speed.svg
+	@rm -f $(BENCH)/speed-*-cuda.json
+	@if $(PY) -c 'from bridge._llama import _backend; raise SystemExit("MIXKVQ-CUDA0" not in _backend().devices)' 2>/dev/null; then \
+	    $(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --out $(BENCH)/speed-builtin-cuda.json && \
+	    $(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --out $(BENCH)/speed-8b-2layers-cuda.json; \
+	fi
+	@$(PY) bench/plot.py $(BENCH)/speed-*.json --out $(BENCH)/speed.svg
 
 # The geometry of an 8B model with random weights; it need not be written anew when MixKVQ is.
 $(BENCH)/8b-2layers.gguf: bench/random_model.py | .venv/.installed

@@ -13,7 +13,8 @@ import click
 
 
 def heading(result: dict[str, Any]) -> str:
-    return f"{result['model']['name']} on {result['machine']['cpu']}, threads: {result['settings']['threads']}"
+    machine = result["machine"]
+    return f"{result['model']['name']} on " + machine.get("gpu", f"{machine['cpu']}, threads: {result['settings']['threads']}")
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:

@@ -8,6 +8,7 @@ masked.  What is measured afterwards attends to all of them.
 
     python bench/random_model.py random.gguf --layers 2
     python bench/speed.py random.gguf --kv f16,q8_0,q4_0,balanced --out speed.json --plot speed.svg
+    python bench/speed.py random.gguf --device CUDA0 --depths 0,8192,32768,131072 --batch 2048 --prefill 2048 --prefill-depth 32768
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from _common import (
     CACHE_HELP,
     available_cores,
     cache_statistics,
+    copy_bandwidth,
     describe_run,
+    gpu_number,
     open_model,
+    parse_depths,
     read_bandwidth,
     round_up,
     save_json,
@@ -37,10 +41,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bridge import Llama
+from bridge._llama import C
 from bridge.model_file import ModelFile
 from bridge.model_file import open_model as read_geometry
 
-BATCH = 512
+BATCH = 512  # tokens
 PREFILL_DEPTH = 8192
 MEASURED, FILLING = 0, 1  # sequences
 
@@ -79,6 +84,7 @@ def seconds_to_read(llm: Llama, batches: list[list[int]]) -> float:
     begin = time.perf_counter()
     for batch in batches:
         llm.eval(batch)
+        C.llama_synchronize(llm._ctx.ctx)  # a GPU is still at work; who samples a token waits for it
     seconds = time.perf_counter() - begin
     llm._ctx.kv_cache_seq_rm(MEASURED, depth, -1)
     llm.n_tokens = depth
@@ -151,20 +157,16 @@ def fit_line(rows: list[dict[str, Any]], cache: str, start: int) -> dict[str, An
 # ---- command ---------------------------------------------------------------------------------------------
 
 
-def parse_depths(_context: Any, _option: Any, text: str) -> list[int]:
-    """In order, and always with 0: attention is what a depth takes beyond it."""
-    if not all(name.isdigit() for name in split_names(text)):
-        raise click.BadParameter(f"{text!r} is not a comma-separated list of numbers")
-    return sorted({0, *map(int, split_names(text))})
-
-
 @click.command(help=__doc__.split("\n\n")[0])
 @click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--kv", default="f16,q8_0,q4_0,balanced", show_default=True, help=CACHE_HELP + "; the first is what ratios refer to")
 @click.option("--depths", default="0,2048,4096,8192,16384,32768", show_default=True, callback=parse_depths, help="Tokens already in the context.")
 @click.option("--tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens decoded per round.")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
-@click.option("--prefill", type=click.IntRange(0, BATCH), default=BATCH, show_default=True, help="Tokens of a prompt's batch; 0: do not measure it.")
+@click.option("--device", default="cpu", show_default=True, help="Where every cache runs: cpu, or a GPU by llama.cpp's name for it, CUDA0.")
+@click.option("--batch", type=click.IntRange(min=1), default=BATCH, show_default=True, help="Most tokens in a batch.")
+@click.option("--ubatch", type=click.IntRange(min=1), default=BATCH, show_default=True, help="Most tokens that are computed at once.")
+@click.option("--prefill", type=click.IntRange(min=0), default=BATCH, show_default=True, help="Tokens of a prompt's batch; 0: do not measure it.")
 @click.option(
     "--prefill-depth",
     type=click.IntRange(min=0),
@@ -176,12 +178,19 @@ def parse_depths(_context: Any, _option: Any, text: str) -> list[int]:
 @click.option("--threads", type=click.IntRange(min=1), default=available_cores, show_default="all cores")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw tokens/s over depth, as bench/plot.py does.")
-def main(model, kv, depths, tokens, rounds, prefill, prefill_depth, prefill_rounds, fit_from, seed, threads, out, plot):
+def main(model, kv, depths, tokens, rounds, device, batch, ubatch, prefill, prefill_depth, prefill_rounds, fit_from, seed, threads, out, plot):
     caches = split_names(kv)
+    gpu = gpu_number(device)
+    if gpu is None and device != "cpu":
+        raise click.UsageError(f"--device is {device}; it must be cpu or the name of a GPU, CUDA0.")
+    if prefill > batch:
+        raise click.UsageError(f"A batch of {prefill} tokens is to be measured, and --batch is {batch}.")
     prefill_depth = min(PREFILL_DEPTH, depths[-1]) if prefill_depth is None else prefill_depth
     prefill_depths = sorted({0, prefill_depth}) if prefill else []
     n_ctx = round_up(max([depths[-1] + tokens, *(depth + prefill for depth in prefill_depths)]), 256)
-    options = {"n_ctx": n_ctx, "n_batch": BATCH, "n_threads": threads, "n_threads_batch": threads}
+    options = {"n_ctx": n_ctx, "n_batch": batch, "n_ubatch": min(batch, ubatch), "n_threads": threads, "n_threads_batch": threads, "device": device}
+    if gpu is not None:
+        options["n_gpu_layers"] = -1
     contexts = {cache: open_model(model, cache, TwoSequences, **options) for cache in caches}
     geometry = read_geometry(model)
     rng = Random(seed)
@@ -193,6 +202,9 @@ def main(model, kv, depths, tokens, rounds, prefill, prefill_depth, prefill_roun
         "depths": depths,
         "tokens": tokens,
         "rounds": rounds,
+        "device": device,
+        "batch": batch,
+        "ubatch": ubatch,
         "prefill": prefill,
         "prefill_depths": prefill_depths,
         "prefill_rounds": prefill_rounds,
@@ -202,7 +214,9 @@ def main(model, kv, depths, tokens, rounds, prefill, prefill_depth, prefill_roun
         "n_ctx": n_ctx,
     }
     result = describe_run("speed", model, settings)
-    result["read_bandwidth"] = read_bandwidth(threads)
+    result["read_bandwidth"] = read_bandwidth(threads) if gpu is None else copy_bandwidth(gpu)
+    if gpu is not None:
+        result["machine"]["gpu"] = result["read_bandwidth"]["gpu"]
     result |= {"caches": {}, "depths": [], "prefill": [], "fit": {}}
     stops = sorted({*depths, *prefill_depths})
     taken: dict[int, dict[str, list[float]]] = {}
@@ -213,8 +227,8 @@ def main(model, kv, depths, tokens, rounds, prefill, prefill_depth, prefill_roun
             llm.clear()
         for depth in stops:
             for llm in contexts.values():
-                for start in range(llm.n_tokens, depth, BATCH):
-                    part = text[start : min(start + BATCH, depth)]
+                for start in range(llm.n_tokens, depth, batch):
+                    part = text[start : min(start + batch, depth)]
                     append_chunk(llm, part)
                     bar.advance(fill, len(part))
             statistics = {cache: cache_statistics(llm) for cache, llm in contexts.items()}
@@ -230,8 +244,8 @@ def main(model, kv, depths, tokens, rounds, prefill, prefill_depth, prefill_roun
                 result["depths"].append({"depth": depth, "caches": measured})
                 bar.advance(step)
             if depth in prefill_depths:
-                batch = measure_in_turns(contexts, [text[depth : depth + prefill]], prefill_rounds)
-                measured = {cache: {"seconds": spread(seconds)} for cache, seconds in batch.items()}
+                read = measure_in_turns(contexts, [text[depth : depth + prefill]], prefill_rounds)
+                measured = {cache: {"seconds": spread(seconds)} for cache, seconds in read.items()}
                 result["prefill"].append({"depth": depth, "tokens": prefill, "caches": measured})
                 bar.advance(step)
             result["caches"] = {cache: cache_statistics(llm) for cache, llm in contexts.items()}
@@ -256,7 +270,7 @@ def main(model, kv, depths, tokens, rounds, prefill, prefill_depth, prefill_roun
 def print_tables(console: Console, result: dict[str, Any]) -> None:
     settings = result["settings"]
     first = settings["caches"][0]
-    isa = ", ".join(sorted({c["isa"] for c in result["caches"].values() if "isa" in c}))
+    isa = ", ".join(sorted({c["isa"] for c in result["caches"].values() if "isa" in c}) if settings["device"] == "cpu" else [])
     title = heading(result) + (f", {isa} kernels" if isa else "")
     table = Table(
         "depth", "cache", "tokens/s", "quartiles", f"of {first}", "attention ms", "GB/s", "of bandwidth", title=f"{title}: decoding, per token"
@@ -280,7 +294,8 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
     memory = result["read_bandwidth"]
     rate = memory["bytes_per_second"] / 1e9
-    console.print(f"Bandwidth: {rate:.1f} GB/s, numpy reading {memory['bytes'] >> 20} MiB with as many threads.")
+    how = "numpy reading {} MiB with as many threads" if "threads" in memory else "the GPU copying {} MiB, read and written"
+    console.print(f"Bandwidth: {rate:.1f} GB/s, {how.format(memory['bytes'] >> 20)}.")
 
     if result["prefill"]:
         table = Table("depth", "cache", "seconds", "tokens/s", f"of {first}", title=f"A batch of {settings['prefill']} tokens")
