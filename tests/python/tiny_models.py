@@ -104,8 +104,11 @@ def llama(path: Path, head_size: int = 64, n_kv: int = 2, ratio: int = 2, n_laye
     return _save(path, "llama", values, t)
 
 
-def gemma2(path: Path, head_size: int = 64, window: int = 150) -> Path:
-    """Soft-capping of the scores, and a sliding window in every other layer: llama.cpp makes two caches."""
+def gemma2(path: Path, head_size: int = 128, window: int = 150) -> Path:
+    """Soft-capping of the scores, and a sliding window in every other layer: llama.cpp makes two caches.
+
+    llama.cpp's own CUDA kernels have soft-capping for heads of 128 and 256 only, and end the process when they are given others.
+    """
     n_head, n_kv, n_layers = 4, 2, 4
     t = _Tensors(2)
     t.normal("token_embd.weight", N_VOCAB, EMBD, scale=0.05)
