@@ -28,6 +28,9 @@ SOURCES := $(shell find cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 # With a CUDA compiler the GPU's kernels are built too: for the GPU of this machine, or, to see that they compile, for one old kind and one newer.
 export CUDAARCHS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo native || echo '75-virtual;90-virtual')
 
+# Where there is a GPU and its compiler, llama.cpp is built for it as well; CUDA=OFF leaves it out.
+CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && command -v nvcc >/dev/null && echo ON || echo OFF)
+
 .PHONY: run test sanitize neon bench lint clean
 .DELETE_ON_ERROR:
 
@@ -96,7 +99,11 @@ clean:
 # llama.cpp as its authors publish it: the archive from PyPI, without images and without downloads over TLS.
 .venv/.llama: .venv/.created
 	@echo "== Building llama.cpp (llama-cpp-python $(LLAMA_CPP_PYTHON)): about 10 minutes on two cores the first time, seconds when pip has it already"
-	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF" $(PIP) install --quiet --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
+ifeq ($(CUDA),ON)
+	@echo "   With CUDA it takes several times as long; make CUDA=OFF leaves the GPU out."
+endif
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA)" $(PIP) install --quiet $(if $(filter ON,$(CUDA)),--no-cache-dir) \
+	    --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
 	@touch $@
 
 .venv/.tools: .venv/.created

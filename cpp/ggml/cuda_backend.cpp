@@ -7,6 +7,7 @@
 #include <list>
 #include <new>
 #include <numeric>
+#include <shared_mutex>
 #include <utility>
 
 #include "glue.h"
@@ -19,6 +20,9 @@ namespace {
 constexpr size_t kGraphs = 4;        // that are remembered
 constexpr int64_t kRowsOfToken = 64; // a graph that writes more rows at a time is not recorded
 constexpr int kLaunches = 8;         // after so many, a graph like the recorded one is recorded when it first comes
+
+// While one thread records, no other may free a handle of cuBLAS, as the end of an inner backend does.
+std::shared_mutex recording_mutex;
 
 enum class Kind {
     view,    // computes nothing
@@ -552,6 +556,7 @@ ggml_status Run::replay() {
 }
 
 bool Run::record() {
+    const std::shared_lock<std::shared_mutex> lock(recording_mutex);
     cuda::Queue & queue = known_->recording->queue();
     known_->recording->begin();
     queue_ = &queue;
@@ -598,7 +603,10 @@ void free_backend(ggml_backend_t backend) {
     synchronize(backend);
     CudaContext & context = get(backend);
     ggml_backend_event_free(context.inner_done);
-    ggml_backend_free(context.inner);
+    {
+        const std::unique_lock<std::shared_mutex> lock(recording_mutex);
+        ggml_backend_free(context.inner);
+    }
     delete &context;
     delete backend;
 }
