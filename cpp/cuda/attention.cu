@@ -1,6 +1,7 @@
-// Attention on the GPU: how a call is cut into blocks, and the join of the splits.
+// Attention on the GPU: which kernel serves a call, how a call is cut into blocks, and the join of the splits.
 #include "attention_decode.cuh"
 #include "attention_tiles.cuh"
+#include "decode.cuh"
 
 #include <algorithm>
 #include <atomic>
@@ -175,12 +176,13 @@ Plan make_plan(const Attention & c) {
 }  // namespace
 
 size_t attention_workspace(const Attention & call) {
+    if (const size_t floats = decode_workspace(call)) return floats;
     const Plan plan = make_plan(call);
     return plan.partial + (plan.sight_bytes + 3) / 4;
 }
 
 void attention(Stream stream, const Attention & call) {
-    if (call.n_tokens <= 0 || call.n_streams <= 0) return;
+    if (call.n_tokens <= 0 || call.n_streams <= 0 || decode(stream, call)) return;
     Plan plan = make_plan(call);
     Cut & cut = plan.cut;
     cut.partial = call.workspace;

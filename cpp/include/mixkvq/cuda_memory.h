@@ -58,7 +58,9 @@ class Queue {
 
     // GPU memory that calls share; it grows to the largest and stays.
     void * workspace(size_t bytes);
-    uint64_t workspaces() const { return n_workspaces_; }  // how many there have been: it is another one when this changes
+    // The same for counters that are zero, and that every call leaves zero.
+    uint32_t * counters(size_t n);
+    uint64_t workspaces() const { return n_workspaces_; }  // how many there have been of both: they are others when this changes
     // Blocks of GPU memory, not zeroed.
     void * get(size_t bytes);
     void put(void * block, size_t bytes) { free_[bytes].push_back(block); }
@@ -98,6 +100,8 @@ class Queue {
     size_t fetched_bytes_ = 0;
     void * workspace_ = nullptr;
     size_t workspace_bytes_ = 0;
+    uint32_t * counters_ = nullptr;
+    size_t n_counters_ = 0;
     uint64_t n_workspaces_ = 0;
     std::unordered_map<size_t, std::vector<void *>> free_;
     size_t bytes_ = 0, peak_ = 0;
