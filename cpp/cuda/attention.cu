@@ -2,6 +2,7 @@
 #include "attention_decode.cuh"
 #include "attention_tiles.cuh"
 #include "decode.cuh"
+#include "prefill.cuh"
 
 #include <algorithm>
 #include <atomic>
@@ -169,31 +170,37 @@ Plan make_plan(const Attention & c) {
     cut.n_splits = std::max(1, (cut.n_pages + cut.pages_per_split - 1) / cut.pages_per_split);
 
     plan.partial = cut.n_splits == 1 ? 0 : size_t(blocks) * cut.n_splits * partial_floats(cut, c.head_size_v);
-    if (!plan.decode) plan.sight_bytes = size_t(c.n_streams) * (c.mask && c.mask_head ? c.n_kv_heads : 1) * cut.n_tiles * cut.n_pages;
+    if (!plan.decode) plan.sight_bytes = size_t(c.n_streams) * n_masks(c) * cut.n_tiles * cut.n_pages;
     return plan;
 }
 
 }  // namespace
 
+void find_sight(cudaStream_t stream, const Attention & call, const Cut & cut) {
+    sight_kernel<<<dim3(cut.n_pages, cut.n_tiles, call.n_streams * n_masks(call)), kPageCells, 0, stream>>>(call, cut);
+}
+
+void join_splits(cudaStream_t stream, const Attention & call, const Cut & cut) {
+    join_kernel<<<dim3(call.n_tokens * cut.group, call.n_kv_heads, call.n_streams), 32 * kJoinWarps, 0, stream>>>(call, cut);
+}
+
 size_t attention_workspace(const Attention & call) {
     if (const size_t floats = decode_workspace(call)) return floats;
+    if (const size_t floats = prefill_workspace(call)) return floats;
     const Plan plan = make_plan(call);
     return plan.partial + (plan.sight_bytes + 3) / 4;
 }
 
 void attention(Stream stream, const Attention & call) {
-    if (call.n_tokens <= 0 || call.n_streams <= 0 || decode(stream, call)) return;
+    const cudaStream_t on = static_cast<cudaStream_t>(stream);
+    if (call.n_tokens <= 0 || call.n_streams <= 0 || decode(stream, call) || prefill(on, call)) return;
     Plan plan = make_plan(call);
     Cut & cut = plan.cut;
     cut.partial = call.workspace;
     cut.sight = reinterpret_cast<uint8_t *>(call.workspace + plan.partial);
-    const cudaStream_t on = static_cast<cudaStream_t>(stream);
-    if (!plan.decode && cut.n_pages > 0) {
-        const int n_masks = call.mask && call.mask_head ? call.n_kv_heads : 1;
-        sight_kernel<<<dim3(cut.n_pages, cut.n_tiles, call.n_streams * n_masks), kPageCells, 0, on>>>(call, cut);
-    }
+    if (!plan.decode && cut.n_pages > 0) find_sight(on, call, cut);
     plan.kernel<<<dim3(cut.n_tiles * cut.n_splits, call.n_kv_heads, call.n_streams), plan.threads, plan.bytes, on>>>(call, cut);
-    if (cut.n_splits > 1) join_kernel<<<dim3(call.n_tokens * cut.group, call.n_kv_heads, call.n_streams), 32 * kJoinWarps, 0, on>>>(call, cut);
+    if (cut.n_splits > 1) join_splits(on, call, cut);
 }
 
 }  // namespace mixkvq::cuda

@@ -191,22 +191,31 @@ __device__ __forceinline__ void tile_of_rows(const __half * rows, int row, int h
 
 // --- what is seen ---------------------------------------------------------------------------------------------
 
-// grid: pages, tiles, streams * (KV heads if masks differ by head); 128 threads.
+// grid: pages, tiles, streams * (KV heads if masks differ by head); 128 threads. A thread reads eight cells at a time where masks are aligned for it.
 static __global__ void sight_kernel(const Attention call, const Cut cut) {
     const int page = blockIdx.x, tile = blockIdx.y, n_kv = call.mask && call.mask_head ? call.n_kv_heads : 1;
-    const int kv = blockIdx.z % n_kv, stream = blockIdx.z / n_kv, cell = page * kPageCells + threadIdx.x;
+    const int kv = blockIdx.z % n_kv, stream = blockIdx.z / n_kv;
     const PageRef key = call.key_pages[stream * call.page_stride + page], value = call.value_pages[stream * call.page_stride + page];
     const bool there = (key.records || key.rows) && (value.records || value.rows);
+    const bool aligned = ((reinterpret_cast<uintptr_t>(call.mask) / 2 | call.mask_token | call.mask_head | call.mask_stream | size_t(call.n_kv)) & 7) == 0;
+    const int width = aligned ? 8 : 1, across = kPageCells / width, cell = page * kPageCells + threadIdx.x % across * width;
     bool seen = cell < call.n_kv, plain = seen;
     if (there && call.mask && seen) {
         const int first = tile * cut.rows, last = min(first + cut.rows, call.n_tokens * cut.group) - 1;
         seen = false;
         // A tile may begin and end within a token; masks that are the same for all heads are read once per token.
         const int step = call.mask_head ? 1 : cut.group;
-        for (int row = first / step * step; row <= last; row += step) {
-            const unsigned short m = __half_as_ushort(mask_of(call, stream, RowPlace(cut, kv, row))[cell]);
-            seen |= m != 0xfc00;
-            plain &= m == 0;
+#pragma unroll 4
+        for (int row = first / step * step + threadIdx.x / across * step; row <= last; row += width * step) {
+            const __half * at = mask_of(call, stream, RowPlace(cut, kv, row)) + cell;
+            uint4 m;
+            if (aligned) {
+                m = *reinterpret_cast<const uint4 *>(at);
+            } else {
+                m.x = m.y = m.z = m.w = __half_as_ushort(*at) * 0x00010001u;
+            }
+            seen |= m.x != 0xfc00fc00u || m.y != 0xfc00fc00u || m.z != 0xfc00fc00u || m.w != 0xfc00fc00u;
+            plain &= (m.x | m.y | m.z | m.w) == 0;
         }
     }
     const bool any = __syncthreads_or(seen && there), all = __syncthreads_and(plain);
@@ -214,6 +223,51 @@ static __global__ void sight_kernel(const Attention call, const Cut cut) {
     Sight sight = kUnseen;
     if (any) sight = value.records ? (all ? kPackedOpen : kPackedMasked) : (all ? kHalfOpen : kHalfMasked);
     cut.sight[(size_t(blockIdx.z) * cut.n_tiles + tile) * cut.n_pages + page] = sight;
+}
+
+// --- out of the rotated basis ---------------------------------------------------------------------------------
+
+// A warp's rows n8 and n8 + 8. Dimension 8i + 2j + e: bit 0 in a register, bits 1 and 2 across lanes, the others across registers.
+template <int size>
+__device__ __forceinline__ void rotate_accumulators(float (&acc)[size / 8][4], int d_v) {
+    const int block = d_v & -d_v, j = threadIdx.x & 3;
+#pragma unroll
+    for (int i = 0; i < size / 8; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float a = acc[i][2 * h], b = acc[i][2 * h + 1];
+            acc[i][2 * h] = a + b;
+            acc[i][2 * h + 1] = a - b;
+        }
+#pragma unroll
+        for (int step = 1; step <= 2; step *= 2) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const float other = __shfl_xor_sync(kWarp, acc[i][k], step);
+                acc[i][k] = j & step ? other - acc[i][k] : acc[i][k] + other;
+            }
+        }
+    }
+#pragma unroll
+    for (int step = 1; step < size / 8; step *= 2) {
+        if (8 * step >= block) break;
+#pragma unroll
+        for (int i = 0; i < size / 8; ++i) {
+            if ((i & step) || i + step >= size / 8) continue;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const float a = acc[i][k], b = acc[i + step][k];
+                acc[i][k] = a + b;
+                acc[i + step][k] = a - b;
+            }
+        }
+    }
+    const float norm = rsqrtf(float(block));
+#pragma unroll
+    for (int i = 0; i < size / 8; ++i) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) acc[i][k] *= norm;
+    }
 }
 
 // --- the kernel -----------------------------------------------------------------------------------------------
@@ -446,45 +500,7 @@ __global__ void __launch_bounds__(32 * warps, 1) tile_kernel(const Attention cal
         }
         if (kind == 1 || value_format.group != 0) continue;
 
-        // Out of the rotated basis. Dimension 8i + 2j + e: bit 0 in a register, bits 1 and 2 across lanes, the others across registers.
-        const int block = d_v & -d_v;
-#pragma unroll
-        for (int i = 0; i < size / 8; ++i) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float a = acc[i][2 * h], b = acc[i][2 * h + 1];
-                acc[i][2 * h] = a + b;
-                acc[i][2 * h + 1] = a - b;
-            }
-#pragma unroll
-            for (int step = 1; step <= 2; step *= 2) {
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    const float other = __shfl_xor_sync(kWarp, acc[i][k], step);
-                    acc[i][k] = j & step ? other - acc[i][k] : acc[i][k] + other;
-                }
-            }
-        }
-#pragma unroll
-        for (int step = 1; step < size / 8; step *= 2) {
-            if (8 * step >= block) break;
-#pragma unroll
-            for (int i = 0; i < size / 8; ++i) {
-                if ((i & step) || i + step >= size / 8) continue;
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    const float a = acc[i][k], b = acc[i + step][k];
-                    acc[i][k] = a + b;
-                    acc[i + step][k] = a - b;
-                }
-            }
-        }
-        const float norm = rsqrtf(float(block));
-#pragma unroll
-        for (int i = 0; i < size / 8; ++i) {
-#pragma unroll
-            for (int k = 0; k < 4; ++k) acc[i][k] *= norm;
-        }
+        rotate_accumulators<size>(acc, d_v);
     }
 
 #pragma unroll

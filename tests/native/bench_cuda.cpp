@@ -1,7 +1,7 @@
 // Attention on the GPU: time of a layer, and packed bytes per second beside what a copy from device to device reaches (bytes read plus bytes
 // written). Eight layers of memory of their own take turns, so that the L2 cache holds none of them when it is read again.
 //
-// `bench_cuda [depth...]`: decoding at these depths (default 4096 32768 131072), then prefill of 2048 tokens at depth 32768.
+// `bench_cuda [depth...]`: decoding at these depths (default 4096 32768 131072), then prefill of 512 and 2048 tokens at depth 32768.
 // The numbers in the pages do not matter to the time: eight different pages, packed by the scalar kernels, repeat.
 #include <algorithm>
 #include <cmath>
@@ -228,10 +228,12 @@ int main(int argc, char ** argv) {
     }
     std::printf("\n%-9s %8s %7s | %10s %10s\n", "format", "depth", "tokens", "ms / layer", "TFLOP/s");
     for (const char * name : {"mix2.5", "mix3.2", "mix4.3"}) {
-        const int n_tokens = 2048, depth = 32768;
-        Cache cache(*find_preset(name), (depth + n_tokens) / kPageCells, n_tokens / kPageCells);
-        const double ms = time_attention(cache, n_tokens);
-        std::printf("%-9s %8d %7d | %10.3f %10.0f\n", name, depth, n_tokens, ms, 4.0 * n_tokens * (depth + n_tokens / 2.0) * kHeads * kGroup * kSize / ms * 1e-9);
+        for (int n_tokens : {512, 2048}) {
+            const int depth = 32768;
+            Cache cache(*find_preset(name), (depth + n_tokens) / kPageCells, n_tokens / kPageCells);
+            const double ms = time_attention(cache, n_tokens);
+            std::printf("%-9s %8d %7d | %10.3f %10.0f\n", name, depth, n_tokens, ms, 4.0 * n_tokens * (depth + n_tokens / 2.0) * kHeads * kGroup * kSize / ms * 1e-9);
+        }
     }
     return 0;
 }

@@ -73,7 +73,7 @@ struct Arena {
 // --- cases ----------------------------------------------------------------------------------------------------
 
 enum class Pages { packed, mixed, all_half, crossed };  // crossed: of some pages the keys or the values only are packed
-enum class Mask { none, causal, random, per_head, nothing };
+enum class Mask { none, causal, random, per_head, nothing, window, gap };
 
 struct Case {
     std::string name;
@@ -85,6 +85,7 @@ struct Case {
     float softcap = 0, max_bias = 0;
     bool sinks = false, outliers = false;
     float query_size = 1;
+    size_t unpacked_bytes = 0;  // prefill: of a chunk
 };
 
 KeyFormat key_format(int d, int n16, int n8, int n4, int n3, int group) {
@@ -232,6 +233,8 @@ Result run_case(const Case & c) {
                 for (int i = 0; i < c.n_kv; ++i) {
                     bool hidden = blind;
                     if (c.mask == Mask::causal) hidden = i > c.n_kv - c.n_tokens + t;
+                    if (c.mask == Mask::window) hidden = i > c.n_kv - c.n_tokens + t || i <= c.n_kv - c.n_tokens + t - 200;
+                    if (c.mask == Mask::gap) hidden = i > c.n_kv - c.n_tokens + t || (i >= 200 && i < c.n_kv / 3 * 2);
                     if (c.mask == Mask::random || c.mask == Mask::per_head) hidden |= (i / kPageCells) % 3 == 2 ? below(100) < 99 : below(3) == 0;
                     row[i] = hidden ? to_half(-kInf) : 0;
                     if (hidden) row[i] = 0xfc00;
@@ -250,6 +253,7 @@ Result run_case(const Case & c) {
     call.key_heads = arena.up(key_heads), call.value_heads = arena.up(value_heads);
     call.row_k = row_k, call.row_v = row_v;
     call.most_n16 = most_n16, call.any_grouped = any_grouped, call.most_key_bytes = most_key_bytes, call.most_value_bytes = most_value_bytes;
+    call.unpacked_bytes = c.unpacked_bytes;
     std::vector<float> out(call.out_stream * c.n_streams, 0.0f), again = out;
     call.out = static_cast<float *>(arena.get(out.size() * 4));
     const size_t workspace = cuda::attention_workspace(call);
@@ -477,8 +481,77 @@ std::vector<Case> all_cases() {
             add(c, "query size");
         }
     }
+    // Many queries: pages are unpacked first, a chunk at a time.
+    for (int d = 32; d <= 256; d += 24) {
+        for (int pages : {1, 2, 100}) {
+            Case c = base(d, d);
+            c.group = 4;
+            c.n_tokens = 40;
+            c.n_kv = 1100;
+            c.unpacked_bytes = size_t(pages) * 2 * kPageCells * (d + d) * sizeof(half);
+            add(c, "many: head size, chunks of " + std::to_string(pages));
+        }
+    }
+    for (auto [d, dv] : std::vector<std::pair<int, int>>{{192, 128}, {64, 128}, {256, 40}, {72, 200}, {128, 64}}) {
+        Case c = base(d, dv);
+        c.group = 3;
+        c.n_tokens = 70;
+        c.unpacked_bytes = 2 * 2 * kPageCells * (d + dv) * sizeof(half);
+        add(c, "many: K and V of different sizes");
+    }
+    for (int n : {31, 32, 33, 63, 64, 65, 96, 129, 250, 520}) {
+        for (int what = 0; what < 3; ++what) {
+            Case c = base(what == 2 ? 64 : 128, what == 2 ? 64 : 128);
+            c.group = 4;
+            c.n_tokens = n;
+            c.n_kv = std::max(n, what == 0 ? n + 3 : 1200 + n % 7);
+            c.sinks = what == 1;
+            c.unpacked_bytes = what == 1 ? 3 * 2 * kPageCells * 256 * sizeof(half) : 0;
+            add(c, "many: tokens");
+        }
+    }
+    for (int group : {1, 2, 3, 5, 8, 16}) {
+        for (int streams : {1, 3}) {
+            Case c = base(64, 64);
+            c.group = group;
+            c.n_tokens = 300 / group + 1;
+            c.n_kv = 900;
+            c.n_streams = streams;
+            c.mask = group == 3 ? Mask::per_head : Mask::causal;
+            c.unpacked_bytes = 3 * size_t(streams) * 2 * kPageCells * 128 * sizeof(half);
+            add(c, "many: groups and streams");
+        }
+    }
+    for (Mask mask : {Mask::none, Mask::causal, Mask::random, Mask::per_head, Mask::nothing, Mask::window, Mask::gap}) {
+        for (Pages pages : {Pages::packed, Pages::mixed, Pages::all_half}) {
+            for (int what = 0; what < 4; ++what) {
+                Case c = base(128, 128);
+                c.group = 4;
+                c.n_tokens = 90;
+                c.mask = mask;
+                c.pages = pages;
+                c.n_kv = what % 2 ? 1280 : 1157;
+                c.softcap = what == 1 ? 20.0f : 0.0f;
+                c.max_bias = what == 2 ? 8.0f : 0.0f;
+                c.sinks = what == 3 || what == 2;
+                c.outliers = what == 0;
+                c.unpacked_bytes = what < 3 ? 2 * 2 * kPageCells * 256 * sizeof(half) : 0;
+                add(c, "many: mask " + std::to_string(int(mask)) + " pages " + std::to_string(int(pages)) + " option " + std::to_string(what));
+            }
+        }
+    }
+    {
+        Case c = base(128, 128);
+        c.n_tokens = 50;
+        c.group = 4;
+        c.n_kv = 600;
+        c.keys = {key_format(128, 4, 0, 12, 0, 32), key_format(128, 0, 8, 120, 0, 128), key_format(128, 0, 0, 0, 0, 64), key_format(128, 128, 0, 0, 0, 128)};
+        c.values = {value_format(128, 2, 32), value_format(128, 4, 0), value_format(128, 8, 64), value_format(128, 3, 0)};
+        c.unpacked_bytes = 2 * 4 * kPageCells * 256 * sizeof(half);
+        add(c, "many: formats by head");
+    }
     // Long: splits.
-    for (int n : {1, 3, 16}) {
+    for (int n : {1, 3, 16, 48}) {
         for (int n_kv : {5000, 20011}) {
             Case c = base(128, 128);
             c.n_tokens = n;

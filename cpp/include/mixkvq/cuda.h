@@ -96,6 +96,8 @@ struct Attention {
     bool any_grouped;   // some value head is not rotated
     int most_key_bytes, most_value_bytes;  // of any head's record
 
+    size_t unpacked_bytes;  // room for unpacked pages where there are many queries; 0: 64 MiB. A page of all heads and streams fits in any case.
+
     float * workspace;    // attention_workspace() floats, 16-byte aligned
     uint32_t * arrivals;  // attention_arrivals() counters, zero before a call and after it
 };
