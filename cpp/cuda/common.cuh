@@ -1,4 +1,4 @@
-// What the device code of pack.cu shares with whoever reads or writes records on the GPU: halves, bytes of means and scales, places of codes, rotation.
+// What the device code of pack.cu shares with whoever reads or writes records on the GPU: halves, bytes of means and scales, places of codes.
 // The same numbers as cpp/kernels/scalar.cpp, the same layout as cpp/include/mixkvq/page.h.
 #pragma once
 
@@ -114,39 +114,6 @@ __device__ inline uint32_t load_codes(int bits, int k, const uint32_t * low, int
     if (bits == 4) return low[k / 2 * row] >> k % 2 * 4 & 0x0f0f0f0fu;
     const uint32_t code = low[k / 4 * row] >> k % 4 * 2 & 0x03030303u;
     return bits == 2 ? code : code | (*high >> k & 0x01010101u) << 2;
-}
-
-// --- rotation -------------------------------------------------------------------------------------------------
-
-// A warp holds a row: lane l has dimensions l, l + 32, ... in its registers, 0 beyond the head.
-__device__ inline int lane() { return threadIdx.x % 32; }
-
-// The normalised Walsh-Hadamard transform in blocks: distances below 32 between lanes, the rest between registers.
-template <int slots>
-__device__ void rotate(float (&x)[slots], int block) {
-#pragma unroll
-    for (int h = 1; h < 32; h *= 2) {
-        if (h >= block) break;
-#pragma unroll
-        for (int i = 0; i < slots; ++i) {
-            const float other = __shfl_xor_sync(0xffffffffu, x[i], h);
-            x[i] = lane() & h ? other - x[i] : x[i] + other;
-        }
-    }
-#pragma unroll
-    for (int h = 1; h < slots; h *= 2) {
-        if (32 * h >= block) break;
-#pragma unroll
-        for (int i = 0; i < slots; ++i) {
-            if (i & h) continue;
-            const float a = x[i], b = x[i + h];
-            x[i] = a + b;
-            x[i + h] = a - b;
-        }
-    }
-    const float norm = 1.0f / sqrtf(float(block));
-#pragma unroll
-    for (int i = 0; i < slots; ++i) x[i] *= norm;
 }
 
 }  // namespace mixkvq::cuda

@@ -262,6 +262,10 @@ __global__ void __launch_bounds__(kKeyThreads) unpack_keys_kernel(const KeyHead 
 constexpr int kValueThreads = 512;
 constexpr int kValueWarps = kValueThreads / 32;
 
+// A warp holds a token: lane l has dimensions l, l + 32, ... in its registers, 0 beyond the head.
+
+__device__ inline int lane() { return threadIdx.x % 32; }
+
 template <int slots>
 __device__ void load_row(const half * row, int n, float (&x)[slots]) {
 #pragma unroll
@@ -269,6 +273,34 @@ __device__ void load_row(const half * row, int n, float (&x)[slots]) {
         const int d = lane() + 32 * i;
         x[i] = d < n ? half_to_float(row[d]) : 0.0f;
     }
+}
+
+// The normalised Walsh-Hadamard transform in blocks: distances below 32 between lanes, the rest between registers.
+template <int slots>
+__device__ void rotate(float (&x)[slots], int block) {
+#pragma unroll
+    for (int h = 1; h < 32; h *= 2) {
+        if (h >= block) break;
+#pragma unroll
+        for (int i = 0; i < slots; ++i) {
+            const float other = __shfl_xor_sync(kAllLanes, x[i], h);
+            x[i] = lane() & h ? other - x[i] : x[i] + other;
+        }
+    }
+#pragma unroll
+    for (int h = 1; h < slots; h *= 2) {
+        if (32 * h >= block) break;
+#pragma unroll
+        for (int i = 0; i < slots; ++i) {
+            if (i & h) continue;
+            const float a = x[i], b = x[i + h];
+            x[i] = a + b;
+            x[i + h] = a - b;
+        }
+    }
+    const float norm = 1.0f / sqrtf(float(block));
+#pragma unroll
+    for (int i = 0; i < slots; ++i) x[i] *= norm;
 }
 
 __device__ float warp_min(float x) {

@@ -6,7 +6,6 @@
 #include "prefill.cuh"
 
 #include "attention_tiles.cuh"
-#include "common.cuh"
 #include "hopper.cuh"
 
 #include <algorithm>
@@ -18,6 +17,7 @@ namespace {
 constexpr size_t kUnpackedBytes = size_t(64) << 20;
 constexpr int kRows = 128, kWarps = kRows / 16, kThreads = 32 * kWarps;
 constexpr int kFewRows = 128;  // query vectors of a KV head up to which unpacking for one tile is not worth a detour through memory
+constexpr int kMostPages = 512;  // of a chunk
 constexpr int kUnpackThreads = 128;
 
 // Weights are 2^(z - reference) * 2^kLift: the reference follows the maximum only when it is kSlack below, so that sums are seldom rescaled; weights
@@ -39,27 +39,49 @@ __device__ __forceinline__ const uint8_t * sight_of(const Attention & call, cons
 
 // --- unpacking ------------------------------------------------------------------------------------------------
 
-// tile_of_rows in the rotated basis; a warp takes a token.
+// tile_of_rows in the rotated basis; a lane has eight dimensions of a token.
 __device__ __forceinline__ void tile_of_rotated_rows(const __half * rows, int row, int head_size, int n_cells, int part_of_page, __half * tile) {
-    for (int column = threadIdx.x / 32; column < kTileCells; column += kUnpackThreads / 32) {
+    const int lanes = head_size <= 128 ? 16 : 32, d = threadIdx.x % lanes * 8, block = head_size & -head_size;
+    const float norm = rsqrtf(float(block));
+#pragma unroll 4
+    for (int column = threadIdx.x / lanes; column < kTileCells; column += kUnpackThreads / lanes) {
         const int cell = kTileCells * part_of_page + tile_token(column);
-        float x[kMaxHeadSize / 32];
+        uint4 in = make_uint4(0, 0, 0, 0);
+        if (d < head_size && cell < n_cells) in = *reinterpret_cast<const uint4 *>(rows + size_t(cell) * row + d);
+        float x[8];
 #pragma unroll
-        for (int i = 0; i < kMaxHeadSize / 32; ++i) {
-            const int d = lane() + 32 * i;
-            x[i] = d < head_size && cell < n_cells ? __half2float(rows[size_t(cell) * row + d]) : 0.0f;
+        for (int k = 0; k < 4; ++k) {
+            const float2 pair = __half22float2(as_half2(part(in, k)));
+            x[2 * k] = pair.x * norm;
+            x[2 * k + 1] = pair.y * norm;
         }
-        rotate(x, head_size & -head_size);
 #pragma unroll
-        for (int i = 0; i < kMaxHeadSize / 32; ++i) {
-            const int d = lane() + 32 * i;
-            if (d < head_size) tile[d * kTilePitch + column] = __float2half_rn(fminf(fmaxf(x[i], -65504.0f), 65504.0f));
+        for (int step = 1; step < 8; step *= 2) {
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+                if (k & step) continue;
+                const float a = x[k], b = x[k + step];
+                x[k] = a + b;
+                x[k + step] = a - b;
+            }
         }
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            if (8 * step >= block) break;
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+                const float other = __shfl_xor_sync(kWarp, x[k], step);
+                x[k] = threadIdx.x & step ? other - x[k] : x[k] + other;
+            }
+        }
+        if (d >= head_size) continue;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) tile[(d + k) * kTilePitch + column] = __float2half_rn(fminf(fmaxf(x[k], -65504.0f), 65504.0f));
     }
 }
 
 // grid: half pages, KV heads, streams * (keys, values). Values of a rotated head stay, or get, in the rotated basis.
-__global__ void __launch_bounds__(kUnpackThreads) unpack_kernel(const Attention call, const Cut cut, const Chunk chunk) {
+__global__ void __launch_bounds__(kUnpackThreads, 12) unpack_kernel(const Attention call, const Cut cut, const Chunk chunk) {
     extern __shared__ uint4 memory[];
     __half * const tile = reinterpret_cast<__half *>(memory);
     const int page = chunk.first + blockIdx.x / 2, part_of_page = blockIdx.x % 2, kv = blockIdx.y, stream = blockIdx.z / 2;
@@ -99,13 +121,20 @@ __global__ void __launch_bounds__(kUnpackThreads) unpack_kernel(const Attention 
 
 // --- multiplying ----------------------------------------------------------------------------------------------
 
-// Head sizes up to `size`, `cells` at a time. Two slots in shared memory take turns: one holds the keys of a step and the values of the step before.
+// Head sizes up to `size`, `cells` cells a turn. Slots of shared memory are filled ahead: of turn n, its keys and the values of the turn before.
 template <int size, int cells>
 struct Shape {
     static constexpr bool kQueriesInRegisters = size <= 128;
     static constexpr int kQueryPitch = size + 8;
     static constexpr int kTile = size * kTileCells, kTiles = cells / kTileCells, kSlot = 2 * kTiles * kTile;  // halfs
-    static constexpr size_t kBytes = sizeof(__half) * (2 * kSlot + (kQueriesInRegisters ? 0 : kRows * kQueryPitch)) + 4 * sizeof(uint64_t);
+    static constexpr int kSlots = cells == kPageCells ? 3 : 2;
+    struct Memory {
+        __half slots[kSlots][kSlot];
+        __half queries[kQueriesInRegisters ? 8 : kRows * kQueryPitch];
+        uint64_t full[kSlots], empty[kSlots];
+        uint16_t seen[kMostPages];  // pages of the chunk that the tile sees: 2 * page, + 1 where it has to look at the mask
+        int n_seen;
+    };
 };
 
 __device__ __forceinline__ void copy_async(void * to, const void * from) {
@@ -115,9 +144,16 @@ __device__ __forceinline__ void copy_async(void * to, const void * from) {
     *static_cast<uint4 *>(to) = *static_cast<const uint4 *>(from);
 #endif
 }
+__device__ __forceinline__ void copies_end() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Until all but the last `n` groups of copies are there.
+template <int n>
 __device__ __forceinline__ void copies_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 #endif
 }
 
@@ -125,50 +161,53 @@ __device__ __forceinline__ void copies_wait() {
 template <int size, int cells>
 __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention call, const Cut cut, const Chunk chunk) {
     using S = Shape<size, cells>;
-    constexpr bool kAsync = kHopper && size <= 128;
+    constexpr bool kAsync = kHopper && cells == kPageCells;
     constexpr int kSteps = size / 16, kWide = cells / 8, kParts = kPageCells / cells;
     extern __shared__ __align__(1024) uint4 memory[];
-    __half * const slots = reinterpret_cast<__half *>(memory);
-    __half * const query_tile = slots + 2 * S::kSlot;
-    uint64_t * const full = reinterpret_cast<uint64_t *>(reinterpret_cast<uint8_t *>(memory) + S::kBytes) - 4, * const empty = full + 2;
+    typename S::Memory & shared = *reinterpret_cast<typename S::Memory *>(memory);
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n8 = lane >> 2, j = lane & 3, m = lane >> 3, r = lane & 7;
     const int split = blockIdx.x % cut.n_splits, tile = cut.n_tiles - 1 - blockIdx.x / cut.n_splits;  // the last see most
     const int kv = blockIdx.y, stream = blockIdx.z, d_k = call.head_size_k, d_v = call.head_size_v, n_rows = call.n_tokens * cut.group;
     const int row0 = tile * kRows + 16 * warp + n8;  // this lane's rows: row0 and row0 + 8
 
-    // A step is `cells` cells, counted from the first of the call.
-    const uint8_t * sight = sight_of(call, cut, stream, kv) + size_t(tile) * cut.n_pages;
-    const int end_page = min(chunk.first + min((split + 1) * cut.pages_per_split, chunk.n_pages), cut.n_pages), end = end_page * kParts;
-    auto seen_from = [&](int step) {
-        while (step < end && sight[step / kParts] == kUnseen) step = (step / kParts + 1) * kParts;
-        return min(step, end);
-    };
-    int at = seen_from((chunk.first + split * cut.pages_per_split) * kParts);
-    if (at >= end && !chunk.opens && !chunk.closes) return;
-
-    // Dimensions from the head size to `size` stay zero; values that are not there yet are multiplied, too, in the first turn.
-    for (int i = threadIdx.x; i < 2 * S::kSlot / 8; i += kThreads) memory[i] = make_uint4(0, 0, 0, 0);
-    if (kAsync && threadIdx.x == 0) {
-        for (int i = 0; i < 2; ++i) {
-            barrier_init(full + i, 1);
-            barrier_init(empty + i, kWarps);
+    if (warp == 0) {
+        const uint8_t * sight = sight_of(call, cut, stream, kv) + size_t(tile) * cut.n_pages + chunk.first;
+        const int first = split * cut.pages_per_split, last = min(first + cut.pages_per_split, chunk.n_pages);
+        int n = 0;
+        for (int page = first + lane; page - lane < last; page += 32) {
+            const int is = page < last ? sight[page] : kUnseen;
+            const unsigned seen = __ballot_sync(kWarp, is != kUnseen);
+            if (is != kUnseen) shared.seen[n + __popc(seen & ((1u << lane) - 1))] = uint16_t(2 * page + (is == kPackedMasked || is == kHalfMasked));
+            n += __popc(seen);
+        }
+        if (lane == 0) {
+            shared.n_seen = n;
+            for (int i = 0; i < S::kSlots; ++i) {
+                barrier_init(shared.full + i, 1);
+                barrier_init(shared.empty + i, kWarps);
+            }
         }
     }
+    // Dimensions from the head size to `size` stay zero; of the first slot the values, too, which are multiplied before there are any.
+    const bool whole = d_k < size || d_v < size;
+    for (int i = threadIdx.x + (whole ? 0 : S::kSlot / 16); i < (whole ? S::kSlots : 1) * S::kSlot / 8; i += kThreads) memory[i] = make_uint4(0, 0, 0, 0);
     fence_async();
     __syncthreads();
+    const int n_turns = shared.n_seen * kParts;
+    if (n_turns == 0 && !chunk.opens && !chunk.closes) return;
 
     const __half * keys = tiles_of(chunk.keys, call, chunk, stream, kv, d_k);
     const __half * values = tiles_of(chunk.values, call, chunk, stream, kv, d_v);
-    // Into the slot of turn n: keys of one step and values of another, unless they are at or beyond the end.
-    auto load = [&](int n, int key_step, int value_step) {
+    auto load = [&](int n) {
         auto each = [&](auto && copy) {
             for (int what = 0; what < 2; ++what) {
-                const int step = what ? value_step : key_step, d = what ? d_v : d_k;
-                if (step >= end) continue;
+                const int turn = n - what, d = what ? d_v : d_k;
+                if (turn < 0 || turn >= n_turns) continue;
+                const int half_page = (shared.seen[turn / kParts] & ~1) + turn % kParts;
                 for (int t = 0; t < S::kTiles; ++t) {
-                    copy(slots + (n & 1) * S::kSlot + (what * S::kTiles + t) * S::kTile,
-                         (what ? values : keys) + size_t(S::kTiles * step + t - 2 * chunk.first) * kTileCells * d, d * kTileCells);
+                    copy(shared.slots[n % S::kSlots] + (what * S::kTiles + t) * S::kTile, (what ? values : keys) + size_t(half_page + t) * kTileCells * d,
+                         d * kTileCells);
                 }
             }
         };
@@ -176,51 +215,54 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
             each([&](__half * to, const __half * from, int n_halfs) {
                 for (int i = 8 * threadIdx.x; i < n_halfs; i += 8 * kThreads) copy_async(to + i, from + i);
             });
-        } else if (threadIdx.x == 0) {
-            if (n >= 2) barrier_wait(empty + (n & 1), (n / 2 - 1) & 1);
-            barrier_expect(full + (n & 1), 2 * cells * ((key_step < end ? d_k : 0) + (value_step < end ? d_v : 0)));
-            each([&](__half * to, const __half * from, int n_halfs) { copy_bulk(to, from, 2 * n_halfs, full + (n & 1)); });
+            copies_end();
+        } else if (threadIdx.x == 0 && n <= n_turns) {
+            uint64_t * full = shared.full + n % S::kSlots;
+            if (n >= S::kSlots) barrier_wait(shared.empty + n % S::kSlots, (n / S::kSlots - 1) & 1);
+            barrier_expect(full, 2 * cells * ((n < n_turns ? d_k : 0) + (n > 0 ? d_v : 0)));
+            each([&](__half * to, const __half * from, int n_halfs) { copy_bulk(to, from, 2 * n_halfs, full); });
         }
-        __syncwarp();
     };
     auto wait_for = [&](int n) {
         if (kAsync) {
-            barrier_wait(full + (n & 1), (n / 2) & 1);
+            barrier_wait(shared.full + n % S::kSlots, (n / S::kSlots) & 1);
         } else {
-            copies_wait();
-            __syncthreads();  // the other slot, too, is no longer read
+            copies_wait<S::kSlots - 2>();
+            __syncthreads();  // the slot before is no longer read
         }
     };
-    if (at < end) load(0, at, end);
+    if (n_turns > 0) {
+        for (int n = 0; n < S::kSlots - 1; ++n) load(n);
+    }
 
     // Queries become halves below 2^15, each row with its own power of two.
     uint32_t q[S::kQueriesInRegisters ? kSteps : 1][4];
-    float factor[2], slope[2];
+    float factor[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const RowPlace place(cut, kv, row0 + 8 * h < n_rows ? row0 + 8 * h : 0);
-        const float * from = query_of(call, stream, place);
-        float top = 0;
-        for (int d = 2 * j; d < d_k; d += 8) top = fmaxf(top, fmaxf(fabsf(from[d]), fabsf(from[d + 1])));
+        const float * from = query_of(call, stream, RowPlace(cut, kv, min(row0 + 8 * h, n_rows - 1))) + 2 * j;
+        float x[size / 8][2], top = 0;
+#pragma unroll
+        for (int i = 0; i < size / 8; ++i) {
+            x[i][0] = 8 * i < d_k ? from[8 * i] : 0.0f;
+            x[i][1] = 8 * i < d_k ? from[8 * i + 1] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < size / 8; ++i) top = fmaxf(top, fmaxf(fabsf(x[i][0]), fabsf(x[i][1])));
         top = fmaxf(top, __shfl_xor_sync(kWarp, top, 1));
         top = fmaxf(top, __shfl_xor_sync(kWarp, top, 2));
         const int e = exponent_above(top);
         const float shrink = power(min(15 - e, 127));
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const int d = 16 * step + 8 * k + 2 * j;
-                const uint32_t pair = d < d_k ? pack2(from[d] * shrink, from[d + 1] * shrink) : 0;
-                if constexpr (S::kQueriesInRegisters) {
-                    q[step][2 * k + h] = pair;
-                } else {
-                    *reinterpret_cast<uint32_t *>(query_tile + (16 * warp + n8 + 8 * h) * S::kQueryPitch + d) = pair;
-                }
+        for (int i = 0; i < size / 8; ++i) {
+            const uint32_t pair = pack2(x[i][0] * shrink, x[i][1] * shrink);
+            if constexpr (S::kQueriesInRegisters) {
+                q[i / 2][2 * (i % 2) + h] = pair;
+            } else {
+                *reinterpret_cast<uint32_t *>(shared.queries + (16 * warp + n8 + 8 * h) * S::kQueryPitch + 8 * i + 2 * j) = pair;
             }
         }
         factor[h] = call.scale * kLog2E * power(max(e - 15, -126));
-        slope[h] = alibi_slope(call, place.head) * kLog2E;
     }
 
     // Where a row is kept between chunks and for the join.
@@ -232,6 +274,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
         const RowPlace place(cut, kv, row);
         return call.out + stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
     };
+    const bool in_pairs = cut.n_splits > 1 || ((reinterpret_cast<uintptr_t>(call.out) / 4 | call.out_stream | call.out_head | call.out_token) & 1) == 0;
 
     float acc[size / 8][4], reference[2] = {minus_infinity(), minus_infinity()}, sum[2] = {0, 0};
 #pragma unroll
@@ -239,17 +282,22 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
     if (!chunk.opens) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int row = row0 + 8 * h;
-            if (row >= n_rows) continue;
-            reference[h] = maxima[row - tile * kRows];
-            if (j == 0) sum[h] = maxima[row - tile * kRows + kRows];
-            const float * from = row_at(row);
+            const int row = min(row0 + 8 * h, n_rows - 1);
+            const float * from = row_at(row) + 2 * j;
 #pragma unroll
             for (int i = 0; i < size / 8; ++i) {
                 if (8 * i >= d_v) continue;
-                acc[i][2 * h] = from[8 * i + 2 * j];
-                acc[i][2 * h + 1] = from[8 * i + 2 * j + 1];
+                float2 x;
+                if (in_pairs) {
+                    x = *reinterpret_cast<const float2 *>(from + 8 * i);
+                } else {
+                    x = make_float2(from[8 * i], from[8 * i + 1]);
+                }
+                acc[i][2 * h] = x.x;
+                acc[i][2 * h + 1] = x.y;
             }
+            reference[h] = maxima[row - tile * kRows];
+            if (j == 0) sum[h] = maxima[row - tile * kRows + kRows];
         }
     }
 
@@ -267,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
 #pragma unroll
             for (int i = 0; i < kWide; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0;
             const __half * from = keys + ((m & 1) * 8 + r) * kTileCells;
-            const __half * from_q = query_tile + (16 * warp + (m & 1) * 8 + r) * S::kQueryPitch + (m >> 1) * 8;
+            const __half * from_q = shared.queries + (16 * warp + (m & 1) * 8 + r) * S::kQueryPitch + (m >> 1) * 8;
             const int unit = (m >> 1) ^ r;
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
@@ -310,72 +358,84 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
         }
     };
 
-    int n = 0;
-    for (; at < end; ++n) {
-        const Sight seen = Sight(sight[at / kParts]);
-        const int next = seen_from(at + 1);
+    // On Hopper the two groups of four warps multiply in turns: while one does, the other computes weights.
+    const int half_block = warp / 4;
+    if (kAsync && half_block == 1) turn_next(0);
+    for (int n = 0; n < n_turns; ++n) {
+        const int seen = shared.seen[n / kParts];
+        const __half * slot = shared.slots[n % S::kSlots];
         wait_for(n);
-        const __half * slot = slots + (n & 1) * S::kSlot;
-        if (!kAsync) load(n + 1, next, at);
+        if (!kAsync) load(n + S::kSlots - 1);
+        if (kAsync) turn_wait(half_block);
         multiply_keys(slot);
         multiply_values(slot + S::kTiles * S::kTile);
-        if (kAsync) load(n + 1, next, at);  // may have to wait for slower warps
         if (kAsync) {
+            turn_next(half_block ^ 1);
             multiply_wait<1>();
             fix_here(s);
         }
 
         // Scores become logits in units of log2: here where there is more to do than to multiply by the factor.
         float scale[2] = {factor[0], factor[1]};
-        if (call.softcap > 0 || seen == kPackedMasked || seen == kHalfMasked) {
+        if (call.softcap > 0 || seen % 2) {
+            const int cell0 = (chunk.first + seen / 2) * kPageCells + n % kParts * cells;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const int row = row0 + 8 * h;
-                const __half * mask = call.mask ? mask_of(call, stream, RowPlace(cut, kv, min(row, n_rows - 1))) : nullptr;
+                const RowPlace place(cut, kv, min(row0 + 8 * h, n_rows - 1));
+                const __half * mask = call.mask ? mask_of(call, stream, place) : nullptr;
+                const float slope = alibi_slope(call, place.head) * kLog2E;
 #pragma unroll
                 for (int i = 0; i < kWide; ++i) {
 #pragma unroll
                     for (int k = 2 * h; k < 2 * h + 2; ++k) {
-                        // Column 8i + 2j + e is token tile_token(..) of this tile.
-                        const int cell = at * cells + i / 8 * kTileCells + tile_token(8 * (i % 8) + 2 * j + (k & 1));
+                        const int cell = cell0 + i / 8 * kTileCells + tile_token(8 * (i % 8) + 2 * j + (k & 1));
                         float z = s[i][k] * factor[h];
                         if (call.softcap > 0) z = capped(call, z);
                         const float bias = cell >= call.n_kv ? minus_infinity() : mask ? __half2float(mask[cell]) : 0.0f;
-                        s[i][k] = bias == minus_infinity() ? bias : z + slope[h] * bias;
+                        s[i][k] = bias == minus_infinity() ? bias : z + slope * bias;
                     }
                 }
                 scale[h] = 1;
             }
         }
-        float lower[2];
+        float most[2][4], base[2], lower[2];  // four at a time do not wait for each other
         bool raised = false;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float top = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
+        for (int i = 0; i < kWide; i += 2) {
 #pragma unroll
-            for (int i = 1; i < kWide; ++i) top = fmaxf(top, fmaxf(s[i][2 * h], s[i][2 * h + 1]));
+            for (int k = 0; k < 8; ++k) {
+                float & x = most[k / 2 % 2][k / 4 * 2 + k % 2];
+                x = i == 0 ? s[k / 4][k % 4] : fmaxf(x, s[i + k / 4][k % 4]);
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float top = fmaxf(fmaxf(most[h][0], most[h][1]), fmaxf(most[h][2], most[h][3]));
             top = fmaxf(top, __shfl_xor_sync(kWarp, top, 1));
             top = fmaxf(top, __shfl_xor_sync(kWarp, top, 2)) * scale[h];
             const bool raise = top > reference[h] + kSlack;
             lower[h] = raise ? exp2_of(reference[h] - top) : 1.0f;
             if (raise) reference[h] = top;
             raised |= raise;
-            const float base = reference[h] == minus_infinity() ? 0.0f : reference[h] - kLift;
+            base[h] = reference[h] == minus_infinity() ? 0.0f : reference[h] - kLift;
             sum[h] *= lower[h];
+        }
+        auto weigh = [&](int h) {
 #pragma unroll
             for (int i = 0; i < kWide; ++i) {
-                const float x = exp2_of(s[i][2 * h] * scale[h] - base), y = exp2_of(s[i][2 * h + 1] * scale[h] - base);
+                const float x = exp2_of(s[i][2 * h] * scale[h] - base[h]), y = exp2_of(s[i][2 * h + 1] * scale[h] - base[h]);
                 sum[h] += x + y;
                 s[i][2 * h] = x;
                 s[i][2 * h + 1] = y;
             }
-        }
+        };
+        weigh(0);
         if (kAsync) {
             fix_here(s);
-            compute_before_wait(n);  // weights are computed while values are multiplied
+            load(n + S::kSlots - 1);  // may have to wait for the other warps
             multiply_wait<0>();
             fix_here(acc);
-            if (lane == 0) barrier_arrive(empty + (n & 1));
+            if (lane == 0) barrier_arrive(shared.empty + n % S::kSlots);
         }
         if (__any_sync(kWarp, raised)) {
 #pragma unroll
@@ -384,16 +444,17 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
                 for (int k = 0; k < 4; ++k) acc[i][k] *= lower[k >> 1];
             }
         }
+        weigh(1);
 #pragma unroll
         for (int i = 0; i < kWide; ++i) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) p[i / 2][2 * (i & 1) + h] = pack2(s[i][2 * h], s[i][2 * h + 1]);
         }
-        at = next;
     }
-    if (n > 0) {
-        wait_for(n);
-        multiply_values(slots + (n & 1) * S::kSlot + S::kTiles * S::kTile);
+    if (kAsync && half_block == 0) turn_wait(0);
+    if (n_turns > 0) {
+        wait_for(n_turns);
+        multiply_values(shared.slots[n_turns % S::kSlots] + S::kTiles * S::kTile);
         if (kAsync) multiply_wait<0>();
         fix_here(acc);
     }
@@ -414,12 +475,17 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
             maxima[row - tile * kRows] = reference[h];
             maxima[row - tile * kRows + kRows] = sum[h];
         }
-        float * to = row_at(row);
+        float * to = row_at(row) + 2 * j;
 #pragma unroll
         for (int i = 0; i < size / 8; ++i) {
             if (8 * i >= d_v) continue;
-            to[8 * i + 2 * j] = acc[i][2 * h] * scale;
-            to[8 * i + 2 * j + 1] = acc[i][2 * h + 1] * scale;
+            const float2 x = make_float2(acc[i][2 * h] * scale, acc[i][2 * h + 1] * scale);
+            if (in_pairs) {
+                *reinterpret_cast<float2 *>(to + 8 * i) = x;
+            } else {
+                to[8 * i] = x.x;
+                to[8 * i + 1] = x.y;
+            }
         }
     }
 }
@@ -437,7 +503,7 @@ struct Plan {
 
     template <int size, int cells>
     bool take(size_t most_shared) {
-        shared = Shape<size, cells>::kBytes;
+        shared = sizeof(typename Shape<size, cells>::Memory);
         if (shared > most_shared) return false;
         kernel = prefill_kernel<size, cells>;
         return true;
@@ -468,7 +534,7 @@ Plan make_plan(const Attention & c) {
     // Chunks of about the same size.
     const size_t page_k = size_t(c.n_streams) * c.n_kv_heads * kPageCells * c.head_size_k, page_v = page_k / c.head_size_k * c.head_size_v;
     const size_t room = (c.unpacked_bytes ? c.unpacked_bytes : kUnpackedBytes) / (2 * (page_k + page_v));
-    const int most = int(std::max<size_t>(1, std::min<size_t>(room, cut.n_pages))), n_chunks = (cut.n_pages + most - 1) / most;
+    const int most = int(std::max<size_t>(1, std::min<size_t>(room, kMostPages))), n_chunks = (cut.n_pages + most - 1) / most;
     plan.chunk_pages = (cut.n_pages + n_chunks - 1) / n_chunks;
     plan.unpacked_k = plan.chunk_pages * page_k;
     plan.unpacked_v = plan.chunk_pages * page_v;
