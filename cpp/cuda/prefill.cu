@@ -19,6 +19,11 @@ constexpr int kRows = 128, kWarps = kRows / 16, kThreads = 32 * kWarps;
 constexpr int kFewRows = 128;  // query vectors of a KV head up to which unpacking for one tile is not worth a detour through memory
 constexpr int kMostPages = 512;  // of a chunk
 constexpr int kUnpackThreads = 128;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kUnpackBlocks = 8;  // on an SM: what 1024 threads are
+#else
+constexpr int kUnpackBlocks = 12;
+#endif
 
 // Weights are 2^(z - reference) * 2^kLift: the reference follows the maximum only when it is kSlack below, so that sums are seldom rescaled; weights
 // stay below 2^15, and small ones keep their digits as halves.
@@ -81,7 +86,7 @@ __device__ __forceinline__ void tile_of_rotated_rows(const __half * rows, int ro
 }
 
 // grid: half pages, KV heads, streams * (keys, values). Values of a rotated head stay, or get, in the rotated basis.
-__global__ void __launch_bounds__(kUnpackThreads, 12) unpack_kernel(const Attention call, const Cut cut, const Chunk chunk) {
+__global__ void __launch_bounds__(kUnpackThreads, kUnpackBlocks) unpack_kernel(const Attention call, const Cut cut, const Chunk chunk) {
     extern __shared__ uint4 memory[];
     __half * const tile = reinterpret_cast<__half *>(memory);
     const int page = chunk.first + blockIdx.x / 2, part_of_page = blockIdx.x % 2, kv = blockIdx.y, stream = blockIdx.z / 2;
