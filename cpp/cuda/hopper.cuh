@@ -71,13 +71,6 @@ __device__ __forceinline__ void multiply_wait() {
 
 #define MIXKVQ_C4(i) MIXKVQ_C(i), MIXKVQ_C(i + 1), MIXKVQ_C(i + 2), MIXKVQ_C(i + 3)
 
-// The end of a block of the compiler's, which would rather wait first and compute later. `natural` is not negative.
-__device__ __forceinline__ void compute_before_wait(int natural) {
-    if (opaque(natural) >= 0) return;
-    multiply_wait<0>();
-    __trap();
-}
-
 // Two groups of four warps in turns: turn_wait(i) is passed once turn_next(i) has been called by the other group.
 __device__ __forceinline__ void turn_wait(int i) { MIXKVQ_HOPPER("bar.sync %0, 256;" ::"r"(i + 1) : "memory"); }
 __device__ __forceinline__ void turn_next(int i) { MIXKVQ_HOPPER("bar.arrive %0, 256;" ::"r"(i + 1) : "memory"); }

@@ -131,7 +131,7 @@ template <int size, int cells>
 struct Shape {
     static constexpr bool kQueriesInRegisters = size <= 128;
     static constexpr int kQueryPitch = size + 8;
-    static constexpr int kTiles = cells / kTileCells, kSlot = 2 * cells * size;  // halfs, half of them for keys
+    static constexpr int kTile = size * kTileCells, kTiles = cells / kTileCells, kSlot = 2 * kTiles * kTile;  // halfs
     static constexpr int kSlots = cells == kPageCells ? 3 : 2;
     struct Memory {
         __half slots[kSlots][kSlot];
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
             }
         }
     }
-    // Finite, because it is multiplied: what lies behind the dimensions of a head, by zero, and the values of the first turn, before there are any.
+    // Dimensions from the head size to `size` stay zero; of the first slot the values, too, which are multiplied before there are any.
     const bool whole = d_k < size || d_v < size;
     for (int i = threadIdx.x + (whole ? 0 : S::kSlot / 16); i < (whole ? S::kSlots : 1) * S::kSlot / 8; i += kThreads) memory[i] = make_uint4(0, 0, 0, 0);
     fence_async();
@@ -204,17 +204,20 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
 
     const __half * keys = tiles_of(chunk.keys, call, chunk, stream, kv, d_k);
     const __half * values = tiles_of(chunk.values, call, chunk, stream, kv, d_v);
-    const int tile_k = d_k * kTileCells, tile_v = d_v * kTileCells;
-    // Fills the slot of turn n, whose keys are those of turn n, and whose values those of turn n - 1. A page's tiles lie together.
     auto load = [&](int n) {
-        __half * slot = shared.slots[n % S::kSlots];
-        auto first_tile = [&](int turn) { return (shared.seen[turn / kParts] & ~1) + turn % kParts; };
-        auto copy_both = [&](auto && copy) {
-            if (n < n_turns) copy(slot, keys + size_t(first_tile(n)) * tile_k, S::kTiles * tile_k);
-            if (n > 0 && n <= n_turns) copy(slot + S::kSlot / 2, values + size_t(first_tile(n - 1)) * tile_v, S::kTiles * tile_v);
+        auto each = [&](auto && copy) {
+            for (int what = 0; what < 2; ++what) {
+                const int turn = n - what, d = what ? d_v : d_k;
+                if (turn < 0 || turn >= n_turns) continue;
+                const int half_page = (shared.seen[turn / kParts] & ~1) + turn % kParts;
+                for (int t = 0; t < S::kTiles; ++t) {
+                    copy(shared.slots[n % S::kSlots] + (what * S::kTiles + t) * S::kTile, (what ? values : keys) + size_t(half_page + t) * kTileCells * d,
+                         d * kTileCells);
+                }
+            }
         };
         if constexpr (!kAsync) {
-            copy_both([&](__half * to, const __half * from, int n_halfs) {
+            each([&](__half * to, const __half * from, int n_halfs) {
                 for (int i = 8 * threadIdx.x; i < n_halfs; i += 8 * kThreads) copy_async(to + i, from + i);
             });
             copies_end();
@@ -222,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
             uint64_t * full = shared.full + n % S::kSlots;
             if (n >= S::kSlots) barrier_wait(shared.empty + n % S::kSlots, (n / S::kSlots - 1) & 1);
             barrier_expect(full, 2 * cells * ((n < n_turns ? d_k : 0) + (n > 0 ? d_v : 0)));
-            copy_both([&](__half * to, const __half * from, int n_halfs) { copy_bulk(to, from, 2 * n_halfs, full); });
+            each([&](__half * to, const __half * from, int n_halfs) { copy_bulk(to, from, 2 * n_halfs, full); });
         }
     };
     auto wait_for = [&](int n) {
@@ -310,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
             multiply_begin();
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
-                multiply_wide<true>(s, q[step], matrix_of(keys + 16 * step * kTileCells, 2 * tile_k), step > 0);
+                multiply_wide<true>(s, q[step], matrix_of(keys + 16 * step * kTileCells, 2 * S::kTile), step > 0);
             }
             multiply_end();
         } else {
@@ -331,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
 #pragma unroll
                 for (int i = 0; i < kWide / 2; ++i) {
                     uint32_t b[4];
-                    load_transposed(b, from + i / 4 * tile_k + 16 * step * kTileCells + 8 * (unit ^ (2 * i & 7)));
+                    load_transposed(b, from + i / 4 * S::kTile + 16 * step * kTileCells + 8 * (unit ^ (2 * i & 7)));
                     mma(s[2 * i], a[0], a[1], a[2], a[3], b[0], b[1]);
                     mma(s[2 * i + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
                 }
@@ -342,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
         if constexpr (kAsync) {
             multiply_begin();
 #pragma unroll
-            for (int k = 0; k < kWide / 2; ++k) multiply_wide<false>(acc, p[k], matrix_of(values + k / 4 * tile_v + 16 * (k % 4)), true);
+            for (int k = 0; k < kWide / 2; ++k) multiply_wide<false>(acc, p[k], matrix_of(values + k / 4 * S::kTile + 16 * (k % 4)), true);
             multiply_end();
         } else {
             const __half * from = values + ((m >> 1) * 8 + r) * kTileCells;
@@ -352,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
 #pragma unroll
                 for (int i = 0; i < size / 16; ++i) {
                     uint32_t b[4];
-                    load_matrices(b, from + k / 4 * tile_v + 16 * i * kTileCells + 8 * (unit ^ (2 * k & 7)));
+                    load_matrices(b, from + k / 4 * S::kTile + 16 * i * kTileCells + 8 * (unit ^ (2 * k & 7)));
                     mma(acc[2 * i], p[k][0], p[k][1], p[k][2], p[k][3], b[0], b[1]);
                     mma(acc[2 * i + 1], p[k][0], p[k][1], p[k][2], p[k][3], b[2], b[3]);
                 }
@@ -370,10 +373,9 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
         if (!kAsync) load(n + S::kSlots - 1);
         if (kAsync) turn_wait(half_block);
         multiply_keys(slot);
-        multiply_values(slot + S::kSlot / 2);
+        multiply_values(slot + S::kTiles * S::kTile);
         if (kAsync) {
             turn_next(half_block ^ 1);
-            load(n + S::kSlots - 1);
             multiply_wait<1>();
             fix_here(s);
         }
@@ -435,7 +437,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
         weigh(0);
         if (kAsync) {
             fix_here(s);
-            compute_before_wait(n);  // half the weights while values are multiplied
+            load(n + S::kSlots - 1);  // may have to wait for the other warps
             multiply_wait<0>();
             fix_here(acc);
             if (lane == 0) barrier_arrive(shared.empty + n % S::kSlots);
@@ -457,7 +459,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
     if (kAsync && half_block == 0) turn_wait(0);
     if (n_turns > 0) {
         wait_for(n_turns);
-        multiply_values(shared.slots[n_turns % S::kSlots] + S::kSlot / 2);
+        multiply_values(shared.slots[n_turns % S::kSlots] + S::kTiles * S::kTile);
         if (kAsync) multiply_wait<0>();
         fix_here(acc);
     }
