@@ -25,11 +25,13 @@ BENCH := build/bench
 DEPTHS ?= 0,2048,4096,8192,16384,32768
 
 SOURCES := $(shell find cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt
-# With a CUDA compiler the GPU's kernels are built too: for the GPU of this machine, or, to see that they compile, for one old kind and one newer.
-export CUDAARCHS ?= $(shell nvidia-smi >/dev/null 2>&1 && echo native || echo '75-virtual;90-virtual')
+# With a CUDA compiler the GPU's kernels are built too: for the GPUs of this machine (Hopper's with its own instructions), or, to see that they compile,
+# for the oldest kind and for Hopper.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9.]*$$' | sort -u | tr -d . | sed 's/^90$$/90a/; s/$$/-real/' | paste -sd ';')
+export CUDAARCHS ?= $(if $(GPUS),$(GPUS),75-virtual;90a-virtual)
 
 # Where there is a GPU and its compiler, llama.cpp is built for it as well; CUDA=OFF leaves it out.
-CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && command -v nvcc >/dev/null && echo ON || echo OFF)
+CUDA ?= $(if $(and $(GPUS),$(shell command -v nvcc)),ON,OFF)
 
 .PHONY: run test sanitize neon bench lint clean
 .DELETE_ON_ERROR:
