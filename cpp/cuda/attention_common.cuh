@@ -11,7 +11,7 @@ namespace mixkvq::cuda {
 struct Cut {
     int group, n_pages;
     int rows, n_tiles, n_splits, pages_per_split;
-    float * partial;  // [block][rows * Dv accumulators, rows maxima, rows sums], if n_splits > 1
+    float * partial;  // [block][rows * Dv accumulators, rows maxima, rows sums]; prefill: if n_splits > 1
     uint8_t * sight;  // prefill: [stream][KV head or 1][tile][page]
 };
 

@@ -1,9 +1,9 @@
 // Which lane of a warp reads which codes, and which tokens and dimensions its tensor-core fragments then hold. Free of CUDA's headers: plain C++
 // can run these functions, and tests/native/test_cuda_attention.cpp does, against the scalar kernels.
 //
-// Fragments of mma.m16n8k16 (PTX ISA), lane = 4 * n8 + j: A holds rows n8 and n8 + 8 and columns 2j, 2j + 1, 2j + 8, 2j + 9; B the same four as its
-// rows, column n8; C rows n8 and n8 + 8, columns 2j and 2j + 1. The order of the columns of A is free as long as the rows of B have the same: a lane
-// takes the four bytes 0, 2, 1, 3 of a word as its columns.
+// Fragments (PTX ISA), lane = 4 * n8 + j. mma.m16n8k16 on halves: A holds rows n8 and n8 + 8 and columns 2j, 2j + 1, 2j + 8, 2j + 9; B the same four
+// as its rows, column n8; C rows n8 and n8 + 8, columns 2j and 2j + 1. On bytes (m16n8k32) a register holds columns 4j to 4j + 3, or 16 more; C is the
+// same. The order of the columns of A is free as long as the rows of B have the same.
 #pragma once
 
 #include <cstdint>
@@ -16,40 +16,36 @@
 
 namespace mixkvq::cuda {
 
-// 16 codes that lie together: four bytes (channels of a quad, or tokens of a quad) at four places s. As halves the code is the mantissa of a
-// subnormal, code * 2^-24, which tensor cores multiply exactly: up to 2047 the bits of a half count in units of 2^-24.
+// 16 codes that lie together: four bytes (channels of a quad, or tokens of a quad) at four places s.
 template <int bits>
 struct Codes {
     static constexpr int kWords = bits == 8 ? 4 : bits == 2 ? 1 : 2;
-    static constexpr int kOdd = bits <= 3 ? 8 : 0;  // the second pair of fast() is 2^kOdd times too large
-
     uint32_t word[kWords];  // 3 bits: low plane, plane of top bits (shifted so that the lowest four bits of a byte are those of s = 0 to 3)
 
-    // Bytes 0 and 2, and 1 and 3, of place s.
-    MIXKVQ_BOTH void fast(int s, uint32_t & even, uint32_t & odd) const {
-        if (bits == 2) {
-            const uint32_t v = word[0] >> 2 * s;
-            even = v & 0x00030003u;
-            odd = v & 0x03000300u;
-        } else if (bits == 3) {
-            const uint32_t v = joined(s);
-            even = v & 0x00070007u;
-            odd = v & 0x07000700u;
-        } else {
-            plain(s, even, odd);
-        }
+    // The four bytes of place s as integer tensor cores read them. Those of odd places are kOdd times as large: that spares shifts.
+    static constexpr int kOdd = bits == 8 ? 1 : 4;
+    MIXKVQ_BOTH uint32_t bytes(int s) const {
+        if (bits == 8) return word[s % kWords];
+        if (bits == 4) return s % 2 ? (word[s / 2 % kWords] >> 2) & 0x3c3c3c3cu : word[s / 2 % kWords] & 0x0f0f0f0fu;
+        const uint32_t low = s < 2 ? word[0] : word[0] >> 4, shift = s % 2 ? 2 : 0;
+        if (bits == 2) return low & 0x03030303u << shift;
+        const uint32_t top = s == 2 ? word[kWords - 1] : s == 0 ? word[kWords - 1] << 2 : s == 1 ? word[kWords - 1] << 3 : word[kWords - 1] << 1;
+        return ((low & 0x03030303u << shift) | (top & ~(0x03030303u << shift))) & 0x07070707u << shift;
     }
-    // The same, both in the lowest bits of their halves.
+    // Bytes 0 and 2, and 1 and 3, in the lowest bits of the halves of a word.
     MIXKVQ_BOTH void plain(int s, uint32_t & even, uint32_t & odd) const {
-        const uint32_t v = bits == 8 ? word[s % kWords] : bits == 4 ? word[s / 2 % kWords] >> 4 * (s % 2) : bits == 3 ? joined(s) : word[0] >> 2 * s;
-        const uint32_t mask = ((1u << bits) - 1) * 0x00010001u;
+        const uint32_t v = at(s), mask = ((1u << bits) - 1) * 0x00010001u;
         even = v & mask;
         odd = (v >> 8) & mask;
     }
 
 private:
-    MIXKVQ_BOTH uint32_t joined(int s) const {
-        const uint32_t low = word[0] >> 2 * s, top = s < 2 ? word[kWords - 1] << (2 - s) : word[kWords - 1] >> (s - 2);
+    MIXKVQ_BOTH uint32_t at(int s) const {
+        if (bits == 8) return word[s % kWords];
+        if (bits == 4) return word[s / 2 % kWords] >> 4 * (s % 2);
+        const uint32_t low = word[0] >> 2 * s;
+        if (bits == 2) return low;
+        const uint32_t top = s < 2 ? word[kWords - 1] << (2 - s) : word[kWords - 1] >> (s - 2);
         return (low & 0x03030303u) | (top & ~0x03030303u);
     }
 };
@@ -86,6 +82,14 @@ MIXKVQ_BOTH int value_row(int bits, int j, int c, int w) {
         default: return run;
     }
 }
+
+// --- decoding, what goes from scores to weights ---------------------------------------------------------------
+// A number x of 16 bits is two signed bytes, 256 high + low, in columns 2q and 2q + 1 of B: query q's. A lane has scores of query j; it writes the
+// weights of four tokens key_token(n8, 0..3, s) as a word of high and a word of low bytes, and reads word s of the run of 16 bytes that has
+// its column n8 of tokens value_token(j, s >> 1, 2 * (s & 1) + odd, 0..3).
+
+MIXKVQ_BOTH int weight_run_written(int n8, int j, int low) { return (8 * n8 + 2 * j + low) ^ (n8 & ~1); }
+MIXKVQ_BOTH int weight_run_read(int n8, int j, int odd) { return (16 * j + 8 * odd + n8) ^ (2 * j); }
 
 // --- tiles of 64 tokens, prefill ------------------------------------------------------------------------------
 // Keys and values stand in shared memory dimension by dimension; tokens in an order in which four that come from one word are neighbours.

@@ -66,6 +66,7 @@ Queue::~Queue() {
     synchronize();
     trim();
     release(workspace_);
+    release(counters_);
     free_ring();
     if (fetched_) cudaFreeHost(fetched_);
     for (void * done : part_done_) cudaEventDestroy(event_of(done));
@@ -207,6 +208,18 @@ void * Queue::workspace(size_t bytes) {
         workspace_bytes_ = bytes;
     }
     return workspace_;
+}
+
+uint32_t * Queue::counters(size_t n) {
+    if (n > n_counters_) {
+        release(counters_);
+        counters_ = nullptr;
+        n_counters_ = 0;
+        counters_ = static_cast<uint32_t *>(allocate(n * sizeof(uint32_t)));
+        note(cudaMemsetAsync(counters_, 0, n * sizeof(uint32_t), stream_of(stream_)));
+        n_counters_ = n;
+    }
+    return counters_;
 }
 
 void * Queue::get(size_t bytes) {
@@ -457,9 +470,12 @@ void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, Cu
     a.row_v = values.shape().row;
     for (int h = 0; h < a.n_kv_heads; ++h) {
         a.most_n16 = std::max(a.most_n16, int(keys.key_format(h).n16));
+        a.most_key_bytes = std::max(a.most_key_bytes, int(keys.key_format(h).record_bytes()));
+        a.most_value_bytes = std::max(a.most_value_bytes, int(values.value_format(h).record_bytes()));
         a.any_grouped |= !values.value_format(h).rotated();
     }
     a.workspace = static_cast<float *>(queue.workspace(cuda::attention_workspace(a) * sizeof(float)));
+    a.arrivals = queue.counters(cuda::attention_arrivals(a));
     cuda::attention(queue.stream(), a);
 }
 

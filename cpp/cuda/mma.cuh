@@ -1,4 +1,4 @@
-// What attention asks of the hardware: tensor cores, matrices out of shared memory, prefetching.
+// What attention asks of the hardware: tensor cores, copies to and matrices out of shared memory, barriers.
 #pragma once
 
 #include <cstdint>
@@ -51,6 +51,68 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a2), "r"(a3), "r"(b1));
 #endif
+}
+
+// c += a b, 16 x 8 x 16 and 16 x 8 x 32: unsigned bytes times signed bytes into integers.
+__device__ __forceinline__ void mma_bytes(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+#else
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(c[0]), "+r"(c[1]) : "r"(a0), "r"(b));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(c[2]), "+r"(c[3]) : "r"(a1), "r"(b));
+#endif
+}
+__device__ __forceinline__ void mma_bytes(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    mma_bytes(c, a0, a1, b0);
+    mma_bytes(c, a2, a3, b1);
+#endif
+}
+
+// Four numbers y = 256 high + low + 128 as words of their high and low bytes, both signed.
+__device__ __forceinline__ void split_bytes(const uint32_t (&y)[4], uint32_t & high, uint32_t & low) {
+    const uint32_t y01 = __byte_perm(y[0], y[1], 0x5140), y23 = __byte_perm(y[2], y[3], 0x5140);
+    low = __byte_perm(y01, y23, 0x5410) ^ 0x80808080u;
+    high = __byte_perm(y01, y23, 0x7632);
+}
+
+// 16 bytes from global to shared memory, not waited for.
+template <int offset>
+__device__ __forceinline__ void copy_async(uint32_t shared, const uint8_t * from, bool wanted) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1 + %3], 16;}" ::"r"(shared),
+                 "l"(__cvta_generic_to_global(from)), "r"(int(wanted)), "n"(offset)
+                 : "memory");
+#else
+    if (!wanted) return;
+    const uint4 x = *reinterpret_cast<const uint4 *>(from + offset);
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+#endif
+}
+__device__ __forceinline__ void store_shared(void * to, const uint4 & x) {
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Two warps wait for each other.
+__device__ __forceinline__ void pair_sync(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
+
+// How many blocks have come here before; the last one sees what the others wrote until then.
+__device__ __forceinline__ uint32_t arrive(uint32_t * counter) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(__cvta_generic_to_global(counter)) : "memory");
+    return before;
 }
 
 // The transpose of an 8 x 8 matrix of halves: a lane gives row n8, columns 2j and 2j + 1, and gets the same place of the transpose.

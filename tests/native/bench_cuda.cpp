@@ -166,6 +166,8 @@ double time_attention(Cache & cache, int n_tokens) {
     c.row_k = c.row_v = kRow;
     c.most_n16 = cache.key.n16;
     c.any_grouped = !cache.value.rotated();
+    c.most_key_bytes = int(cache.key.record_bytes()), c.most_value_bytes = int(cache.value.record_bytes());
+    c.arrivals = upload(std::vector<uint32_t>(cuda::attention_arrivals(c)));
     c.workspace = device<float>(cuda::attention_workspace(c) + 1);
     const double ms = time_of([&] {
         for (int layer = 0; layer < kLayers; ++layer) {
@@ -174,7 +176,9 @@ double time_attention(Cache & cache, int n_tokens) {
         }
     });
     check(cudaGetLastError(), "attention");
-    for (void * p : {static_cast<void *>(dq), static_cast<void *>(out), static_cast<void *>(dmask), static_cast<void *>(c.workspace)}) cudaFree(p);
+    for (void * p : {static_cast<void *>(dq), static_cast<void *>(out), static_cast<void *>(dmask), static_cast<void *>(c.workspace), static_cast<void *>(c.arrivals)}) {
+        cudaFree(p);
+    }
     return ms / kLayers;
 }
 

@@ -72,7 +72,7 @@ struct Arena {
 
 // --- cases ----------------------------------------------------------------------------------------------------
 
-enum class Pages { packed, mixed, all_half };
+enum class Pages { packed, mixed, all_half, crossed };  // crossed: of some pages the keys or the values only are packed
 enum class Mask { none, causal, random, per_head, nothing };
 
 struct Case {
@@ -117,13 +117,14 @@ Result run_case(const Case & c) {
     std::vector<cuda::KeyHead> key_heads;
     std::vector<cuda::ValueHead> value_heads;
     size_t key_bytes = 0, value_bytes = 0;
-    int most_n16 = 0, least_bits = 8;
+    int most_n16 = 0, least_bits = 8, most_key_bytes = 0, most_value_bytes = 0;
     bool any_grouped = false;
     for (const KeyFormat & f : c.keys) {
         CHECK(f.error() == nullptr, "%s: %s", c.name.c_str(), f.error());
         key_heads.push_back({f, uint32_t(key_bytes)});
         key_bytes += f.record_bytes();
         most_n16 = std::max(most_n16, f.n16);
+        most_key_bytes = std::max(most_key_bytes, int(f.record_bytes()));
         if (f.n8 + f.n16 < f.head_size) least_bits = 4;
     }
     for (const ValueFormat & f : c.values) {
@@ -131,6 +132,7 @@ Result run_case(const Case & c) {
         value_heads.push_back({f, uint32_t(value_bytes)});
         value_bytes += f.record_bytes();
         any_grouped |= !f.rotated();
+        most_value_bytes = std::max(most_value_bytes, int(f.record_bytes()));
         if (f.bits < 8) least_bits = 4;
     }
 
@@ -180,15 +182,7 @@ Result run_case(const Case & c) {
                 }
             }
             if (kind == 0) continue;
-            if (kind == 1) {
-                for (int h = 0; h < n_heads_kv; ++h) {
-                    std::copy_n(&k0[at(s, h, p * kPageCells) * d], size_t(kPageCells) * d, &k[at(s, h, p * kPageCells) * d]);
-                    std::copy_n(&v0[at(s, h, p * kPageCells) * dv], size_t(kPageCells) * dv, &v[at(s, h, p * kPageCells) * dv]);
-                }
-                key_refs[s * page_stride + p].rows = arena.up(rows_k);
-                value_refs[s * page_stride + p].rows = arena.up(rows_v);
-                continue;
-            }
+            const bool half_k = kind == 1 || (c.pages == Pages::crossed && p % 4 == 1), half_v = kind == 1 || (c.pages == Pages::crossed && p % 4 == 2);
             std::vector<uint8_t> records_k(key_bytes + 64), records_v(value_bytes + 64);
             uint8_t * rk = reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(records_k.data()) + 63) / 64 * 64);
             uint8_t * rv = reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(records_v.data()) + 63) / 64 * 64);
@@ -205,9 +199,13 @@ Result run_case(const Case & c) {
                     if (c.values[h].rotated()) host.rotate(&sums[size_t(t) * dv], dv, c.values[h].rotation_block());
                     std::copy_n(&sums[size_t(t) * dv], dv, &v[at(s, h, p * kPageCells + t) * dv]);
                 }
+                if (half_k) std::copy_n(&k0[at(s, h, p * kPageCells) * d], size_t(kPageCells) * d, &k[at(s, h, p * kPageCells) * d]);
+                if (half_v) std::copy_n(&v0[at(s, h, p * kPageCells) * dv], size_t(kPageCells) * dv, &v[at(s, h, p * kPageCells) * dv]);
             }
-            key_refs[s * page_stride + p].records = arena.up(std::vector<uint8_t>(rk, rk + key_bytes));
-            value_refs[s * page_stride + p].records = arena.up(std::vector<uint8_t>(rv, rv + value_bytes));
+            if (half_k) key_refs[s * page_stride + p].rows = arena.up(rows_k);
+            else key_refs[s * page_stride + p].records = arena.up(std::vector<uint8_t>(rk, rk + key_bytes));
+            if (half_v) value_refs[s * page_stride + p].rows = arena.up(rows_v);
+            else value_refs[s * page_stride + p].records = arena.up(std::vector<uint8_t>(rv, rv + value_bytes));
         }
     }
     value_size = std::sqrt(value_size);
@@ -251,11 +249,13 @@ Result run_case(const Case & c) {
     call.key_pages = arena.up(key_refs), call.value_pages = arena.up(value_refs), call.page_stride = page_stride;
     call.key_heads = arena.up(key_heads), call.value_heads = arena.up(value_heads);
     call.row_k = row_k, call.row_v = row_v;
-    call.most_n16 = most_n16, call.any_grouped = any_grouped;
+    call.most_n16 = most_n16, call.any_grouped = any_grouped, call.most_key_bytes = most_key_bytes, call.most_value_bytes = most_value_bytes;
     std::vector<float> out(call.out_stream * c.n_streams, 0.0f), again = out;
     call.out = static_cast<float *>(arena.get(out.size() * 4));
     const size_t workspace = cuda::attention_workspace(call);
     call.workspace = static_cast<float *>(arena.get(workspace * 4));
+    std::vector<uint32_t> arrivals(cuda::attention_arrivals(call));
+    call.arrivals = arena.up(arrivals);
     uint32_t guard = 0;
     for (std::vector<float> * to : {&out, &again}) {
         cuda::attention(nullptr, call);
@@ -266,6 +266,8 @@ Result run_case(const Case & c) {
     }
     cudaMemcpy(&guard, call.workspace + workspace, 4, cudaMemcpyDeviceToHost);
     CHECK(guard == 0xffffffffu, "%s: wrote past the workspace", c.name.c_str());
+    cudaMemcpy(arrivals.data(), call.arrivals, arrivals.size() * 4, cudaMemcpyDeviceToHost);
+    for (uint32_t n : arrivals) CHECK(n == 0, "%s: %u left in a counter", c.name.c_str(), n);
 
     // The reference: k and v, and, for the size of the quantisation's own noise, k0 and v0.
     double error = 0, noise = 0;
@@ -446,6 +448,16 @@ std::vector<Case> all_cases() {
             }
         }
     }
+    for (int d : {64, 128, 200}) {
+        for (int n : {1, 2, 4, 8, 30}) {
+            Case c = base(d, d == 200 ? 72 : d);
+            c.group = 4;
+            c.n_tokens = n;
+            c.pages = Pages::crossed;
+            c.n_kv = 1100;
+            add(c, "crossed");
+        }
+    }
     for (int n_kv : {1, 3, 64, 65, 127, 128, 129, 256}) {
         for (int n : {1, 48}) {
             Case c = base(128, 128);
@@ -508,12 +520,10 @@ void test_layout() {
         uint32_t even, odd;
         codes.plain(s, even, odd);
         CHECK(even == uint32_t(c0 | c2 << 16) && odd == uint32_t(c1 | c3 << 16), "%s: %d bits, place %d", what, bits, s);
-        codes.fast(s, even, odd);
-        CHECK(even == uint32_t(c0 | c2 << 16) && odd == uint32_t(c1 | c3 << 16) << codes.kOdd, "%s, fast: %d bits, place %d", what, bits, s);
+        CHECK(codes.bytes(s) == uint32_t(c0 | c1 << 8 | c2 << 16 | c3 << 24) * (s % 2 ? codes.kOdd : 1), "%s, bytes: %d bits, place %d", what, bits, s);
     };
-    auto test = [&](auto tag) {
+    auto test = [&](auto tag, int bits) {
         using C = decltype(tag);
-        const int bits = C::kOdd ? (C::kWords == 1 ? 2 : 3) : C::kWords == 2 ? 4 : 8;
         for (int n8 = 0; n8 < 8; ++n8) {
             for (int i = 0; i < 4; ++i) {
                 C codes;
@@ -542,10 +552,24 @@ void test_layout() {
             }
         }
     };
-    test(cuda::Codes<2>());
-    test(cuda::Codes<3>());
-    test(cuda::Codes<4>());
-    test(cuda::Codes<8>());
+    test(cuda::Codes<2>(), 2);
+    test(cuda::Codes<3>(), 3);
+    test(cuda::Codes<4>(), 4);
+    test(cuda::Codes<8>(), 8);
+    // A weight goes to the column of its query and the row of its token.
+    std::vector<int> written(4 * 64, -1);  // [run][word]: the first of four tokens, query, low
+    for (int lane = 0; lane < 32; ++lane) {
+        for (int k = 0; k < 8; ++k) {
+            const int n8 = lane / 4, j = lane % 4, low = k % 2, s = k / 2;
+            written[4 * cuda::weight_run_written(n8, j, low) + s] = (cuda::key_token(n8, 0, s) * 4 + j) * 2 + low;
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        for (int k = 0; k < 8; ++k) {
+            const int n8 = lane / 4, j = lane % 4, odd = k % 2, s = k / 2, token = cuda::value_token(j, s >> 1, 2 * (s & 1) + odd, 0);
+            CHECK(written[4 * cuda::weight_run_read(n8, j, odd) + s] == token * 8 + n8, "weight: lane %d, run %d, word %d", lane, odd, s);
+        }
+    }
     bool seen[kPageCells] = {};
     for (int lane = 0; lane < 8; ++lane) {
         for (int i = 0; i < 16; ++i) seen[cuda::key_token(lane, i % 4, i / 4)] = true;

@@ -87,12 +87,15 @@ struct Attention {
     // Of the formats, for choosing a kernel and reserving shared memory; host side.
     int most_n16;       // of any key head
     bool any_grouped;   // some value head is not rotated
+    int most_key_bytes, most_value_bytes;  // of any head's record
 
-    float * workspace;  // attention_workspace() floats, 16-byte aligned
+    float * workspace;    // attention_workspace() floats, 16-byte aligned
+    uint32_t * arrivals;  // attention_arrivals() counters, zero before a call and after it
 };
 
 // Floats of workspace that a call needs, at most. Looks at everything but pointers other than that of the mask.
 size_t attention_workspace(const Attention & call);
+size_t attention_arrivals(const Attention & call);
 void attention(Stream stream, const Attention & call);
 
 }  // namespace mixkvq::cuda

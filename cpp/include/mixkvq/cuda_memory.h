@@ -55,6 +55,8 @@ class Queue {
 
     // GPU memory that calls share; it grows to the largest and stays.
     void * workspace(size_t bytes);
+    // The same for counters that are zero, and that every call leaves zero.
+    uint32_t * counters(size_t n);
     // Blocks of GPU memory, not zeroed.
     void * get(size_t bytes);
     void put(void * block, size_t bytes) { free_[bytes].push_back(block); }
@@ -89,6 +91,8 @@ class Queue {
     size_t fetched_bytes_ = 0;
     void * workspace_ = nullptr;
     size_t workspace_bytes_ = 0;
+    uint32_t * counters_ = nullptr;
+    size_t n_counters_ = 0;
     std::unordered_map<size_t, std::vector<void *>> free_;
     size_t bytes_ = 0, peak_ = 0;
 };

@@ -1,0 +1,1127 @@
+// Attention of few queries over long caches.
+//
+// Two warps, a pair, take packed pages one by one: while they work on a page's keys its values are on their way to shared memory, while they work on
+// its values the next page's keys. Codes go as bytes into integer tensor cores. Tokens (then dimensions) are the rows of their tiles; a query is two
+// columns, the high and the low bytes of 16-bit numbers: the query times the scales of the page's channels, then the weights times the scales of the
+// tokens. What is the same for all codes (minima, means, the middle of the code range) is added in F32. The warps of a pair share the tokens of the
+// keys, half a run of 32 each, and the dimensions of the values.
+//
+// Pages in F16 are few: blocks of their own look for them, all warps on one page. The last block of a tile joins what all have found.
+#include "attention_common.cuh"
+#include "decode.cuh"
+
+#include <algorithm>
+#include <atomic>
+
+namespace mixkvq::cuda {
+
+namespace {
+
+constexpr int kMostRows = 32;   // query vectors of a KV head that are served
+constexpr int kMostPairs = 4;   // in a block
+constexpr int kMostSplits = 512;
+constexpr int kHalfBlocks = 4;  // blocks of a tile for pages in F16 of a long context
+constexpr float kLargest = 32512, kUnit = 1 / kLargest;  // of the 16-bit numbers: 127 * 256
+constexpr float kRound = 12582912.0f + 128;  // x + kRound has the bits of rint(x) + 128 below
+
+// Sections of shared memory, in bytes.
+struct DecodeShape {
+    DecodeShape() = default;
+
+    int slots;                                             // quads of folded queries: every tier is filled up to four
+    int value, scales, folded, weights, ends, pair_bytes;  // of a pair; its keys come first
+    int key_table, value_table, queries, refs, pairs, bytes;  // of a block
+
+    // key_bytes, value_bytes: of the largest records
+    DecodeShape(int rows, int n_pairs, int d_k, int d_v, int key_bytes, int value_bytes) {
+        slots = d_k / 4 + 12;
+        value = key_bytes + 8 * d_k;                // 32 bytes between quads
+        scales = value + value_bytes + 8 * 96 + 16;  // up to 96 between runs of 32 tokens
+        folded = scales + kPageCells;
+        weights = folded + rows * 8 * slots;
+        ends = weights + 256 * rows;
+        pair_bytes = std::max(ends + 5 * 4 * rows, 4 * rows * (d_v + 8));
+        key_table = 0;
+        value_table = key_bytes / 8;
+        queries = (value_table + value_bytes / 8 + 15) / 16 * 16;
+        refs = queries + 4 * rows * d_k;
+        pairs = refs + n_pairs * 32 * 16;
+        bytes = pairs + n_pairs * pair_bytes;
+    }
+};
+struct DecodeCut : Cut {
+    int n_half;  // the first splits: blocks for pages in F16
+    DecodeShape shape;
+};
+
+// The same of a block for pages in F16.
+struct HalfShape {
+    int query_pitch;  // halves
+    int scores, weights, sums, bytes;
+    static constexpr int kScorePitch = kPageCells + 4, kWeightPitch = kPageCells + 8;
+
+    __host__ __device__ HalfShape(int rows, int d_k, int d_v) {
+        query_pitch = (d_k + 63) / 64 * 64 + 32;
+        const int columns = (rows + 7) / 8 * 8;
+        scores = 2 * columns * query_pitch;
+        weights = scores + 4 * rows * (d_v > kScorePitch ? d_v : kScorePitch);
+        sums = weights + 2 * columns * kWeightPitch;
+        bytes = sums + 4 * rows * d_v;
+    }
+};
+
+// What every block knows of its rows.
+template <int kRows>
+struct Rows {
+    float factor[kRows], slope[kRows];  // of scores of queries scaled to below 1; of the mask
+    const __half * mask[kRows];         // by row
+    const __half * looks[kRows];        // those that differ
+    int n_looks;
+    float max[kRows], sum[kRows], scale[kRows];
+};
+
+// The work of a block.
+struct Place {
+    int block, tile, kv, stream, row0, n_rows;
+};
+
+// Whether anybody sees a page, and whether everybody sees all of it. Every thread may ask for a page of its own.
+template <int kRows>
+__device__ __forceinline__ bool look(const Rows<kRows> & rows, int n_kv, int page, bool & open) {
+    const int cell0 = page * kPageCells, n = min(kPageCells, n_kv - cell0);
+    bool seen = rows.n_looks == 0, plain = n == kPageCells;
+#pragma unroll 1
+    for (int i = 0; i < rows.n_looks; ++i) {
+        const __half * m = rows.looks[i] + cell0;
+        int k = 0;
+        if ((reinterpret_cast<uintptr_t>(m) & 15) == 0) {
+#pragma unroll 8
+            for (; k + 8 <= n; k += 8) {
+                const uint4 x = *reinterpret_cast<const uint4 *>(m + k);
+                seen |= x.x != 0xfc00fc00u || x.y != 0xfc00fc00u || x.z != 0xfc00fc00u || x.w != 0xfc00fc00u;
+                plain &= (x.x | x.y | x.z | x.w) == 0;
+            }
+        }
+#pragma unroll 4
+        for (; k < n; ++k) {
+            const unsigned short x = __half_as_ushort(m[k]);
+            seen |= x != 0xfc00;
+            plain &= x == 0;
+        }
+    }
+    open = plain;
+    return seen;
+}
+
+// A logit with its mask; cells from `end` on are hidden.
+__device__ __forceinline__ float masked(float z, const __half * mask, int cell, int end, float slope) {
+    if (cell >= end) return minus_infinity();
+    const unsigned short m = mask ? __half_as_ushort(mask[cell]) : 0;
+    return m == 0xfc00 ? minus_infinity() : m ? z + slope * __half2float(__ushort_as_half(m)) : z;
+}
+
+// x normalised to |x| < 2^0 by a power of two: its exponent. By a whole warp.
+__device__ __forceinline__ int query_exponent(const float * q, int d_k) {
+    float top = 0;
+    for (int d = threadIdx.x & 31; d < d_k; d += 32) top = fmaxf(top, fabsf(q[d]));
+    return exponent_above(__uint_as_float(warp_max(__float_as_uint(top))));
+}
+
+template <int kRows>
+__device__ __forceinline__ void set_row(Rows<kRows> & rows, const Attention & call, const Cut & cut, const Place & at, int row, int exponent) {
+    const RowPlace place(cut, at.kv, at.row0 + min(row, at.n_rows - 1));
+    rows.factor[row] = call.scale * kLog2E * power(exponent);
+    rows.slope[row] = alibi_slope(call, place.head) * kLog2E;
+    rows.mask[row] = call.mask ? mask_of(call, at.stream, place) : nullptr;
+    if (row >= at.n_rows) return;
+    const int n = !call.mask ? 0 : call.mask_head ? row + 1 : place.token - at.row0 / cut.group + 1;
+    if (n > 0) rows.looks[n - 1] = rows.mask[row];
+    if (row == at.n_rows - 1) rows.n_looks = n;
+}
+
+// The rotation of `n` rows in shared memory, by a whole block.
+__device__ __forceinline__ void rotate_rows(float * x, int n, int d_v) {
+    const int block = d_v & -d_v;
+    const float norm = rsqrtf(float(block));
+    for (int step = 1; step < block; step *= 2) {
+        const float factor = 2 * step == block ? norm : 1.0f;
+        for (int i = threadIdx.x; i < n * d_v / 2; i += blockDim.x) {
+            const int d = 2 * (i & ~(step - 1)) + (i & (step - 1));
+            const float a = x[d], b = x[d + step];
+            x[d] = (a + b) * factor;
+            x[d + step] = (a - b) * factor;
+        }
+        __syncthreads();
+    }
+}
+
+// --- packed pages ---------------------------------------------------------------------------------------------
+
+// The records of a head in shared memory: as in global memory, but with gaps, so that the 16 bytes that eight lanes read lie in different banks.
+struct Staged {
+    int n_quads, groups;
+    int quads[4], tier[4], slot[4];  // of 8, 4, 3, 2 bits
+    int scale, min, order, key_chunks;
+    int bits, run, top, top_run, mean, value_chunks;  // run: from the codes of tokens 32j to those of 32j + 32
+    uint32_t key_at, value_at, value_scale;
+
+    // By a whole block. The tables say where each 16 bytes of a record go.
+    __device__ void set(const KeyHead & k, const ValueHead & v, uint16_t * key_table, uint16_t * value_table) {
+        const KeyPlaces f(k.format);
+        const ValuePlaces g(v.format);
+        const int sizes[4] = {8, 4, 3, 2}, counts[4] = {f.q8, f.q4, f.q3, f.q2}, starts[4] = {int(f.at8), int(f.at4), int(f.at3), int(f.at2)};
+        const int row = 4 * v.format.head_size, length = v.format.bits == 3 ? 2 * row : v.format.bits * row;
+        const int gap = (32 - length) & 127, top_gap = v.format.bits == 3 ? (32 - row) & 127 : 0;
+        const int n_key = f.bytes / 16, n_value = (g.mean + v.format.head_size + 15) / 16;
+        for (int c = threadIdx.x; c < n_key; c += blockDim.x) {
+            int before = 0;
+#pragma unroll
+            for (int t = 0; t < 4; ++t) before += max(0, ::min(counts[t], (16 * c - starts[t]) / (64 * sizes[t])));
+            key_table[c] = uint16_t(16 * c + 32 * before);
+        }
+        for (int c = threadIdx.x; c < n_value; c += blockDim.x) {
+            value_table[c] = uint16_t(16 * c + ::min(4, 16 * c / length) * gap + max(0, ::min(4, (16 * c - 4 * length) / row)) * top_gap);
+        }
+        if (threadIdx.x != 0) return;
+        n_quads = f.coded();
+        groups = f.groups;
+        int before = 0, slots = 0;
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            quads[t] = counts[t];
+            tier[t] = starts[t] + 32 * before;
+            slot[t] = slots;
+            before += counts[t];
+            slots += (counts[t] + 3) / 4 * 4;
+        }
+        scale = f.scale + 32 * n_quads;
+        min = f.min + 32 * n_quads;
+        order = f.order + 32 * n_quads;
+        key_chunks = n_key;
+        bits = v.format.bits;
+        run = length + gap;
+        top = 4 * run;
+        top_run = row + top_gap;
+        mean = g.mean + 4 * (gap + top_gap);
+        value_chunks = n_value;
+        key_at = k.record_offset;
+        value_at = v.record_offset;
+        value_scale = g.scale;
+    }
+};
+
+// Adds a tier's share of the scores of a warp's half of the tokens. s[i]: rows n8 and n8 + 8 are tokens key_token(n8, i, 2 half) and (.., 2 half + 1),
+// the latter times kOdd. Where a page has several groups of tokens, lanes that are not `mine` add nothing.
+template <int bits, bool grouped, int NT>
+__device__ __forceinline__ void add_tier(const uint8_t * tier, int n_quads, const uint32_t * folded, int pitch, bool mine, int half, int n8, int j,
+                                         int (&s)[4][NT][4]) {
+    constexpr int kLoads = bits == 8 || bits == 3 ? 2 : 1;
+    const uint8_t * at = tier + (64 * bits + 32) * j + 16 * key_chunk(bits, n8, bits == 8 ? 2 * half : bits == 4 ? half : 0);
+    const uint8_t * top = tier + (64 * bits + 32) * j + 16 * key_chunk(bits, n8, 1);
+    const int shift = 4 * half, top_shift = key_top_shift(n8) + 2 * half;
+    folded += 8 * j + n8;
+#pragma unroll 1
+    for (int quad = 0; quad < n_quads; quad += 4) {
+        uint4 x[kLoads];
+        x[0] = *reinterpret_cast<const uint4 *>(at);
+        if (kLoads == 2) x[kLoads - 1] = *reinterpret_cast<const uint4 *>(bits == 8 ? at + 32 : top);
+        if (grouped && !mine) x[0] = x[kLoads - 1] = make_uint4(0, 0, 0, 0);
+        uint32_t b[NT];
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) b[nt] = folded[nt * pitch];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            Codes<bits> codes;
+            codes.word[0] = bits <= 3 ? part(x[0], i) >> shift : part(x[0], i);
+            if (bits == 8) codes.word[kLoads - 1] = part(x[kLoads - 1], i);
+            if (bits == 3) codes.word[kLoads - 1] = part(x[kLoads - 1], i) >> top_shift;
+            const uint32_t a0 = codes.bytes(0), a1 = codes.bytes(1);
+#pragma unroll
+            for (int nt = 0; nt < NT; ++nt) mma_bytes(s[i][nt], a0, a1, b[nt]);
+        }
+        at += 4 * (64 * bits + 32);
+        top += 4 * (64 * bits + 32);
+        folded += 32;
+    }
+    if (bits == 8 && n_quads > 0) {  // as the other tiers
+#pragma unroll
+        for (int k = 0; k < 8 * NT; ++k) s[k / (2 * NT)][k / 2 % NT][2 + k % 2] *= Codes<4>::kOdd;
+    }
+}
+template <bool grouped, int NT>
+__device__ __forceinline__ void add_tiers(const Staged & f, const uint8_t * key, const uint32_t * folded, int pitch, bool mine, int half, int n8, int j,
+                                          int (&s)[4][NT][4]) {
+    add_tier<8, grouped, NT>(key + f.tier[0], f.quads[0], folded + 8 * f.slot[0], pitch, mine, half, n8, j, s);
+    add_tier<4, grouped, NT>(key + f.tier[1], f.quads[1], folded + 8 * f.slot[1], pitch, mine, half, n8, j, s);
+    add_tier<3, grouped, NT>(key + f.tier[2], f.quads[2], folded + 8 * f.slot[2], pitch, mine, half, n8, j, s);
+    add_tier<2, grouped, NT>(key + f.tier[3], f.quads[3], folded + 8 * f.slot[3], pitch, mine, half, n8, j, s);
+}
+
+// Sums of n numbers over a warp, n a power of two: a lane gets that of number lane % n.
+template <int n>
+__device__ __forceinline__ float sum_of(float (&x)[n], int lane) {
+#pragma unroll
+    for (int step = n / 2; step > 0; step /= 2) {
+        const bool up = lane & step;
+#pragma unroll
+        for (int i = 0; i < step; ++i) x[i] = (up ? x[i + step] : x[i]) + __shfl_xor_sync(kWarp, up ? x[i] : x[i + step], step);
+    }
+    float sum = x[0];
+#pragma unroll
+    for (int step = n; step < 32; step *= 2) sum += __shfl_xor_sync(kWarp, sum, step);
+    return sum;
+}
+
+// Folds the scales of a page's group g into half of the queries, and sums the minima; returns the largest scale of the page.
+template <int NT>
+__device__ __forceinline__ float fold_queries(const Staged & f, const uint8_t * key, const float2 * queries, int d_k, uint32_t * folded, int pitch,
+                                              float * bias, int g, int half, int lane) {
+    const int n_quads = f.n_quads, groups = f.groups;
+    unsigned top = 0;
+#pragma unroll 1
+    for (int u = lane; u < n_quads * groups; u += 32) {
+        const uint2 s = *reinterpret_cast<const uint2 *>(key + f.scale + 8 * u);
+        top = __vmaxu2(top, __vmaxu2(s.x, s.y));
+    }
+    top = warp_max(::max(top & 0xffff, top >> 16));
+    const float most = top ? __half2float(__ushort_as_half(top)) : 1.0f, grow = __fdividef(kLargest, most);
+    float sums[2 * NT] = {};
+#pragma unroll 1
+    for (int u = lane; u < n_quads; u += 32) {
+        int slot = u;
+#pragma unroll
+        for (int t = 1, first = 0; t < 4; ++t) {
+            first += f.quads[t - 1];
+            if (u >= first) slot = u - first + f.slot[t];
+        }
+        const uint32_t order = *reinterpret_cast<const uint32_t *>(key + f.order + 4 * u);
+        float scale[4], min[4];
+        if (groups == 1) {
+            const uint2 s = *reinterpret_cast<const uint2 *>(key + f.scale + 8 * u), m = *reinterpret_cast<const uint2 *>(key + f.min + 8 * u);
+            const float2 s01 = __half22float2(as_half2(s.x)), s23 = __half22float2(as_half2(s.y));
+            const float2 m01 = __half22float2(as_half2(m.x)), m23 = __half22float2(as_half2(m.y));
+            scale[0] = s01.x, scale[1] = s01.y, scale[2] = s23.x, scale[3] = s23.y;
+            min[0] = m01.x, min[1] = m01.y, min[2] = m23.x, min[3] = m23.y;
+        } else {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                scale[r] = half_at(key + f.scale, (4 * u + r) * groups + g);
+                min[r] = half_at(key + f.min, (4 * u + r) * groups + g);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < NT; ++k) {  // two rows
+            const int two = NT * half + k;
+            uint32_t y[2][4], word[4];
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const float2 q = queries[two * d_k + ((order >> 8 * r) & 255)];
+                y[0][r] = __float_as_uint(fmaf(q.x, scale[r] * grow, kRound));
+                y[1][r] = __float_as_uint(fmaf(q.y, scale[r] * grow, kRound));
+                sums[2 * k] = fmaf(q.x, min[r], sums[2 * k]);
+                sums[2 * k + 1] = fmaf(q.y, min[r], sums[2 * k + 1]);
+            }
+            split_bytes(y[0], word[0], word[1]);
+            split_bytes(y[1], word[2], word[3]);
+            store_shared(folded + (two >> 1) * pitch + 8 * slot + 4 * (two & 1), make_uint4(word[0], word[1], word[2], word[3]));
+        }
+    }
+    const float sum = sum_of(sums, lane);
+    if (lane < 2 * NT) bias[2 * NT * half + lane] = sum;
+    return most;
+}
+
+// acc[k][i]: value_dim(n8, half + 2 k, i). Adds the sums of codes and weights w, worth `unit`, of the tokens value_token(j, c, ..).
+template <int bits, int NB, int NT>
+__device__ __forceinline__ void add_values(const uint8_t * codes_at, const Staged & f, int d_v, int c, const uint2 (&w)[NT][2], const float (&unit)[NT],
+                                           int half, int n8, int j, float (&acc)[NB][4][NT]) {
+    constexpr int kLoads = bits == 8 ? 4 : bits == 4 ? 2 : 1;
+    const uint8_t * const low_at = codes_at + f.run * j + 4 * d_v * value_row(bits, 0, c, 0), * const top_at = codes_at + f.top + f.top_run * j;
+    const int shift = 4 * c;
+#pragma unroll
+    for (int k = 0; k < NB; ++k) {
+        if (32 * (half + 2 * k) >= d_v) continue;
+        const int d = value_dim(n8, half + 2 * k, 0);
+        uint4 x[kLoads], top = make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) x[l] = *reinterpret_cast<const uint4 *>(low_at + 4 * d_v * l + 4 * d);
+        if (bits == 3) top = *reinterpret_cast<const uint4 *>(top_at + 4 * d);
+#pragma unroll
+        for (int ip = 0; ip < 2; ++ip) {
+            Codes<bits> codes[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+#pragma unroll
+                for (int l = 0; l < kLoads; ++l) codes[h].word[l] = part(x[l], 2 * ip + h);
+                if (bits == 3) codes[h].word[Codes<bits>::kWords - 1] = part(top, 2 * ip + h) >> shift;
+            }
+            int sum[NT][4] = {};
+#pragma unroll
+            for (int s = 0; s < 4; s += 2) {
+                const uint32_t a0 = codes[0].bytes(s), a1 = codes[1].bytes(s), a2 = codes[0].bytes(s + 1), a3 = codes[1].bytes(s + 1);
+#pragma unroll
+                for (int nt = 0; nt < NT; ++nt) mma_bytes(sum[nt], a0, a1, a2, a3, s == 0 ? w[nt][0].x : w[nt][0].y, s == 0 ? w[nt][1].x : w[nt][1].y);
+            }
+#pragma unroll
+            for (int nt = 0; nt < NT; ++nt) {
+                acc[k][2 * ip][nt] = fmaf(float(sum[nt][0] * 256 + sum[nt][1]), unit[nt], acc[k][2 * ip][nt]);
+                acc[k][2 * ip + 1][nt] = fmaf(float(sum[nt][2] * 256 + sum[nt][3]), unit[nt], acc[k][2 * ip + 1][nt]);
+            }
+        }
+    }
+}
+
+// What a block finds in its packed pages goes to `partial`: in the rotated basis.
+template <int NB, int NT>
+__device__ __forceinline__ void packed_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory,
+                                             float * partial) {
+    constexpr int kRows = 4 * NT, NQ = NT < 2 ? NT : 2;  // scores of NQ blocks of four rows at a time
+    __shared__ Staged f;
+    const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, pair = warp >> 1, half = warp & 1, in_pair = threadIdx.x & 63;
+    const int n_warps = blockDim.x >> 5, n_pairs = n_warps / 2, d_k = call.head_size_k, d_v = call.head_size_v;
+    const DecodeShape & shape = cut.shape;
+    uint16_t * const key_table = reinterpret_cast<uint16_t *>(memory + shape.key_table);
+    uint16_t * const value_table = reinterpret_cast<uint16_t *>(memory + shape.value_table);
+    float2 * const queries = reinterpret_cast<float2 *>(memory + shape.queries);  // [two rows][channel], each row scaled by a power of two to below 1
+    const uint8_t ** const refs = reinterpret_cast<const uint8_t **>(memory + shape.refs + 512 * pair);  // [page][key, value]
+    uint8_t * const mine = memory + shape.pairs + pair * shape.pair_bytes;
+    uint32_t * const folded = reinterpret_cast<uint32_t *>(mine + shape.folded);
+    float * const bias = reinterpret_cast<float *>(mine + shape.ends), * const tops = bias + kRows, * const sums = tops + 2 * kRows;
+    const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
+
+    const PageRef * const key_pages = call.key_pages + at.stream * call.page_stride, * const value_pages = call.value_pages + at.stream * call.page_stride;
+    const int n_workers = (cut.n_splits - cut.n_half) * n_pairs, worker = (at.block - cut.n_half) * n_pairs + pair;
+    const int each = cut.n_pages / n_workers, more = cut.n_pages % n_workers;  // `more` workers take one page more
+    const int first = worker * each + min(worker, more), last = first + each + (worker < more);
+
+    // Which of up to 32 pages are packed; their records.
+    auto find = [&](int start) {
+        const uint8_t * key = nullptr, * value = nullptr;
+        if (start + lane < last) key = key_pages[start + lane].records, value = value_pages[start + lane].records;
+        if (half == 0) refs[2 * lane] = key, refs[2 * lane + 1] = value;
+        return __ballot_sync(kWarp, key && value);
+    };
+    unsigned left = find(first);
+
+    f.set(call.key_heads[at.kv], call.value_heads[at.kv], key_table, value_table);
+    __syncthreads();
+
+    auto stage = [&](uint32_t to, const uint16_t * table, int n, const uint8_t * from) {
+        from += 16 * in_pair;
+#pragma unroll 1
+        for (int c = in_pair; c < n; c += 256, from += 4096) {
+            copy_async<0>(to + table[c], from, true);
+            copy_async<1024>(to + table[c + 64], from, c + 64 < n);
+            copy_async<2048>(to + table[c + 128], from, c + 128 < n);
+            copy_async<3072>(to + table[c + 192], from, c + 192 < n);
+        }
+    };
+    auto stage_keys = [&](unsigned pages) {
+        const int page = __ffs(pages) - 1;
+        stage(shared, key_table, f.key_chunks, refs[2 * page] + f.key_at);
+        // The values' scales are needed with the keys.
+        copy_async<0>(shared + shape.scales + 16 * in_pair, refs[2 * page + 1] + f.value_at + f.value_scale + 16 * in_pair, in_pair < kPageCells / 16);
+    };
+    auto stage_values = [&](unsigned pages) { stage(shared + shape.value, value_table, f.value_chunks, refs[2 * (__ffs(pages) - 1) + 1] + f.value_at); };
+
+    // The first page is on its way before the queries are known, and whether anybody sees it.
+    unsigned staged = left;
+    if (left) stage_keys(left), stage_values(left);
+
+    for (int i = in_pair; i < kRows * 2 * shape.slots; i += 64) folded[i] = 0;
+    for (int row = warp; row < kRows; row += n_warps) {
+        const float * from = query_of(call, at.stream, RowPlace(cut, at.kv, at.row0 + min(row, at.n_rows - 1)));
+        const int e = query_exponent(from, d_k);
+        float * to = reinterpret_cast<float *>(queries + (row >> 1) * d_k) + (row & 1);
+        for (int d = lane; d < d_k; d += 32) to[2 * d] = from[d] * power(-e);
+        if (lane == 0) set_row(rows, call, cut, at, row, e);
+    }
+    __syncthreads();
+
+    float acc[NB][4][NT], ones[NT], max_[NT], sum[NT];
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+        ones[nt] = sum[nt] = 0;
+        max_[nt] = minus_infinity();
+#pragma unroll
+        for (int k = 0; k < 4 * NB; ++k) acc[k / 4][k % 4][nt] = 0;
+    }
+
+#pragma unroll 1
+    for (int start = first; start < last; start += 32) {
+        if (start > first) {
+            wait_for_copies();
+            pair_sync(pair + 1);
+            staged = left = find(start);
+            pair_sync(pair + 1);
+            if (left) stage_keys(left), stage_values(left);
+        }
+        bool values_come = true;
+        bool all = false;
+        const bool any = (left >> lane & 1) && look(rows, call.n_kv, start + lane, all);
+        const unsigned open = __ballot_sync(kWarp, all);
+        left = __ballot_sync(kWarp, any);
+        if (left && __ffs(left) != __ffs(staged)) {
+            wait_for_copies();
+            pair_sync(pair + 1);
+            stage_keys(left);
+            values_come = false;
+        }
+#pragma unroll 1
+        for (; left; left &= left - 1) {
+        const int lane = opaque(threadIdx.x & 31), n8 = lane >> 2, j = lane & 3;
+        wait_for_copies();
+        pair_sync(pair + 1);  // the keys are there, the values of the page before not needed any more
+        if (!values_come) stage_values(left);
+        values_come = false;
+
+        const uint8_t * const scales = mine + shape.scales;
+        float most_scale;
+        {
+            const uint32_t x = reinterpret_cast<const uint32_t *>(scales)[lane];
+            const uint32_t top = __vmaxu2(x & 0x00ff00ff, (x >> 8) & 0x00ff00ff);
+            most_scale = __half2float(__ushort_as_half(::max(1u, warp_max(::max(top & 0xffff, top >> 16))) << 7));
+        }
+        const float most = fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, 0, half, lane);
+        pair_sync(pair + 1);
+
+#pragma unroll 1
+        for (int q = 0; q < NT; q += NQ) {
+        // --- scores
+        int s[4][NQ][4] = {};
+        float offset[NQ];
+        const uint32_t * const folded_q = folded + q * 8 * shape.slots;
+        if (f.groups == 1) {
+            add_tiers<false, NQ>(f, mine, folded_q, 8 * shape.slots, true, half, n8, j, s);
+#pragma unroll
+            for (int nt = 0; nt < NQ; ++nt) offset[nt] = bias[4 * (q + nt) + j];
+        } else {
+#pragma unroll 1
+            for (int g = 0; g < f.groups; ++g) {
+                if (g + q > 0) {
+                    pair_sync(pair + 1);
+                    fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, g, half, lane);
+                    pair_sync(pair + 1);
+                }
+                const bool here = n8 * f.groups / 8 == g;
+                add_tiers<true, NQ>(f, mine, folded_q, 8 * shape.slots, here, half, n8, j, s);
+#pragma unroll
+                for (int nt = 0; nt < NQ; ++nt) offset[nt] = here ? bias[4 * (q + nt) + j] : offset[nt];
+            }
+        }
+
+        // --- weights: of the query 4 nt + j, relative to the largest in this half of the page, times the tokens' scales
+        float token_scale[2][4];
+        {
+            const float grow = __fdividef(kLargest, most_scale), factor = n8 % 2 == 0 || f.bits == 8 ? grow : grow / Codes<4>::kOdd;  // odd places
+#pragma unroll
+            for (int p = 0; p < 2; ++p) {
+                const uint32_t y = *reinterpret_cast<const uint32_t *>(scales + key_token(n8, 0, 2 * half + p));
+                const float2 s01 = __half22float2(as_half2(__byte_perm(y, 0, 0x4140) << 7)), s23 = __half22float2(as_half2(__byte_perm(y, 0, 0x4342) << 7));
+                token_scale[p][0] = s01.x * factor, token_scale[p][1] = s01.y * factor, token_scale[p][2] = s23.x * factor, token_scale[p][3] = s23.y * factor;
+            }
+        }
+#pragma unroll
+        for (int nt = 0; nt < NQ; ++nt) {
+            const int row = 4 * (q + nt) + j;
+            const float factor = rows.factor[row], unit = most * kUnit * factor, add = offset[nt] * factor;
+            float z[2][4], top = minus_infinity(), total = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+#pragma unroll
+                for (int p = 0; p < 2; ++p) {
+                    const float x = fmaf(float(s[i][nt][2 * p]), 256.0f, float(s[i][nt][2 * p + 1]));
+                    z[p][i] = fmaf(x, p == 0 ? unit : unit / Codes<4>::kOdd, add);
+                }
+            }
+            if (call.softcap > 0) {
+#pragma unroll
+                for (int k = 0; k < 8; ++k) z[k / 4][k % 4] = capped(call, z[k / 4][k % 4]);
+            }
+            if (!(open >> (__ffs(left) - 1) & 1)) {
+                const int cell0 = (start + __ffs(left) - 1) * kPageCells, end = min(call.n_kv, cell0 + kPageCells);
+#pragma unroll
+                for (int k = 0; k < 8; ++k) {
+                    z[k / 4][k % 4] = masked(z[k / 4][k % 4], rows.mask[row], cell0 + key_token(n8, k % 4, 2 * half + k / 4), end, rows.slope[row]);
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < 8; ++k) top = fmaxf(top, z[k / 4][k % 4]);
+#pragma unroll
+            for (int step = 4; step <= 16; step *= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
+            const float zero = top == minus_infinity() ? 0.0f : top;
+            uint32_t high[2], low[2];
+#pragma unroll
+            for (int p = 0; p < 2; ++p) {
+                uint32_t y[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float x = exp2_of(z[p][i] - zero);
+                    total += x;
+                    y[i] = __float_as_uint(fmaf(x, token_scale[p][i], kRound));
+                }
+                split_bytes(y, high[p], low[p]);
+            }
+            uint8_t * to = mine + shape.weights + 1024 * (q + nt) + 8 * half;
+            *reinterpret_cast<uint2 *>(to + 16 * weight_run_written(n8, j, 0)) = make_uint2(high[0], high[1]);
+            *reinterpret_cast<uint2 *>(to + 16 * weight_run_written(n8, j, 1)) = make_uint2(low[0], low[1]);
+#pragma unroll
+            for (int step = 4; step <= 16; step *= 2) total += __shfl_xor_sync(kWarp, total, step);
+            if (n8 == 0) {
+                tops[half * kRows + row] = top;
+                sums[half * kRows + row] = total;
+            }
+        }
+        }
+        wait_for_copies();
+        pair_sync(pair + 1);  // weights and values are there, the keys not needed any more
+        if (left & (left - 1)) stage_keys(left & (left - 1));
+
+        // --- values
+        float page_sum[NT];
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+            const int row = 4 * nt + j;
+            const float top0 = tops[row], top1 = tops[kRows + row], top = fmaxf(max_[nt], fmaxf(top0, top1)), zero = top == minus_infinity() ? 0.0f : top;
+            const float lower = exp2_of(max_[nt] - zero);
+            max_[nt] = top;
+            page_sum[nt] = fmaf(sums[row], exp2_of(top0 - zero), sums[kRows + row] * exp2_of(top1 - zero));
+            sum[nt] = fmaf(sum[nt], lower, page_sum[nt]);
+            ones[nt] *= lower;
+#pragma unroll
+            for (int k = 0; k < 4 * NB; ++k) acc[k / 4][k % 4][nt] *= lower;
+        }
+        const uint8_t * const codes = mine + shape.value;
+#pragma unroll
+        for (int k = 0; k < NB; ++k) {
+            const uint32_t means = *reinterpret_cast<const uint32_t *>(codes + f.mean + min(value_dim(n8, half + 2 * k, 0), d_v - 4));
+            const float2 m01 = __half22float2(as_half2(__byte_perm(means, 0, 0x1404))), m23 = __half22float2(as_half2(__byte_perm(means, 0, 0x3424)));
+#pragma unroll
+            for (int nt = 0; nt < NT; ++nt) {
+                acc[k][0][nt] = fmaf(page_sum[nt], m01.x, acc[k][0][nt]);
+                acc[k][1][nt] = fmaf(page_sum[nt], m01.y, acc[k][1][nt]);
+                acc[k][2][nt] = fmaf(page_sum[nt], m23.x, acc[k][2][nt]);
+                acc[k][3][nt] = fmaf(page_sum[nt], m23.y, acc[k][3][nt]);
+            }
+        }
+        const uint32_t one = 0x01010101, odd_one = f.bits == 8 ? one : one * Codes<4>::kOdd;
+#pragma unroll 1
+        for (int c = 0; c < 2; ++c) {
+            float unit[NT];
+            uint2 w[NT][2];
+#pragma unroll
+            for (int nt = 0; nt < NT; ++nt) {
+                unit[nt] = exp2_of(tops[c * kRows + 4 * nt + j] - (max_[nt] == minus_infinity() ? 0.0f : max_[nt])) * (most_scale * kUnit);
+                const uint8_t * from = mine + shape.weights + 1024 * nt + 8 * c;
+#pragma unroll
+                for (int odd = 0; odd < 2; ++odd) w[nt][odd] = *reinterpret_cast<const uint2 *>(from + 16 * weight_run_read(n8, j, odd));
+                int total[4] = {};
+                mma_bytes(total, one, one, odd_one, odd_one, w[nt][0].x, w[nt][1].x);
+                mma_bytes(total, one, one, odd_one, odd_one, w[nt][0].y, w[nt][1].y);
+                ones[nt] = fmaf(float(total[0] * 256 + total[1]), unit[nt], ones[nt]);
+            }
+            switch (f.bits) {
+                case 2: add_values<2, NB, NT>(codes, f, d_v, c, w, unit, half, n8, j, acc); break;
+                case 3: add_values<3, NB, NT>(codes, f, d_v, c, w, unit, half, n8, j, acc); break;
+                case 4: add_values<4, NB, NT>(codes, f, d_v, c, w, unit, half, n8, j, acc); break;
+                default: add_values<8, NB, NT>(codes, f, d_v, c, w, unit, half, n8, j, acc); break;
+            }
+        }
+        }
+    }
+
+    // --- joins the pairs
+    wait_for_copies();  // of a page that nobody sees
+    __shared__ float pair_max[kMostPairs][kRows], pair_sum[kMostPairs][kRows];
+    pair_sync(pair + 1);
+    const int pitch = d_v + 8;
+    const float middle = 0.5f - float(1 << (f.bits - 1));
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+        const int row = 4 * nt + j;
+        if (half == 0 && n8 == 0) {
+            pair_max[pair][row] = max_[nt];
+            pair_sum[pair][row] = sum[nt];
+        }
+#pragma unroll
+        for (int k = 0; k < NB; ++k) {
+            const int d = value_dim(n8, half + 2 * k, 0);
+            if (d >= d_v) continue;
+            *reinterpret_cast<float4 *>(reinterpret_cast<float *>(mine) + row * pitch + d) =
+                make_float4(fmaf(middle, ones[nt], acc[k][0][nt]), fmaf(middle, ones[nt], acc[k][1][nt]), fmaf(middle, ones[nt], acc[k][2][nt]),
+                            fmaf(middle, ones[nt], acc[k][3][nt]));
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < at.n_rows * d_v / 4; i += blockDim.x) {
+        const int row = 4 * i / d_v, d = 4 * i % d_v;
+        float top = minus_infinity(), total = 0;
+#pragma unroll 1
+        for (int p = 0; p < n_pairs; ++p) top = fmaxf(top, pair_max[p][row]);
+        float4 x = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+        for (int p = 0; p < n_pairs; ++p) {
+            const float weight = pair_max[p][row] == minus_infinity() ? 0.0f : exp2_of(pair_max[p][row] - top);
+            const float4 y = *reinterpret_cast<const float4 *>(memory + shape.pairs + p * shape.pair_bytes + 4 * (row * pitch + d));
+            total = fmaf(weight, pair_sum[p][row], total);
+            x.x = fmaf(weight, y.x, x.x), x.y = fmaf(weight, y.y, x.y), x.z = fmaf(weight, y.z, x.z), x.w = fmaf(weight, y.w, x.w);
+        }
+        *reinterpret_cast<float4 *>(partial + 4 * i) = x;
+        if (d == 0) {
+            partial[kRows * d_v + row] = top;
+            partial[kRows * d_v + kRows + row] = total;
+        }
+    }
+}
+
+// --- pages in F16 ---------------------------------------------------------------------------------------------
+
+__device__ inline int coded(const uint8_t * codes, int bits, int row, int place) {  // place: of the eight that share words, as in pack.cu
+    const int low = bits == 3 ? 2 : bits, per_byte = 8 / low;
+    return (codes[place / per_byte * row] >> low * (place % per_byte)) & ((1 << low) - 1);
+}
+
+// A page of which only the keys, or only the values, are packed: rare, and one code at a time. Channel by channel, and for a token all rows.
+template <int kRows>
+__device__ __noinline__ void packed_scores(const KeyHead & head, const uint8_t * record, const __half * queries, int query_pitch, float * scores) {
+    const KeyPlaces f(head.format);
+    for (int t = threadIdx.x; t < kPageCells; t += blockDim.x) {
+        float sum[kRows] = {};
+        for (int i = 0; i < 4 * f.coded(); ++i) {
+            int quad = i / 4, bits = 8;
+            uint32_t at = f.at8;
+            if (quad >= f.q8) quad -= f.q8, bits = 4, at = f.at4;
+            if (bits == 4 && quad >= f.q4) quad -= f.q4, bits = 3, at = f.at3;
+            if (bits == 3 && quad >= f.q3) quad -= f.q3, bits = 2, at = f.at2;
+            const uint8_t * codes = record + at + 64 * bits * quad + 4 * (t % 8) + i % 4;
+            int code = coded(codes, bits, 32, t / 8);
+            if (bits == 3) code |= ((codes[128 + 32 * (t / 64)] >> t / 8 % 8) & 1) << 2;
+            const int scale_at = i * f.groups + t * f.groups / kPageCells;
+            const float x = half_at(record + f.min, scale_at) + float(code) * half_at(record + f.scale, scale_at);
+            const __half * q = queries + record[f.order + i];
+#pragma unroll
+            for (int row = 0; row < kRows; ++row) sum[row] += x * __half2float(q[row * query_pitch]);
+        }
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) scores[row * HalfShape::kScorePitch + t] = sum[row];
+    }
+}
+__device__ __noinline__ void packed_sums(const ValueHead & head, const uint8_t * record, const __half * weights, int n_rows, float * sums) {
+    const ValuePlaces f(head.format);
+    const int d_v = head.format.head_size, bits = head.format.bits;
+    const float middle = 0.5f - float(1 << (bits - 1));
+    for (int i = threadIdx.x; i < n_rows * d_v; i += blockDim.x) {
+        const int row = i / d_v, d = i % d_v;
+        const float mean = __half2float(__ushort_as_half(record[f.mean + d] << 8));
+        float sum = 0;
+        for (int t = 0; t < kPageCells; ++t) {
+            const uint8_t * codes = record + 4 * d + t % 4;
+            int code = coded(codes, bits, 4 * d_v, t / 4);
+            if (bits == 3) code |= ((codes[f.high + t / 32 * 4 * d_v] >> t / 4 % 8) & 1) << 2;
+            const float scale = __half2float(__ushort_as_half(record[f.scale + t] << 7));
+            sum += __half2float(weights[row * HalfShape::kWeightPitch + t]) * (mean + (float(code) + middle) * scale);
+        }
+        sums[i] = sum;
+    }
+}
+
+template <int NB, int NT>
+__device__ __forceinline__ void half_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory,
+                                           float * partial) {
+    constexpr int kRows = 4 * NT, kColumns = (NT + 1) / 2, kBlocks = 2 * NB;  // columns: eight queries
+    __shared__ unsigned hits[2 * kMostPairs], opens[2 * kMostPairs];
+    __shared__ float lower[kRows];
+    const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
+    const int d_k = call.head_size_k, d_v = call.head_size_v, n_rows = at.n_rows;
+    const HalfShape shape(kRows, d_k, d_v);
+    __half * const queries = reinterpret_cast<__half *>(memory), * const weights = reinterpret_cast<__half *>(memory + shape.weights);
+    float * const scores = reinterpret_cast<float *>(memory + shape.scores), * const sums = reinterpret_cast<float *>(memory + shape.sums);
+    const PageRef * const key_pages = call.key_pages + at.stream * call.page_stride, * const value_pages = call.value_pages + at.stream * call.page_stride;
+
+    for (int i = threadIdx.x; i < shape.bytes / 4; i += blockDim.x) reinterpret_cast<uint32_t *>(memory)[i] = 0;
+    __syncthreads();
+    for (int row = warp; row < n_rows; row += n_warps) {
+        const float * from = query_of(call, at.stream, RowPlace(cut, at.kv, at.row0 + row));
+        const int e = query_exponent(from, d_k);
+        for (int d = lane; d < d_k; d += 32) queries[row * shape.query_pitch + d] = __float2half_rn(from[d] * power(-e) * 0x1p14f);
+        if (lane == 0) set_row(rows, call, cut, at, row, e);
+    }
+    if (threadIdx.x < kRows) rows.max[threadIdx.x] = minus_infinity(), rows.sum[threadIdx.x] = 0;
+    __syncthreads();
+
+    auto take = [&](int page, bool open) {
+        const PageRef key = key_pages[page], value = value_pages[page];
+        const int cell0 = page * kPageCells, end = min(call.n_kv, cell0 + kPageCells);
+
+        // --- scores: 16 tokens a warp
+        if (key.rows) {
+            const __half * from = reinterpret_cast<const __half *>(key.rows) + at.kv * d_k;
+            for (int t = 16 * warp + n8; t < kPageCells; t += 16 * n_warps) {
+                float c[kColumns][4] = {};
+#pragma unroll 4
+                for (int d = 8 * j; d < (d_k + 31) / 32 * 32; d += 32) {
+                    uint4 x[2];
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) x[h] = load_stream_if(d < d_k && cell0 + t + 8 * h < end, from + size_t(t + 8 * h) * call.row_k + d);
+#pragma unroll
+                    for (int k = 0; k < kColumns; ++k) {
+                        const uint4 q = *reinterpret_cast<const uint4 *>(queries + (8 * k + n8) * shape.query_pitch + d);
+                        mma(c[k], x[0].x, x[1].x, x[0].y, x[1].y, q.x, q.y);
+                        mma(c[k], x[0].z, x[1].z, x[0].w, x[1].w, q.z, q.w);
+                    }
+                }
+#pragma unroll
+                for (int k = 0; k < 4 * kColumns; ++k) {
+                    const int row = 8 * (k / 4) + 2 * j + (k & 1);
+                    if (row < kRows) scores[row * HalfShape::kScorePitch + t + 8 * (k / 2 % 2)] = c[k / 4][k % 4];
+                }
+            }
+        } else {
+            const KeyHead head = call.key_heads[at.kv];
+            packed_scores<kRows>(head, key.records + head.record_offset, queries, shape.query_pitch, scores);
+        }
+        __syncthreads();
+
+        // --- weights: a row a warp, four tokens a lane
+        for (int row = warp; row < n_rows; row += n_warps) {
+            const float4 x = *reinterpret_cast<const float4 *>(scores + row * HalfShape::kScorePitch + 4 * lane);
+            float z[4] = {x.x, x.y, x.z, x.w}, top = rows.max[row], total = 0;
+            const float unit = 0x1p-14f * rows.factor[row], before = top;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                z[i] *= unit;
+                if (call.softcap > 0) z[i] = capped(call, z[i]);
+                if (!open) z[i] = masked(z[i], rows.mask[row], cell0 + 4 * lane + i, end, rows.slope[row]);
+                top = fmaxf(top, z[i]);
+            }
+#pragma unroll
+            for (int step = 1; step <= 16; step *= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
+            const float zero = top == minus_infinity() ? 0.0f : top;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total += z[i] = exp2_of(z[i] - zero);
+            *reinterpret_cast<uint2 *>(weights + row * HalfShape::kWeightPitch + 4 * lane) = make_uint2(pack2(z[0], z[1]), pack2(z[2], z[3]));
+#pragma unroll
+            for (int step = 1; step <= 16; step *= 2) total += __shfl_xor_sync(kWarp, total, step);
+            if (lane == 0) {
+                lower[row] = exp2_of(before - zero);
+                rows.max[row] = top;
+                rows.sum[row] = fmaf(rows.sum[row], lower[row], total);
+            }
+        }
+        __syncthreads();
+
+        // --- values: 32 dimensions and 64 tokens a warp; the second half of the tokens is added when the first is in
+        if (value.rows) {
+            const __half * from = reinterpret_cast<const __half *>(value.rows) + at.kv * d_v;
+            for (int first = 0; first < 2 * kBlocks; first += n_warps) {
+                const int b = (first + warp) % kBlocks, later = (first + warp) / kBlocks, d = value_dim(n8, b, 0);
+                const bool there = first + warp < 2 * kBlocks && d < d_v;
+                float c[2][kColumns][4] = {};
+#pragma unroll
+                for (int step = 0; step < 4; ++step) {
+                    const int t = 64 * later + 16 * step + 4 * j;
+                    uint2 x[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        x[i] = there && cell0 + t + i < end ? *reinterpret_cast<const uint2 *>(from + size_t(t + i) * call.row_v + d) : make_uint2(0, 0);
+                    }
+#pragma unroll
+                    for (int k = 0; k < kColumns; ++k) {
+                        const uint2 p = *reinterpret_cast<const uint2 *>(weights + (8 * k + n8) * HalfShape::kWeightPitch + (t & (kPageCells - 1)));
+                        mma(c[0][k], __byte_perm(x[0].x, x[1].x, 0x5410), __byte_perm(x[0].x, x[1].x, 0x7632), __byte_perm(x[2].x, x[3].x, 0x5410),
+                            __byte_perm(x[2].x, x[3].x, 0x7632), p.x, p.y);
+                        mma(c[1][k], __byte_perm(x[0].y, x[1].y, 0x5410), __byte_perm(x[0].y, x[1].y, 0x7632), __byte_perm(x[2].y, x[3].y, 0x5410),
+                            __byte_perm(x[2].y, x[3].y, 0x7632), p.x, p.y);
+                    }
+                }
+#pragma unroll
+                for (int turn = 0; turn < 2; ++turn) {
+                    if (there && turn == later) {
+#pragma unroll
+                        for (int k = 0; k < 8 * kColumns; ++k) {  // k: row bit, dimension bits, column
+                            const int row = 8 * (k / 8) + 2 * j + (k & 1);
+                            if (row >= kRows) continue;
+                            float & to = sums[row * d_v + d + k / 2 % 4];
+                            to = fmaf(to, turn == 0 ? lower[row] : 1.0f, c[k / 4 % 2][k / 8][k % 4]);
+                        }
+                    }
+                    __syncthreads();
+                }
+            }
+        } else {
+            const ValueHead head = call.value_heads[at.kv];
+            packed_sums(head, value.records + head.record_offset, weights, n_rows, scores);
+            __syncthreads();
+            rotate_rows(scores, n_rows, d_v);
+            for (int i = threadIdx.x; i < n_rows * d_v; i += blockDim.x) sums[i] = fmaf(sums[i], lower[i / d_v], scores[i]);
+            __syncthreads();
+        }
+    };
+
+    // Pages in turns: those of the recent window are neighbours.
+    const int n_mine = (cut.n_pages - at.block + cut.n_half - 1) / cut.n_half;
+    for (int start = 0; start < n_mine; start += blockDim.x) {
+        bool hit = false, open = false;
+        if (start + int(threadIdx.x) < n_mine) {
+            const int page = at.block + (start + threadIdx.x) * cut.n_half;
+            const PageRef k = key_pages[page], v = value_pages[page];
+            hit = ((k.rows && (v.rows || v.records)) || (v.rows && k.records)) && look(rows, call.n_kv, page, open);
+        }
+        const unsigned found = __ballot_sync(kWarp, hit), whole = __ballot_sync(kWarp, open);
+        if (lane == 0) hits[warp] = found, opens[warp] = whole;
+        __syncthreads();
+        for (int w = 0; w < n_warps; ++w) {
+            for (unsigned left = hits[w]; left; left &= left - 1) {
+                const int bit = __ffs(left) - 1;
+                take(at.block + (start + 32 * w + bit) * cut.n_half, opens[w] >> bit & 1);
+            }
+        }
+        __syncthreads();
+    }
+
+    for (int i = threadIdx.x; i < n_rows * d_v; i += blockDim.x) partial[i] = sums[i];
+    if (threadIdx.x < n_rows) {
+        partial[kRows * d_v + threadIdx.x] = rows.max[threadIdx.x];
+        partial[kRows * d_v + kRows + threadIdx.x] = rows.sum[threadIdx.x];
+    }
+}
+
+// --- the kernel -----------------------------------------------------------------------------------------------
+
+// The rotation of a row, of which a lane has the numbers 4 lane to 4 lane + 3 and, 128 further, four more.
+__device__ __forceinline__ void rotate_row(float (&x)[8], int d_v) {
+    const int lane = threadIdx.x & 31, block = d_v & -d_v;
+    const float norm = rsqrtf(float(block));
+#pragma unroll
+    for (int k = 0; k < 8; ++k) x[k] *= norm;
+#pragma unroll
+    for (int step = 1; step <= 2; step *= 2) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            if (k & step) continue;
+            const float a = x[k], b = x[k + step];
+            x[k] = a + b;
+            x[k + step] = a - b;
+        }
+    }
+#pragma unroll 1
+    for (int step = 1; step <= 16 && 4 * step < block; step *= 2) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const float other = __shfl_xor_sync(kWarp, x[k], step);
+            x[k] = lane & step ? other - x[k] : x[k] + other;
+        }
+    }
+    if (block <= 128) return;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const float a = x[k], b = x[k + 4];
+        x[k] = a + b;
+        x[k + 4] = a - b;
+    }
+}
+
+// What all blocks of a tile have found, by the last of them.
+template <int kRows>
+__device__ __forceinline__ void join(const Attention & call, const DecodeCut & cut, const Place & at, Rows<kRows> & rows, float * memory, const float * base) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
+    const int d_v = call.head_size_v, n = at.n_rows * d_v / 4, stride = int(partial_floats(cut, d_v));
+    float * const weights = memory;  // [split][row]
+    float4 * const parts = reinterpret_cast<float4 *>(memory + cut.n_splits * kRows);  // [packed][way][number]
+    const float * const maxima = base + kRows * d_v;
+    for (int row = warp; row < at.n_rows; row += n_warps) {
+        float top = minus_infinity(), sum = 0;
+        for (int split = lane; split < cut.n_splits; split += 32) {
+            const float max = __ldcg(maxima + split * stride + row);
+            weights[split * kRows + row] = max;
+            top = fmaxf(top, max);
+        }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
+        const float zero = top == minus_infinity() ? 0.0f : top;
+        for (int split = lane; split < cut.n_splits; split += 32) {
+            const float weight = exp2_of(weights[split * kRows + row] - zero);
+            weights[split * kRows + row] = weight;
+            sum = fmaf(weight, __ldcg(maxima + split * stride + kRows + row), sum);
+        }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kWarp, sum, step);
+        if (lane == 0) {
+            const int head = RowPlace(cut, at.kv, at.row0 + row).head;
+            rows.scale[row] = close_softmax(top, sum, call.sinks ? call.sinks + head : nullptr);
+        }
+    }
+    __syncthreads();
+
+    // Where there are more threads than numbers, `ways` of them share the splits. Splits of packed pages are in the rotated basis.
+    const int ways = max(1, int(blockDim.x) / n);
+    for (int i = threadIdx.x; i < n * ways; i += blockDim.x) {
+        const int number = i % n, row = 4 * number / d_v;
+#pragma unroll 1
+        for (int packed = 0; packed < 2; ++packed) {
+            const int last = packed ? cut.n_splits : cut.n_half;
+            float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 12
+            for (int split = (packed ? cut.n_half : 0) + i / n; split < last; split += ways) {
+                const float4 x = __ldcg(reinterpret_cast<const float4 *>(base + split * stride) + number);
+                const float weight = weights[split * kRows + row];
+                sum.x = fmaf(weight, x.x, sum.x), sum.y = fmaf(weight, x.y, sum.y), sum.z = fmaf(weight, x.z, sum.z), sum.w = fmaf(weight, x.w, sum.w);
+            }
+            parts[packed * n * ways + i] = sum;
+        }
+    }
+    __syncthreads();
+    for (int row = warp; row < at.n_rows; row += n_warps) {
+        float plain[8] = {}, x[8] = {};
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int d = 128 * k + 4 * lane;
+            if (d >= d_v) continue;
+            for (int way = 0; way < ways; ++way) {
+                const float4 a = parts[n * way + (row * d_v + d) / 4], b = parts[n * (ways + way) + (row * d_v + d) / 4];
+                plain[4 * k] += a.x, plain[4 * k + 1] += a.y, plain[4 * k + 2] += a.z, plain[4 * k + 3] += a.w;
+                x[4 * k] += b.x, x[4 * k + 1] += b.y, x[4 * k + 2] += b.z, x[4 * k + 3] += b.w;
+            }
+        }
+        rotate_row(x, d_v);
+        const RowPlace place(cut, at.kv, at.row0 + row);
+        float * to = call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const int d = 128 * (k / 4) + 4 * lane + k % 4;
+            if (d < d_v) to[d] = (plain[k] + x[k]) * rows.scale[row];
+        }
+    }
+}
+int join_bytes(const Cut & cut, int d_v, int threads) { return 4 * cut.rows * kMostSplits + 32 * std::max(cut.rows * d_v / 4, threads); }
+
+// grid: tiles * splits, KV heads, streams. NB: blocks of 32 value dimensions of a warp, NT: blocks of four rows.
+template <int NB, int NT>
+__global__ void __launch_bounds__(64 * kMostPairs, NT == 1 && NB <= 2 ? 3 : NB <= 2 ? 2 : 1)
+    decode_kernel(const __grid_constant__ Attention call, const __grid_constant__ DecodeCut cut) {
+    constexpr int kRows = 4 * NT;
+    extern __shared__ uint4 memory[];
+    __shared__ Rows<kRows> rows;
+    __shared__ bool is_last;
+    Place at;
+    at.block = blockIdx.x % cut.n_splits, at.tile = blockIdx.x / cut.n_splits, at.kv = blockIdx.y, at.stream = blockIdx.z;
+    at.row0 = at.tile * kRows, at.n_rows = min(kRows, call.n_tokens * cut.group - at.row0);
+    const size_t tile = (size_t(at.stream) * call.n_kv_heads + at.kv) * cut.n_tiles + at.tile, floats = partial_floats(cut, call.head_size_v);
+    float * const base = cut.partial + tile * cut.n_splits * floats;
+
+    if (at.block < cut.n_half) {
+        half_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory), base + at.block * floats);
+    } else {
+        packed_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory), base + at.block * floats);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        is_last = arrive(call.arrivals + tile) == uint32_t(cut.n_splits - 1);
+        if (is_last) call.arrivals[tile] = 0;
+    }
+    __syncthreads();
+    if (!is_last) return;
+    join<kRows>(call, cut, at, rows, reinterpret_cast<float *>(memory), base);
+}
+
+// --- host -----------------------------------------------------------------------------------------------------
+
+using Kernel = void (*)(Attention, DecodeCut);
+
+// A kernel, and how many of its blocks an SM holds: asked once per device, pairs and size.
+struct Entry {
+    Kernel kernel;
+    std::atomic<uint64_t> known[16][kMostPairs];
+
+    int blocks_per_sm(int device, int n_pairs, int bytes, int most_bytes) {
+        std::atomic<uint64_t> & cell = known[device % 16][n_pairs - 1];
+        const uint64_t tag = uint64_t(device + 1) << 40 | uint64_t(bytes) << 8, seen = cell.load(std::memory_order_relaxed);
+        if ((seen & ~uint64_t(255)) == tag) return int(seen & 255);
+        const void * function = reinterpret_cast<const void *>(kernel);
+        int n = 0;
+        if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes) != cudaSuccess ||
+            cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, function, 64 * n_pairs, bytes) != cudaSuccess) {
+            cudaGetLastError();
+        }
+        n = std::min(n, 255);
+        cell.store(tag | uint64_t(n), std::memory_order_relaxed);
+        return n;
+    }
+};
+template <int NB, int NT>
+Entry & entry_of() {
+    static Entry entry{decode_kernel<NB, NT>, {}};
+    return entry;
+}
+template <int NT>
+Entry & entry_of(int d_v) {
+    return d_v <= 64 ? entry_of<1, NT>() : d_v <= 128 ? entry_of<2, NT>() : entry_of<4, NT>();
+}
+
+struct Plan {
+    DecodeCut cut;
+    Entry * entry = nullptr;  // nullptr: not served
+    int n_pairs, bytes;
+    size_t n_tiles;  // of all KV heads and streams
+};
+
+Plan make_plan(const Attention & c) {
+    Plan plan = {};
+    DecodeCut & cut = plan.cut;
+    cut.group = c.n_heads / c.n_kv_heads;
+    const int n_rows = c.n_tokens * cut.group;
+    if (n_rows <= 0 || n_rows > kMostRows || c.any_grouped || c.most_n16 > 0) return plan;
+
+    int device = 0, n_sms = 1, most_bytes = 48 * 1024;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    most_bytes -= 2048;  // what the kernel declares itself
+
+    Entry & entry = n_rows <= 4 ? entry_of<1>(c.head_size_v) : n_rows <= 8 ? entry_of<2>(c.head_size_v) : entry_of<4>(c.head_size_v);
+    cut.rows = n_rows <= 4 ? 4 : n_rows <= 8 ? 8 : 16;
+    cut.n_tiles = (n_rows + cut.rows - 1) / cut.rows;
+    cut.n_pages = (c.n_kv + kPageCells - 1) / kPageCells;
+    plan.n_tiles = size_t(cut.n_tiles) * c.n_kv_heads * c.n_streams;
+
+    int blocks = 0;
+    for (int n_pairs = kMostPairs; n_pairs > 0; n_pairs /= 2) {  // as many pairs as an SM can hold
+        const DecodeShape shape(cut.rows, n_pairs, c.head_size_k, c.head_size_v, c.most_key_bytes, c.most_value_bytes);
+        const int bytes = std::max({shape.bytes, HalfShape(cut.rows, c.head_size_k, c.head_size_v).bytes,
+                                    join_bytes(cut, c.head_size_v, 64 * n_pairs)});
+        const int n = bytes > most_bytes ? 0 : entry.blocks_per_sm(device, n_pairs, bytes, most_bytes);
+        if (n * n_pairs <= blocks * plan.n_pairs) continue;
+        blocks = n;
+        cut.shape = shape;
+        plan.n_pairs = n_pairs;
+        plan.bytes = bytes;
+        plan.entry = &entry;
+    }
+    if (!plan.entry) return plan;
+
+    // As many splits as fill the GPU once; short contexts may lie in F16 altogether.
+    const int splits = std::max(2, std::min(kMostSplits, int(size_t(n_sms) * blocks / plan.n_tiles)));
+    cut.n_half = std::max(1, std::min({cut.n_pages, cut.n_pages <= 16 ? 16 : kHalfBlocks, splits / 2}));
+    cut.n_splits = cut.n_half + std::max(1, std::min(splits - cut.n_half, (cut.n_pages + plan.n_pairs - 1) / plan.n_pairs));
+    return plan;
+}
+
+}  // namespace
+
+size_t decode_workspace(const Attention & call) {
+    const Plan plan = make_plan(call);
+    return plan.entry ? plan.n_tiles * plan.cut.n_splits * partial_floats(plan.cut, call.head_size_v) : 0;
+}
+
+size_t attention_arrivals(const Attention & call) { return size_t(call.n_streams) * call.n_kv_heads * 2; }
+
+bool decode(Stream stream, const Attention & call) {
+    Plan plan = make_plan(call);
+    if (!plan.entry) return false;
+    plan.cut.partial = call.workspace;
+    const dim3 grid(plan.cut.n_tiles * plan.cut.n_splits, call.n_kv_heads, call.n_streams);
+    plan.entry->kernel<<<grid, 64 * plan.n_pairs, plan.bytes, static_cast<cudaStream_t>(stream)>>>(call, plan.cut);
+    return true;
+}
+
+}  // namespace mixkvq::cuda
