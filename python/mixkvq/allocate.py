@@ -8,8 +8,9 @@ the same everywhere, so one number, the price of a bit, decides everything, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from .reference import KEY_BITS, PAGE_CELLS, QUAD, KeyFormat, ValueFormat
 CODED_BITS = (8, 4, 3, 2)
 """Tiers that an allocation uses. 16 bits are never worth their size: an 8-bit code's error is far below everything else."""
 VALUE_BITS = (2, 3, 4, 8)
+ROUNDS = 8
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Tables:
     value_error: float64 [n_heads, 4]: squared error of a value vector by bits (2, 3, 4, 8).
     key_weight, value_weight: float64 [n_heads], harm per unit of these errors.
     key_even, value_even: the same if every head's keys and values did the same harm at the formats that the weights were measured with.
+    key_kinds, value_kinds: by kind of text, the weights as that kind alone tells them.
     q_abs, q_sqr, key_range: float32 [n_heads, D], what the pages showed: mean |q|, mean q^2, mean of max - min over pages.
     size_v: value head size.
     cells: relative number of cells of the layer (a sliding window holds fewer).
@@ -47,6 +50,8 @@ class Tables:
     cells: float = 1.0
     key_even: NDArray[np.float64] = field(default_factory=lambda: np.ones(1))
     value_even: NDArray[np.float64] = field(default_factory=lambda: np.ones(1))
+    key_kinds: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    value_kinds: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     salience: NDArray[np.float32] | None = field(default=None, repr=False)  # [n_heads, pages, D], for the thresholds of the paper
 
     @property
@@ -56,6 +61,11 @@ class Tables:
     @property
     def n_heads(self) -> int:
         return int(self.q_abs.shape[0])
+
+    def weighted(self, kinds: Mapping[str, float]) -> Tables:
+        """The same with weights that are the sum of these kinds', each times its number."""
+        keys, values = (np.sum([x * of[kind] for kind, x in kinds.items()], axis=0) for of in (self.key_kinds, self.value_kinds))
+        return replace(self, key_weight=keys, value_weight=values)
 
 
 def key_format(row: NDArray[np.int32]) -> KeyFormat:
@@ -153,7 +163,7 @@ def allocate(layers: Sequence[Tables | None], bits: float) -> list[LayerProfile 
     least = body_bits(layers, best)
     if bits < least:
         raise ValueError(f"{bits:g} bits are fewer than the smallest formats take ({least:.2f}).")
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         profiles = formats_at(layers, float(np.exp(middle)))
         if body_bits(layers, profiles) <= bits:
@@ -161,6 +171,28 @@ def allocate(layers: Sequence[Tables | None], bits: float) -> list[LayerProfile 
         else:
             low = middle
     return _fill(layers, best, bits)
+
+
+def allocate_by_kind(layers: Sequence[Tables | None], bits: float, shares: Mapping[str, float]) -> list[LayerProfile | None]:
+    """The formats of at most `bits` body bits for which the harms to the kinds of text, each to the power of its share, have the least product.
+
+    One part of the cache may do nearly all the harm to a kind. Once it has its bits, what the others do to that kind counts for more: a round
+    weighs all harm against what the formats of the last one leave of its kind, and the product falls from round to round.
+    """
+    seen = [t for t in layers if t is not None]
+    left = dict.fromkeys(shares, 1.0)
+    best: tuple[float, list[LayerProfile | None]] | None = None
+    for _ in range(ROUNDS):
+        now = {kind: share / left[kind] for kind, share in shares.items()}
+        formats = allocate([None if t is None else t.weighted(now) for t in layers], bits)
+        kept = [f for f, t in zip(formats, layers, strict=True) if t is not None]
+        left = {kind: max(harm([t.weighted({kind: 1.0}) for t in seen], kept), 1e-12) for kind in shares}
+        product = sum(share * math.log(left[kind]) for kind, share in shares.items())
+        if best is not None and product >= best[0]:
+            break
+        best = product, formats
+    assert best is not None
+    return best[1]
 
 
 def _fill(layers: Sequence[Tables | None], profiles: list[LayerProfile | None], bits: float) -> list[LayerProfile | None]:

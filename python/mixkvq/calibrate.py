@@ -38,7 +38,7 @@ from bridge.library import native
 from bridge.model_file import ModelFile, open_model
 
 from . import command, tasks
-from .allocate import Tables, allocate, body_bits, thresholds
+from .allocate import Tables, allocate_by_kind, body_bits, thresholds
 from .caches import SINKS, WINDOW, total_bits
 from .compare import Passage, compare_caches, feed, standard_error, tokenize_text, work
 from .profile import LayerProfile, Profile, check_target, side_car, uniform_profile, write_profile
@@ -50,6 +50,7 @@ DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 PIECE, HELD_OUT = "%%%%", "%%%% held out"
 LONGEST = 4096  # tokens of a passage
 LEAST_TOKENS = 8 * PAGE_CELLS
+LEAST_BY_HEAD = 3 * PAGE_CELLS  # tokens of a kind with which a head's effect is told from another's
 KEY_GROUPS = (128, 64)  # tokens per scale that are tried
 TRUSTS = (1.0, 0.5)  # in the weights that were measured
 TILTS = (0.5, 2.0)  # weight of keys against that of values, tried beside 1
@@ -116,11 +117,16 @@ def _joined(text: str) -> str:
 
 
 def _derivations(llm: Llama, tokens: int, longest: int, rng: Random) -> list[Passage]:
-    """Solved problems as chat. The problem is random, so only the solution's tokens count."""
+    """Solved problems as chat. The problem is random, so only the solution's tokens count.
+
+    At least half are long chains of lookups: there a small error of the keys shows. Then all tasks take turns.
+    """
     found, left = [], tokens
     for attempt in range(200):
-        task = tasks.TASKS[attempt % len(tasks.TASKS)]
-        problem = tasks.make(task, rng, tasks.LEVELS.index("hard" if attempt % 2 else "medium"))
+        task, level = tasks.TASKS[attempt % len(tasks.TASKS)], "hard" if attempt % 2 else "medium"
+        if attempt < 50 and 2 * left > tokens:
+            task, level = "chain", "hard"
+        problem = tasks.make(task, rng, tasks.LEVELS.index(level))
         prompt = llm.tokenize(tasks.chat(problem.prompt).encode(), add_bos=True, special=True)
         solution = tasks.completion(problem.reasoning, problem.answer) + tasks.END_OF_TURN
         answer = llm.tokenize(solution.encode(), add_bos=False, special=True)
@@ -214,8 +220,16 @@ class Calibration:
         The geometric mean over the kinds of text; but where a kind is worse than with the preset by more than such samples tell apart, that counts.
         """
         found = self.reader.divergence(formats, self.tables, self.progress)
-        ratios = np.array([kld / self.preset[kind] for kind, kld in found.items()])
-        return float(ratios.max() if ratios.max() > 1 + TOLERANCE else np.exp(np.log(ratios).mean()))
+        ratios = {kind: max(kld, 1e-9) / self.preset[kind] for kind, kld in found.items()}
+        worst = max(ratios.values())
+        return worst if worst > 1 + TOLERANCE else math.exp(sum(share * math.log(ratios[kind]) for kind, share in self.shares.items()))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """How much a kind of text counts: solved problems as much as all the rest."""
+        others = [kind for kind in self.preset if kind != "retrieval"]
+        half = len(others) < len(self.preset)
+        return {kind: 0.5 if kind == "retrieval" else (0.5 if half else 1.0) / len(others) for kind in self.preset}
 
 
 def best_formats(calibration: Calibration, bits: float) -> tuple[Formats, float]:
@@ -227,7 +241,7 @@ def best_formats(calibration: Calibration, bits: float) -> tuple[Formats, float]
     tried: dict[tuple[float, float], tuple[Formats, float]] = {}
 
     def attempt(trust: float, tilt: float) -> float:
-        formats = allocate([None if t is None else _moderated(t, trust, tilt) for t in calibration.tables], bits)
+        formats = allocate_by_kind([None if t is None else _moderated(t, trust, tilt) for t in calibration.tables], bits, calibration.shares)
         tried[trust, tilt] = formats, calibration.objective(formats)
         return tried[trust, tilt][1]
 
@@ -247,7 +261,8 @@ def best_window(calibration: Calibration, sizes: Mapping[int, float]) -> int:
     found = {}
     for window, bits in sizes.items():
         reader.change_window(window)
-        klds = reader.divergence(allocate(calibration.tables, bits), calibration.tables, calibration.progress, sample).values()
+        formats = allocate_by_kind(calibration.tables, bits, calibration.shares)
+        klds = reader.divergence(formats, calibration.tables, calibration.progress, sample).values()
         found[window] = float(np.mean([math.log(max(kld, 1e-9)) for kld in klds]))
     best = min(found, key=lambda window: found[window])
     reader.change_window(best)
@@ -257,8 +272,8 @@ def best_window(calibration: Calibration, sizes: Mapping[int, float]) -> int:
 def _moderated(tables: Tables, trust: float, tilt: float) -> Tables:
     """Tables whose weights are between the measured ones (trust 1) and those that give every part the same harm (trust 0)."""
     moderated = copy.copy(tables)
-    moderated.key_weight = tilt * tables.key_weight**trust * tables.key_even ** (1 - trust)
-    moderated.value_weight = tables.value_weight**trust * tables.value_even ** (1 - trust)
+    moderated.key_kinds = {kind: tilt * w**trust * tables.key_even ** (1 - trust) for kind, w in tables.key_kinds.items()}
+    moderated.value_kinds = {kind: w**trust * tables.value_even ** (1 - trust) for kind, w in tables.value_kinds.items()}
     return moderated
 
 
@@ -292,30 +307,32 @@ def best_thresholds(calibration: Calibration, bits: float, trials: int, seed: in
     return min(fitting, key=lambda entry: entry[0])[2]
 
 
-def prepare(reader: Reader, n_layers: int, probe: Formats, steps: Steps, *, seconds: float) -> Calibration:
-    """Read everything exactly, then a sample of it with every part of the cache rounded by itself to the formats of `probe`.
+def prepare(reader: Reader, n_layers: int, preset: Formats, probe: Formats, steps: Steps, *, seconds: float) -> Calibration:
+    """Read everything exactly and with the formats of `preset`, then a sample with each part of the cache rounded by itself to those of `probe`.
 
-    A part is a head's keys or values if half a passage of every kind can be read with each of them in `seconds`, else a layer's; the sample is
-    as long as `seconds` allow.
+    A part is a head's keys or values if some pages of every kind can be read with each of them in `seconds`, else a layer's; the sample is as long
+    as `seconds` allow.
     """
     collector = Collector(KEY_GROUPS)
-    begin = time.perf_counter()
     with steps("reading the text with an exact cache", reader.n_tokens) as progress:
         reader.read_exact(collector, progress)
-    tokens_per_second = reader.n_tokens / (time.perf_counter() - begin)
     tables = collector.tables(n_layers)
     seen = [t for t in tables if t is not None]
     if not seen:
         raise SettingsError("The texts are too short for the cache to pack a single page.")
     with steps("the preset of this size", reader.n_tokens) as progress:
-        whole = reader.divergence(probe, tables, progress)
+        begin = time.perf_counter()
+        whole = reader.divergence(preset, tables, progress)
+        tokens_per_second = reader.n_tokens / (time.perf_counter() - begin)
     n_layers, n_heads = 2 * len(seen), 2 * sum(t.n_heads for t in seen)
-    affordable = seconds * tokens_per_second / len(reader.passages)  # tokens of a kind
-    by_head = affordable / n_heads >= LONGEST / 2
+    n_shares = len(reader.passages) + 2 * ("retrieval" in reader.passages)  # three times as many tokens of problems as of another kind
+    affordable = seconds * tokens_per_second / n_shares
+    n_floors = len(seen)
+    by_head = affordable / (n_heads + n_floors) >= LEAST_BY_HEAD
     n_parts = n_heads if by_head else n_layers
-    sample = reader.sample(int(affordable / n_parts))
+    sample = reader.sample(int(affordable / (n_parts + n_floors)))
     n_tokens = sum(n - 1 for some in sample.values() for _, n in some)
-    with steps(f"{n_parts} parts, one {'head' if by_head else 'layer'} at a time", n_parts * n_tokens) as progress:
+    with steps(f"{n_parts} parts, one {'head' if by_head else 'layer'} at a time", (n_parts + n_floors) * n_tokens) as progress:
         measure_weights(reader, tables, probe, by_head=by_head, sample=sample, progress=progress)
     return Calibration(reader, tables, {kind: max(kld, 1e-9) for kind, kld in whole.items()}, lambda n: None)
 
@@ -434,11 +451,12 @@ def calibrate(
             llm.close()
         if bits is None:
             bits = preset_of_size(model, uniform_profile(model).packed_bits(file.head_size_v))[2]
-        name, probe, _ = preset_of_size(model, bits)
+        name, preset, _ = preset_of_size(model, bits)
         own_window, own_sinks = WINDOW if window is None else window, SINKS if sinks is None else sinks
         reader = Reader(model, material.calibration, window=own_window, sinks=own_sinks, threads=threads)
         try:
-            calibration = prepare(reader, file.n_layers, probe, steps, seconds=60 * minutes / 3)
+            # Coarse formats, whatever the size: what finer ones do to a single head drowns in the rounding of everything else.
+            calibration = prepare(reader, file.n_layers, preset, preset_of_size(model, LEAST_BITS)[1], steps, seconds=60 * minutes / 3)
             chosen = window
             if len(windows) > 1:
                 with steps("window", len(windows) * reader.n_tokens) as calibration.progress:
@@ -457,7 +475,7 @@ def calibrate(
                     with steps(f"formats of {bits:.2f} bits", (len(TRUSTS) + len(TILTS)) * reader.n_tokens) as calibration.progress:
                         formats, objective = best_formats(calibration, bits)
                     if objective >= 1 and max_kld is None:
-                        fell_back, formats = True, probe
+                        fell_back, formats = True, preset
                 return make_profile(file, formats, calibration.tables, window if fell_back else chosen, sinks)
 
             def judge(profile: Profile, preset: str) -> dict[str, Verdict]:
@@ -471,7 +489,7 @@ def calibrate(
                 profile, found, name = _fewest_bits(find, judge, model, max_kld, profile, found, name)
             elif policy == "gain" and not fell_back and (any(v.worse for v in found.values()) or not any(v.better for v in found.values())):
                 fell_back = True
-                profile = make_profile(file, probe, calibration.tables, window, sinks)
+                profile = make_profile(file, preset, calibration.tables, window, sinks)
                 found = judge(profile, name)
         finally:
             reader.close()

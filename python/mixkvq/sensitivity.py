@@ -20,6 +20,7 @@ from .compare import Passage, cut, feed
 from .profile import LayerProfile
 from .reference import PAGE_CELLS, QUAD, KeyFormat, ValueFormat
 
+POWER = 0.75
 Progress = Callable[[int], None]
 Passages = Mapping[str, Sequence[Passage]]
 """What is read, by kind of text."""
@@ -220,11 +221,11 @@ class Reader:
                 self.probe.rounding[i, True] = list(values)
         return self.divergence_now(progress, sample)
 
-    def divergence_now(self, progress: Progress, sample: Sample | None = None) -> dict[str, float]:
+    def divergence_now(self, progress: Progress, sample: Sample | None = None, power: float = POWER) -> dict[str, float]:
         """The same with `probe.rounding` as it stands; of a sample of the passages, if one is given.
 
-        It is the square of the mean root of the KL divergence. A small error moves every prediction by a divergence of its square, so this tells the
-        size of the error as the mean does, but the mean of a text that is easy to predict hangs on a few tokens.
+        It is a power mean of the KL divergences. The mean (power 1) of a text that is easy to predict hangs on a few tokens, and they are what breaks
+        a derivation; the square of the mean root hardly sees them. Where caches are compared it is something between.
         """
         found = {}
         for kind, some in (sample or self.sample(self.n_tokens)).items():
@@ -234,24 +235,29 @@ class Reader:
                 for exact, rows in zip(self._exact[kind][i], self._chunks(self.passages[kind][i], progress, n_tokens))
             ]
             kld = np.concatenate(parts)
-            found[kind] = float(np.sqrt(kld).mean() ** 2)
+            found[kind] = float((kld**power).mean() ** (1 / power))
         return found
 
     def sample(self, tokens: int) -> Sample:
-        """About so many tokens of every kind, but at least one passage or 8 pages: the shortest passages, the beginning of one that is too long."""
+        """About so many tokens of every kind, three times as many of solved problems, but at least 8 pages of text and 16 of problems.
+
+        The first passages whose predictions begin early enough, the last one cut; if there are none, the shortest one.
+        """
         found: Sample = {}
         for kind, some in self.passages.items():
-            left = tokens
-            for i in sorted(range(len(some)), key=lambda i: len(some[i].tokens)):
-                n = len(some[i].tokens)
-                if kind in found and n > left:
-                    break
-                # A passage of which only the end counts cannot be cut; another one where it is cut into batches.
-                if n > left and some[i].first == 1:
-                    wanted = max(left, 8 * PAGE_CELLS)
-                    n = 1 + max(c for c in cut(n - 1, "decode", [self.window]) if c <= wanted)
+            left = max(tokens, 8 * PAGE_CELLS) if some[0].first == 1 else max(3 * tokens, 16 * PAGE_CELLS)
+            for i, passage in enumerate(some):
+                n = len(passage.tokens)
+                if n > left:
+                    if left < (8 * PAGE_CELLS if passage.first == 1 else passage.first + 2 * PAGE_CELLS):
+                        continue
+                    # Where it is cut into batches.
+                    n = 1 + max(c for c in cut(n - 1, "decode", [self.window]) if c <= left)
                 found.setdefault(kind, []).append((i, n))
                 left -= n
+            if kind not in found:
+                i = min(range(len(some)), key=lambda i: len(some[i].tokens))
+                found[kind] = [(i, len(some[i].tokens))]
         return found
 
     def passages_from(self, n_tokens: int) -> Sample:
@@ -304,14 +310,20 @@ def measure_weights(
 ) -> None:
     """Sets the weights of `layers`: what rounding one part at a time to the formats of `probe` does to the predictions, per unit of its error.
 
-    A part is the keys or the values of a layer, or of one head of it. Each kind of text counts alike: a part's effect on it is its share of the
-    effects of all parts. The sum over all parts of weight times error is 1 for `probe`.
+    A part is the keys or the values of a layer, or of one head of it. A part's effect on a kind of text is its share of the effects of all parts,
+    so the sum over all parts of weight times error is 1 for `probe`: for every kind, and for `key_weight` and `value_weight`, in which kinds
+    count alike.
+
+    Whatever changes a layer at all moves the predictions a little, through the rounding of all that comes behind it. What the layer's values do at
+    8 bits is taken for that and subtracted.
     """
     parts: list[tuple[int, bool, list[int]]] = []
     effects: list[dict[str, float]] = []
     for i, (tables, profile) in enumerate(zip(layers, probe, strict=True)):
         if tables is None or profile is None:
             continue
+        reader.probe.rounding = {(i, True): [ValueFormat(tables.size_v, 8)] * tables.n_heads}
+        floor = reader.divergence_now(progress, sample, power=1)
         keys, values = head_formats(profile, tables.size_v)
         everyone = list(range(tables.n_heads))
         for heads in [[h] for h in everyone] if by_head else [everyone]:
@@ -320,16 +332,21 @@ def measure_weights(
                 rounding: list[KeyFormat | ValueFormat | None] = [f if h in heads else None for h, f in enumerate(formats)]
                 reader.probe.rounding = {(i, is_value): rounding}
                 parts.append((i, is_value, heads))
-                effects.append(reader.divergence_now(progress, sample))
+                found = reader.divergence_now(progress, sample, power=1)
+                effects.append({kind: max(0.0, kld - floor[kind]) for kind, kld in found.items()})
     total = {kind: sum(effect[kind] for effect in effects) or 1.0 for kind in effects[0]}
+    least = 1 / (20 * len(parts))  # a part whose rounding did not show on a short text is not free
+    norm = {kind: sum(max(effect[kind] / total[kind], least) for effect in effects) for kind in total}
     for (i, is_value, heads), effect in zip(parts, effects, strict=True):
         tables, profile = layers[i], probe[i]
         assert tables is not None and profile is not None
-        share = sum(effect[kind] / total[kind] for kind in total) / len(total)
-        # A part whose rounding did not show on a short text is not free.
-        share = max(share, 1 / (20 * len(parts)))
         keys, values = head_formats(profile, tables.size_v)
-        weight, even = (tables.value_weight, tables.value_even) if is_value else (tables.key_weight, tables.key_even)
+        weight, even, kinds = (
+            (tables.value_weight, tables.value_even, tables.value_kinds) if is_value else (tables.key_weight, tables.key_even, tables.key_kinds)
+        )
         weight[heads] = 1.0
         error = sum(value_harm(tables, h, values[h].bits) if is_value else key_harm(tables, h, keys[h]) for h in heads)
-        weight[heads], even[heads] = share / error, 1 / (len(parts) * error)
+        even[heads] = 1 / (len(parts) * error)
+        for kind in total:
+            kinds.setdefault(kind, np.ones(tables.n_heads))[heads] = max(effect[kind] / total[kind], least) / norm[kind] / error
+        weight[heads] = np.mean([of[heads] for of in kinds.values()], axis=0)

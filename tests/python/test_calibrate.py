@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,27 @@ def test_search_of_the_paper_keeps_the_budget():
         calibrate.best_thresholds(calibration, 2.0, 20, seed=1)
 
 
+def test_a_kind_of_text_that_one_head_decides_gets_that_head_and_more():
+    """Text is hurt by all parts alike, lookups by the keys of one head a thousand times as much as by anything else."""
+    tables = random_tables(np.random.default_rng(4), n_heads=4)
+    even = np.ones(4)
+    tables.key_kinds = {"text": even, "lookups": np.array([1e3, 1, 1, 1])}
+    tables.value_kinds = {"text": even, "lookups": even}
+    shares = {"text": 0.5, "lookups": 0.5}
+
+    def product(formats):
+        return math.prod(allocate.harm([tables.weighted({kind: 1.0})], formats) ** share for kind, share in shares.items())
+
+    found = allocate.allocate_by_kind([tables], 3.5, shares)
+    assert allocate.body_bits([tables], found) <= 3.5
+    once = allocate.allocate([tables.weighted({"text": 0.5, "lookups": 0.5})], 3.5)
+    text_only = allocate.allocate([tables.weighted({"text": 1.0})], 3.5)
+    assert product(found) < min(product(once), product(text_only))
+    mean_bits = [allocate.key_format(row).tiers @ np.array([16, 8, 4, 3, 2]) for row in found[0].tiers]
+    assert mean_bits[0] == max(mean_bits)
+    assert allocate.allocate_by_kind([None, tables], 3.5, shares)[0] is None
+
+
 # ---- statistics --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -164,9 +186,34 @@ def test_exact_cache_does_not_diverge_and_rounding_does(reader):
     sample = reader.sample(400)
     assert sample == {"text": [(0, len(reader.passages["text"][0].tokens))]}  # 8 pages at least, and there are fewer
     sensitivity.measure_weights(reader, tables, profile.layers, by_head=False, sample=sample, progress=lambda n: None)
+    assert allocate.harm([t.weighted({"text": 1.0}) for t in tables], profile.layers) == pytest.approx(1, rel=0.01)
     assert allocate.harm(tables, profile.layers) == pytest.approx(1, rel=0.01)
     weights = np.concatenate([t.key_weight / t.key_even for t in tables])
     assert weights.min() > 0 and weights.max() / weights.min() > 2  # layers differ
+
+
+def test_a_sample_cuts_long_passages_but_not_before_their_predictions(reader):
+    """Of solved problems three times as many tokens as of text; a prompt alone tells nothing."""
+    texts, problems = [Passage([0] * 3000)], [Passage([0] * 2900, 2700), Passage([0] * 2000, 1200), Passage([0] * 1500, 300), Passage([0] * 600, 100)]
+    reader.passages, kept = {"text": texts, "retrieval": problems}, reader.passages
+    try:
+        assert reader.sample(100) == {"text": [(0, 1025)], "retrieval": [(1, 2000)]}
+        assert reader.sample(1000) == {"text": [(0, 1025)], "retrieval": [(0, 2900)]}
+        assert reader.sample(1200) == {"text": [(0, 1153)], "retrieval": [(0, 2900), (2, 641)]}
+        reader.passages = {"retrieval": [Passage([0] * 4000, 3000), Passage([0] * 3500, 3400)]}
+        assert reader.sample(100) == {"retrieval": [(1, 3500)]}  # the shortest, if there is none of which a part would do
+    finally:
+        reader.passages = kept
+
+
+def test_half_of_the_problems_are_long_lookups():
+    llm = bridge.Llama(str(MODEL), stock="f16", n_ctx=4096, vocab_only=True, verbose=False)
+    found = calibrate._derivations(llm, 8192, 4096, calibrate.Random(1))
+    hard = [p for p in found if len(p.tokens) > 2000 and b"Trace:" in llm.detokenize(p.tokens[p.first :])]
+    assert 2 * sum(len(p.tokens) for p in hard) >= 8192 and len(found) > len(hard)
+    few = calibrate._derivations(llm, 1100, 1100, calibrate.Random(1))  # too few tokens for one of them
+    assert few and sum(len(p.tokens) for p in few) <= 1100
+    llm.close()
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------------------------
