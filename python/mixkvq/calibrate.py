@@ -51,6 +51,7 @@ PIECE, HELD_OUT = "%%%%", "%%%% held out"
 LONGEST = 4096  # tokens of a passage
 LEAST_TOKENS = 8 * PAGE_CELLS
 LEAST_BY_HEAD = 3 * PAGE_CELLS  # tokens of a kind with which a head's effect is told from another's
+LONG_SAMPLE = 5 * PAGE_CELLS  # three times as many reach beyond the prompt of a long chain
 KEY_GROUPS = (128, 64)  # tokens per scale that are tried
 TRUSTS = (1.0, 0.5)  # in the weights that were measured
 TILTS = (0.5, 2.0)  # weight of keys against that of values, tried beside 1
@@ -330,7 +331,8 @@ def prepare(reader: Reader, n_layers: int, preset: Formats, probe: Formats, step
     n_floors = len(seen)
     by_head = affordable / (n_heads + n_floors) >= LEAST_BY_HEAD
     n_parts = n_heads if by_head else n_layers
-    sample = reader.sample(int(affordable / (n_parts + n_floors)))
+    n_tokens = int(affordable / (n_parts + n_floors))
+    sample = reader.sample(max(n_tokens, LONG_SAMPLE) if n_tokens >= PAGE_CELLS else n_tokens)
     n_tokens = sum(n - 1 for some in sample.values() for _, n in some)
     with steps(f"{n_parts} parts, one {'head' if by_head else 'layer'} at a time", (n_parts + n_floors) * n_tokens) as progress:
         measure_weights(reader, tables, probe, by_head=by_head, sample=sample, progress=progress)

@@ -239,13 +239,13 @@ class Reader:
         return found
 
     def sample(self, tokens: int) -> Sample:
-        """About so many tokens of every kind, three times as many of solved problems, but at least 8 pages of text and 16 of problems.
+        """About so many tokens of every kind, three times as many of solved problems, but at least 8 pages.
 
         The first passages whose predictions begin early enough, the last one cut; if there are none, the shortest one.
         """
         found: Sample = {}
         for kind, some in self.passages.items():
-            left = max(tokens, 8 * PAGE_CELLS) if some[0].first == 1 else max(3 * tokens, 16 * PAGE_CELLS)
+            left = max(tokens, 8 * PAGE_CELLS) if some[0].first == 1 else max(3 * tokens, 8 * PAGE_CELLS)
             for i, passage in enumerate(some):
                 n = len(passage.tokens)
                 if n > left:
