@@ -100,6 +100,13 @@ bool never_waits(const ggml_tensor * node) {
     return node->op != GGML_OP_MUL_MAT_ID || (ggml_is_quantized(node->src[0]->type) && node->src[1]->type == GGML_TYPE_F32 && node->ne[2] == 1);
 }
 
+// Whether a node works on what llama.cpp remembers: caches that are stored plainly, recurrent states.
+bool touches_memory(const ggml_tensor * node) {
+    bool touches = is_in_memory_of_llama(node);
+    for (int i = 0; i < GGML_MAX_SRC && !touches; ++i) touches = node->src[i] && is_in_memory_of_llama(node->src[i]);
+    return touches;
+}
+
 Rows rows_of(const ggml_tensor * write) {
     const ggml_tensor * rows = write->src[0];
     return {rows->data, rows->nb[1], rows->type != GGML_TYPE_F32, false};
@@ -436,7 +443,7 @@ void Run::classify() {
             known_->n_rows += node->src[0]->ne[1];
             can_record &= is_input(node->src[1]) && node->src[0]->ne[1] <= kRowsOfToken;
         } else {
-            can_record &= kind == Kind::view || kind == Kind::attend || (kind == Kind::inner && never_waits(node));
+            can_record &= kind == Kind::view || kind == Kind::attend || (kind == Kind::inner && never_waits(node) && !touches_memory(node));
         }
     }
     if (!can_record) known_->n_rows = 0;
