@@ -417,8 +417,8 @@ def calibrate(
     budget: tuple[float, int] | None = None,
     max_kld: float | None = None,
     texts: Sequence[Path] = (),
-    tokens: int = 4096,
-    own: int = 512,
+    tokens: int = 3584,
+    own: int = 384,
     policy: str = "gain",
     t16_t4: tuple[float, float] | None = None,
     window: int | None = None,
@@ -600,7 +600,7 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
 @click.option("--thresholds", "t16_t4", callback=_two_numbers, help="T16,T4 of --policy paper.  [default: 1.85,1.58]")
 @click.option("--window", type=click.IntRange(0, 1 << 20), help="Recent tokens in F16.  [default: 128; with --budget-mib what diverges least]")
 @click.option("--sinks", type=click.IntRange(0, 1 << 20), help="First tokens in F16.  [default: 128]")
-@click.option("--tokens", type=click.IntRange(min=1024), default=4096, show_default=True, help="Of each kind of text, to calibrate and to measure.")
+@click.option("--tokens", type=click.IntRange(min=1024), default=3584, show_default=True, help="Of each kind of text, to calibrate and to measure.")
 @click.option("--minutes", type=click.FloatRange(min=0.1), default=2, show_default=True, help="About how long it may take; less is coarser.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=available_cores, show_default="all cores")

@@ -21,6 +21,7 @@ from .profile import LayerProfile
 from .reference import PAGE_CELLS, QUAD, KeyFormat, ValueFormat
 
 POWER = 0.75
+SHORT = 6 * PAGE_CELLS  # tokens of a kind, at least
 Progress = Callable[[int], None]
 Passages = Mapping[str, Sequence[Passage]]
 """What is read, by kind of text."""
@@ -239,17 +240,17 @@ class Reader:
         return found
 
     def sample(self, tokens: int) -> Sample:
-        """About so many tokens of every kind, three times as many of solved problems, but at least 8 pages.
+        """About so many tokens of every kind, three times as many of solved problems, but at least SHORT.
 
         The first passages whose predictions begin early enough, the last one cut; if there are none, the shortest one.
         """
         found: Sample = {}
         for kind, some in self.passages.items():
-            left = max(tokens, 8 * PAGE_CELLS) if some[0].first == 1 else max(3 * tokens, 8 * PAGE_CELLS)
+            left = max(tokens, SHORT) if some[0].first == 1 else max(3 * tokens, SHORT)
             for i, passage in enumerate(some):
                 n = len(passage.tokens)
                 if n > left:
-                    if left < (8 * PAGE_CELLS if passage.first == 1 else passage.first + 2 * PAGE_CELLS):
+                    if left < (SHORT if passage.first == 1 else passage.first + 2 * PAGE_CELLS):
                         continue
                     # Where it is cut into batches.
                     n = 1 + max(c for c in cut(n - 1, "decode", [self.window]) if c <= left)
