@@ -23,7 +23,7 @@ tokens = [3 + i * 37 % 256 for i in range(400)]
 llama.eval(tokens[:390])
 llama.eval(tokens[390:])  # reads packed pages
 logits = [float(llama._ctx.get_logits()[i]) for i in range(llama.n_vocab())]
-print(json.dumps([_native.isa(), llama.kv_stats()["isa"], "instructions      " + _native.isa() in llama.kv_report(), logits]))
+print(json.dumps([_native.isa(), llama.kv_stats()["isa"], f"CPU ({_native.isa()})" in llama.kv_report(), logits]))
 """
 
 # Loads the backend as a stock program does, without `bridge`.
