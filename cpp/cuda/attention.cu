@@ -177,11 +177,11 @@ Plan make_plan(const Attention & c) {
 }  // namespace
 
 void find_sight(cudaStream_t stream, const Attention & call, const Cut & cut) {
-    sight_kernel<<<dim3(cut.n_pages, cut.n_tiles, call.n_streams * n_masks(call)), kPageCells, 0, stream>>>(call, cut);
+    launch(sight_kernel, dim3(cut.n_pages, cut.n_tiles, call.n_streams * n_masks(call)), kPageCells, 0, stream, call, cut);
 }
 
 void join_splits(cudaStream_t stream, const Attention & call, const Cut & cut) {
-    join_kernel<<<dim3(call.n_tokens * cut.group, call.n_kv_heads, call.n_streams), 32 * kJoinWarps, 0, stream>>>(call, cut);
+    launch(join_kernel, dim3(call.n_tokens * cut.group, call.n_kv_heads, call.n_streams), 32 * kJoinWarps, 0, stream, call, cut);
 }
 
 size_t attention_workspace(const Attention & call) {
@@ -199,7 +199,7 @@ void attention(Stream stream, const Attention & call) {
     cut.partial = call.workspace;
     cut.sight = reinterpret_cast<uint8_t *>(call.workspace + plan.partial);
     if (!plan.decode && cut.n_pages > 0) find_sight(on, call, cut);
-    plan.kernel<<<dim3(cut.n_tiles * cut.n_splits, call.n_kv_heads, call.n_streams), plan.threads, plan.bytes, on>>>(call, cut);
+    launch(plan.kernel, dim3(cut.n_tiles * cut.n_splits, call.n_kv_heads, call.n_streams), plan.threads, plan.bytes, on, call, cut);
     if (cut.n_splits > 1) join_splits(on, call, cut);
 }
 

@@ -51,13 +51,6 @@ __device__ __forceinline__ float capped(const Attention & call, float logit2) {
     return call.softcap * kLog2E * tanhf(logit2 / (call.softcap * kLog2E));
 }
 
-// exp2(x) where x may be -infinity.
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // Offsets of a key record's sections.
 struct KeyPlaces {
     int q16, q8, q4, q3, q2;  // quads of the tiers

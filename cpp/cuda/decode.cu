@@ -902,7 +902,7 @@ template <int NB, int NT>
 __global__ void __launch_bounds__(64 * kMostPairs, NT == 1 && NB <= 2 ? 3 : NT <= 2 && NB <= 2 ? 2 : 1)
     decode_kernel(const __grid_constant__ Attention call, const __grid_constant__ DecodeCut cut) {
     constexpr int kRows = 4 * NT;
-    extern __shared__ uint4 memory[];
+    MIXKVQ_DYNAMIC_SHARED(memory);
     __shared__ Rows<kRows> rows;
     __shared__ bool is_last;
     Place at;
@@ -1022,7 +1022,7 @@ bool decode(Stream stream, const Attention & call) {
     if (!plan.entry) return false;
     plan.cut.partial = call.workspace;
     const dim3 grid(plan.cut.n_tiles * plan.cut.n_splits, call.n_kv_heads, call.n_streams);
-    plan.entry->kernel<<<grid, 64 * plan.n_pairs, plan.bytes, static_cast<cudaStream_t>(stream)>>>(call, plan.cut);
+    launch(plan.entry->kernel, grid, 64 * plan.n_pairs, plan.bytes, stream, call, plan.cut);
     return true;
 }
 

@@ -61,7 +61,7 @@ __device__ __forceinline__ void multiply_end() { MIXKVQ_HOPPER("wgmma.commit_gro
 template <int n>
 __device__ __forceinline__ void fix_here(float (&c)[n][4]) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) asm volatile("" : MIXKVQ_C(i)::"memory");
+    for (int i = 0; i < n; ++i) MIXKVQ_HOPPER("" : MIXKVQ_C(i)::"memory");
 }
 // Until all but the last `n` products are there.
 template <int n>

@@ -27,7 +27,7 @@ __global__ void set_table_kernel(PageRef * table, const TableEntry * entries, in
 }
 
 void set_table(cudaStream_t stream, PageRef * table, const TableEntry * entries, int n) {
-    set_table_kernel<<<(n + 127) / 128, 128, 0, stream>>>(table, entries, n);
+    launch(set_table_kernel, (n + 127) / 128, 128, 0, stream, table, entries, n);
 }
 
 constexpr size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }

@@ -602,29 +602,29 @@ void write_rows(Stream stream, const RowWrite & write, const RowWrite & second) 
     const int n = write.n + second.n, row = std::max(write.row, second.row);
     if (n == 0) return;
     const int threads = row <= 512 ? 64 : row <= 1024 ? 128 : 256;
-    write_rows_kernel<<<n, threads, 0, static_cast<cudaStream_t>(stream)>>>(write, second);
+    launch(write_rows_kernel, n, threads, 0, stream, write, second);
 }
 
 void pack_keys(Stream stream, const KeyHead * heads, int n_heads, int, int row, const PageJob * jobs, int n_jobs, const float * importance) {
     if (n_jobs == 0) return;
-    pack_keys_kernel<<<n_jobs * n_heads, kKeyThreads, 0, static_cast<cudaStream_t>(stream)>>>(heads, n_heads, row, jobs, importance);
+    launch(pack_keys_kernel, n_jobs * n_heads, kKeyThreads, 0, stream, heads, n_heads, row, jobs, importance);
 }
 
 void unpack_keys(Stream stream, const KeyHead * heads, int n_heads, int, int row, const PageJob * jobs, int n_jobs) {
     if (n_jobs == 0) return;
-    unpack_keys_kernel<<<n_jobs * n_heads, kKeyThreads, 0, static_cast<cudaStream_t>(stream)>>>(heads, n_heads, row, jobs);
+    launch(unpack_keys_kernel, n_jobs * n_heads, kKeyThreads, 0, stream, heads, n_heads, row, jobs);
 }
 
 void pack_values(Stream stream, const ValueHead * heads, int n_heads, int head_size, int row, const PageJob * jobs, int n_jobs) {
     if (n_jobs == 0) return;
     auto * kernel = head_size <= 128 ? pack_values_kernel<4> : pack_values_kernel<8>;
-    kernel<<<n_jobs * n_heads, kValueThreads, 0, static_cast<cudaStream_t>(stream)>>>(heads, n_heads, row, jobs);
+    launch(kernel, n_jobs * n_heads, kValueThreads, 0, stream, heads, n_heads, row, jobs);
 }
 
 void unpack_values(Stream stream, const ValueHead * heads, int n_heads, int head_size, int row, const PageJob * jobs, int n_jobs) {
     if (n_jobs == 0) return;
     auto * kernel = head_size <= 128 ? unpack_values_kernel<4> : unpack_values_kernel<8>;
-    kernel<<<n_jobs * n_heads, kValueThreads, 0, static_cast<cudaStream_t>(stream)>>>(heads, n_heads, row, jobs);
+    launch(kernel, n_jobs * n_heads, kValueThreads, 0, stream, heads, n_heads, row, jobs);
 }
 
 void observe(Stream stream, const QuerySums & sums, const float * q, size_t q_token, size_t q_head, size_t q_stream, int n_tokens, int n_streams,
@@ -633,10 +633,10 @@ void observe(Stream stream, const QuerySums & sums, const float * q, size_t q_to
     if (queries.n == 0) return;
     const auto on = static_cast<cudaStream_t>(stream);
     if (size_t(queries.n) * n_kv_heads * head_size <= kFew) {
-        observe_few_kernel<<<1, kFewThreads, 0, on>>>(sums, queries, n_kv_heads, head_size, memory);
+        launch(observe_few_kernel, 1, kFewThreads, 0, on, sums, queries, n_kv_heads, head_size, memory);
     } else {
-        observe_kernel<<<n_kv_heads * (head_size / kObserveChannels), kObserveThreads, 0, on>>>(sums, queries, head_size, memory);
-        count_kernel<<<1, 1, 0, on>>>(sums, queries.n, memory);
+        launch(observe_kernel, n_kv_heads * (head_size / kObserveChannels), kObserveThreads, 0, on, sums, queries, head_size, memory);
+        launch(count_kernel, 1, 1, 0, on, sums, queries.n, memory);
     }
 }
 

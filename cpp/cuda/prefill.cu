@@ -87,7 +87,7 @@ __device__ __forceinline__ void tile_of_rotated_rows(const __half * rows, int ro
 
 // grid: half pages, KV heads, streams * (keys, values). Values of a rotated head stay, or get, in the rotated basis.
 __global__ void __launch_bounds__(kUnpackThreads, kUnpackBlocks) unpack_kernel(const Attention call, const Cut cut, const Chunk chunk) {
-    extern __shared__ uint4 memory[];
+    MIXKVQ_DYNAMIC_SHARED(memory);
     __half * const tile = reinterpret_cast<__half *>(memory);
     const int page = chunk.first + blockIdx.x / 2, part_of_page = blockIdx.x % 2, kv = blockIdx.y, stream = blockIdx.z / 2;
     const bool values = blockIdx.z % 2;
@@ -142,33 +142,13 @@ struct Shape {
     };
 };
 
-__device__ __forceinline__ void copy_async(void * to, const void * from) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)) : "memory");
-#else
-    *static_cast<uint4 *>(to) = *static_cast<const uint4 *>(from);
-#endif
-}
-__device__ __forceinline__ void copies_end() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-// Until all but the last `n` groups of copies are there.
-template <int n>
-__device__ __forceinline__ void copies_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
-#endif
-}
-
 // grid: tiles * splits, KV heads, streams.
 template <int size, int cells>
 __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention call, const Cut cut, const Chunk chunk) {
     using S = Shape<size, cells>;
     constexpr bool kAsync = kHopper && cells == kPageCells;
     constexpr int kSteps = size / 16, kWide = cells / 8, kParts = kPageCells / cells;
-    extern __shared__ __align__(1024) uint4 memory[];
+    MIXKVQ_DYNAMIC_SHARED(memory);
     typename S::Memory & shared = *reinterpret_cast<typename S::Memory *>(memory);
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n8 = lane >> 2, j = lane & 3, m = lane >> 3, r = lane & 7;
@@ -584,8 +564,8 @@ bool prefill(cudaStream_t stream, const Attention & call) {
         chunk.n_pages = std::min(plan.chunk_pages, cut.n_pages - chunk.first);
         chunk.opens = chunk.first == 0;
         chunk.closes = chunk.first + chunk.n_pages == cut.n_pages;
-        unpack_kernel<<<dim3(2 * chunk.n_pages, call.n_kv_heads, 2 * call.n_streams), kUnpackThreads, unpack_bytes, stream>>>(call, cut, chunk);
-        plan.kernel<<<dim3(cut.n_tiles * cut.n_splits, call.n_kv_heads, call.n_streams), kThreads, plan.shared, stream>>>(call, cut, chunk);
+        launch(unpack_kernel, dim3(2 * chunk.n_pages, call.n_kv_heads, 2 * call.n_streams), kUnpackThreads, unpack_bytes, stream, call, cut, chunk);
+        launch(plan.kernel, dim3(cut.n_tiles * cut.n_splits, call.n_kv_heads, call.n_streams), kThreads, plan.shared, stream, call, cut, chunk);
     }
     if (cut.n_splits > 1) join_splits(stream, call, cut);
     return true;

@@ -1,0 +1,238 @@
+// CUDA on the CPU: enough of it to run the kernels of cpp/cuda as plain C++ where there is no GPU, so that their tests run everywhere. This header
+// stands for NVIDIA's; cpp/cuda is compiled with -DMIXKVQ_EMULATED.
+//
+// Every thread of a block is a coroutine with a stack of its own; blocks run one after another, in any order. A thread runs until it waits for
+// others (a barrier, or an instruction of the whole warp); then another lane of its warp goes on, or another warp, at random. So a missing barrier
+// shows: whoever reads too early reads what was there before. Asynchronous copies happen at once or only when they are waited for, at random.
+// Not emulated: Hopper's own instructions (kHopper is false), several streams, time. MIXKVQ_EMULATOR_SEED chooses another order.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+// --- the language ---------------------------------------------------------------------------------------------
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline
+#define __noinline__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define CUDART_VERSION 12000
+
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+    dim3() = default;
+    dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+using std::max;
+using std::min;
+inline int max(int a, unsigned b) { return int(max(unsigned(a), b)); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+// --- threads --------------------------------------------------------------------------------------------------
+
+namespace emulator {
+
+// Where the thread that runs is.
+struct Place {
+    dim3 block, thread;
+};
+extern Place here;
+extern dim3 grid_size, block_size;
+
+constexpr int kWarpLanes = 32;
+constexpr int kWords = 16;  // that a lane shows the others of its warp
+
+void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()> & kernel);
+uint8_t * dynamic_shared();  // in the lowest 4 GiB: a 32-bit address is the pointer
+
+// All lanes of the warp that have not ended come here, and see what each has brought: words(lane).
+void meet(const void * brought, size_t bytes);
+const uint32_t * words(int lane);
+int lane();
+bool was_there(int lane);
+
+// `n` threads come to barrier `id`; n = 0: all of the block. What they bring is counted (how many, how many of them true).
+struct Count {
+    int all, yes;
+};
+Count barrier(int id, int n, bool brought);
+
+void copy_later(void * to, const void * from, size_t bytes);
+void end_group();
+void finish_copies(int but_groups);  // 0: all
+
+template <class T>
+T get(int lane) {
+    T x;
+    std::memcpy(&x, words(lane), sizeof x);
+    return x;
+}
+
+template <class T>
+T exchange(T x, int from) {
+    static_assert(sizeof(T) <= 4 * kWords);
+    meet(&x, sizeof x);
+    return was_there(from) ? get<T>(from) : x;
+}
+
+inline unsigned ballot(bool yes) {
+    const uint32_t x = yes;
+    meet(&x, sizeof x);
+    unsigned bits = 0;
+    for (int i = 0; i < kWarpLanes; ++i) bits |= unsigned(was_there(i) && get<uint32_t>(i)) << i;
+    return bits;
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::here.thread)
+#define blockIdx (emulator::here.block)
+#define blockDim (emulator::block_size)
+#define gridDim (emulator::grid_size)
+
+inline void __syncthreads() { emulator::barrier(0, 0, false); }
+inline int __syncthreads_or(int x) { return emulator::barrier(0, 0, x != 0).yes > 0; }
+inline int __syncthreads_and(int x) {
+    const emulator::Count n = emulator::barrier(0, 0, x != 0);
+    return n.yes == n.all;
+}
+inline void __syncwarp(unsigned = 0xffffffffu) { emulator::meet(nullptr, 0); }
+template <class T>
+T __shfl_sync(unsigned, T x, int from) {
+    return emulator::exchange(x, from & 31);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+    return emulator::exchange(x, emulator::lane() ^ mask);
+}
+inline unsigned __ballot_sync(unsigned, int x) { return emulator::ballot(x != 0); }
+inline int __any_sync(unsigned, int x) { return emulator::ballot(x != 0) != 0; }
+inline int __all_sync(unsigned, int x) { return emulator::ballot(x == 0) == 0; }
+
+// --- functions ------------------------------------------------------------------------------------------------
+
+template <class To, class From>
+To bits_of(From x) {
+    static_assert(sizeof(To) == sizeof(From));
+    To y;
+    std::memcpy(&y, &x, sizeof y);
+    return y;
+}
+inline int __float_as_int(float x) { return bits_of<int>(x); }
+inline uint32_t __float_as_uint(float x) { return bits_of<uint32_t>(x); }
+inline float __int_as_float(int x) { return bits_of<float>(x); }
+inline float __uint_as_float(uint32_t x) { return bits_of<float>(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t both = uint64_t(b) << 32 | a;
+    uint32_t y = 0;
+    for (int i = 0; i < 4; ++i) y |= uint32_t(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return y;
+}
+inline uint32_t __vmaxu2(uint32_t a, uint32_t b) { return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16; }
+inline uint32_t __vmaxu4(uint32_t a, uint32_t b) {
+    uint32_t y = 0;
+    for (int i = 0; i < 32; i += 8) y |= max(a >> i & 0xffu, b >> i & 0xffu) << i;
+    return y;
+}
+template <class T>
+T __ldcg(const T * x) {
+    return *x;
+}
+inline uint32_t __cvta_generic_to_shared(const void * at) { return uint32_t(reinterpret_cast<uintptr_t>(at)); }
+
+// --- the host's side ------------------------------------------------------------------------------------------
+
+#define MIXKVQ_DYNAMIC_SHARED(name) uint4 * const name = reinterpret_cast<uint4 *>(emulator::dynamic_shared())
+
+namespace mixkvq::cuda {
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void *, const Arguments &... arguments) {
+    emulator::run(grid, threads, shared_bytes, [&] { kernel(arguments...); });
+}
+
+}  // namespace mixkvq::cuda
+
+using cudaStream_t = void *;
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorInsufficientDriver, cudaErrorNoDevice };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrComputeCapabilityMajor, cudaDevAttrL2CacheSize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaDeviceProp {
+    const char * name = "emulator";
+    int major = 8, minor = 0;
+};
+struct cudaFuncAttributes {};
+
+inline const char * cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "out of memory"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int * version) { return *version = CUDART_VERSION, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int * n) { return *n = 1, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int * device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *, int) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount              ? 24
+             : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
+             : attribute == cudaDevAttrComputeCapabilityMajor       ? 8
+                                                                    : 1 << 20;
+    return cudaSuccess;
+}
+template <class Function>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, Function *) {
+    return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) { return cudaSuccess; }
+template <class Function>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int * n, Function *, int threads, size_t shared_bytes) {
+    return *n = int(std::min<size_t>(1024 / threads, 227 * 1024 / (shared_bytes + 1024))), cudaSuccess;
+}
+using cudaEvent_t = std::chrono::steady_clock::time_point *;
+inline cudaError_t cudaEventCreate(cudaEvent_t * event) { return *event = new std::chrono::steady_clock::time_point, cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event) { return *event = std::chrono::steady_clock::now(), cudaSuccess; }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float * ms, cudaEvent_t from, cudaEvent_t to) {
+    return *ms = std::chrono::duration<float, std::milli>(*to - *from).count(), cudaSuccess;
+}
+inline cudaError_t cudaMalloc(void ** block, size_t bytes) {
+    *block = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+    return *block ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFree(void * block) { return std::free(block), cudaSuccess; }
+inline cudaError_t cudaMemset(void * block, int byte, size_t bytes) { return std::memset(block, byte, bytes), cudaSuccess; }
+inline cudaError_t cudaMemcpy(void * to, const void * from, size_t bytes, cudaMemcpyKind) { return std::memcpy(to, from, bytes), cudaSuccess; }

@@ -1,0 +1,259 @@
+// The threads of cuda_runtime.h.
+#include "cuda_runtime.h"
+
+#include <csetjmp>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+namespace emulator {
+
+Place here;
+dim3 grid_size, block_size;
+
+namespace {
+
+constexpr size_t kStack = 128 * 1024, kShared = 256 * 1024;
+
+struct Copy {
+    void * to;
+    const void * from;
+    size_t bytes;
+    int group;
+};
+
+struct Thread {
+    ucontext_t start;
+    jmp_buf at;
+    bool started, ended;
+    Place place;
+    uint8_t * stack;
+    std::vector<Copy> copies;
+    int group;  // of the copies to come
+    Count count;  // what its last barrier found
+};
+
+struct Warp {
+    uint32_t there, ready, arrived;  // lanes
+    int turn;                        // of the two sets of words
+    uint32_t met[2];                 // lanes that filled them
+    uint32_t words[2][kWarpLanes][kWords];
+};
+
+struct Barrier {
+    std::vector<int> waiting;
+    int yes = 0, wanted = 0;
+};
+
+constexpr int kBarriers = 16, kMostThreads = 1024;
+
+std::vector<std::unique_ptr<Thread>> threads;
+std::vector<Warp> warps;
+Barrier barriers[kBarriers];
+jmp_buf scheduler;
+int current, n_living;
+const std::function<void()> * body;
+std::mt19937 random_order([] {
+    const char * seed = std::getenv("MIXKVQ_EMULATOR_SEED");
+    return seed ? unsigned(std::atoi(seed)) : 1u;
+}());
+
+uint8_t * map(size_t bytes, int flags) {
+    void * p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
+    if (p == MAP_FAILED) std::perror("emulator: mmap"), std::abort();
+    return static_cast<uint8_t *>(p);
+}
+
+Warp & warp_of(int thread) { return warps[thread / kWarpLanes]; }
+
+// Another thread goes on; comes back when this one is ready again.
+void wait() {
+    if (_setjmp(threads[current]->at) == 0) _longjmp(scheduler, 1);
+}
+
+void wake(int thread) { warp_of(thread).ready |= 1u << thread % kWarpLanes; }
+
+void release(Barrier & b) {
+    for (int thread : b.waiting) {
+        threads[thread]->count = {int(b.waiting.size()), b.yes};
+        wake(thread);
+    }
+    b.waiting.clear();
+    b.yes = 0;
+}
+
+void end_meeting(Warp & warp) {
+    warp.ready |= warp.arrived;
+    warp.met[warp.turn] = warp.arrived;
+    warp.arrived = 0;
+    warp.turn ^= 1;
+}
+
+// A warp or a block may have waited for a thread that has ended.
+void end_thread() {
+    Warp & warp = warp_of(current);
+    warp.there &= ~(1u << current % kWarpLanes);
+    if (warp.arrived && warp.arrived == warp.there) end_meeting(warp);
+    --n_living;
+    for (Barrier & b : barriers) {
+        if (!b.waiting.empty() && b.wanted == 0 && int(b.waiting.size()) == n_living) release(b);
+    }
+}
+
+void enter() {
+    (*body)();
+    threads[current]->ended = true;
+    end_thread();
+    _longjmp(scheduler, 1);
+}
+
+[[noreturn]] void stuck() {
+    std::fprintf(stderr, "emulator: block %u,%u,%u waits for ever:", here.block.x, here.block.y, here.block.z);
+    for (int i = 0; i < kBarriers; ++i) {
+        if (!barriers[i].waiting.empty()) std::fprintf(stderr, " %zu threads at barrier %d", barriers[i].waiting.size(), i);
+    }
+    for (size_t w = 0; w < warps.size(); ++w) {
+        if (warps[w].arrived) std::fprintf(stderr, " lanes %08x of warp %zu at an instruction of the warp (living: %08x)", warps[w].arrived, w, warps[w].there);
+    }
+    std::fputc('\n', stderr);
+    std::abort();
+}
+
+// Runs the block: the lanes of a warp as long as one is ready, then any warp.
+void run_block() {
+    std::vector<int> order(warps.size());
+    for (size_t w = 0; w < order.size(); ++w) order[w] = int(w);
+    _setjmp(scheduler);
+    while (n_living > 0) {
+        Warp * warp = current >= 0 ? &warp_of(current) : nullptr;
+        if (!warp || !warp->ready) {
+            std::shuffle(order.begin(), order.end(), random_order);
+            warp = nullptr;
+            for (int w : order) {
+                if (warps[w].ready) {
+                    warp = &warps[w];
+                    break;
+                }
+            }
+            if (!warp) stuck();
+        }
+        const int lane = __builtin_ctz(warp->ready);
+        warp->ready &= ~(1u << lane);
+        current = int(warp - warps.data()) * kWarpLanes + lane;
+        Thread & t = *threads[current];
+        here = t.place;
+        if (t.started) _longjmp(t.at, 1);
+        t.started = true;
+        setcontext(&t.start);
+    }
+}
+
+}  // namespace
+
+uint8_t * dynamic_shared() {
+#ifdef MAP_32BIT
+    static uint8_t * const memory = map(kShared, MAP_32BIT);
+#else
+    static uint8_t * const memory = map(kShared, 0);
+#endif
+    return memory;
+}
+
+void run(dim3 grid, int n, size_t shared_bytes, const std::function<void()> & kernel) {
+    if (n < 1 || n > kMostThreads || shared_bytes > kShared) std::fprintf(stderr, "emulator: a block of %d threads, %zu bytes\n", n, shared_bytes), std::abort();
+    while (int(threads.size()) < n) {
+        threads.push_back(std::make_unique<Thread>());
+        threads.back()->stack = map(kStack, MAP_NORESERVE);
+    }
+    warps.resize((n + kWarpLanes - 1) / kWarpLanes);
+    grid_size = grid;
+    block_size = dim3(unsigned(n));
+    body = &kernel;
+    std::vector<dim3> blocks;
+    for (unsigned z = 0; z < grid.z; ++z) {
+        for (unsigned y = 0; y < grid.y; ++y) {
+            for (unsigned x = 0; x < grid.x; ++x) blocks.emplace_back(x, y, z);
+        }
+    }
+    std::shuffle(blocks.begin(), blocks.end(), random_order);
+    for (const dim3 & block : blocks) {
+        std::memset(dynamic_shared(), 0xff, kShared);  // NaN: nobody may read what nobody has written
+        for (int i = 0; i < n; ++i) {
+            Thread & t = *threads[i];
+            t.started = t.ended = false;
+            t.place = {block, dim3(unsigned(i), 0, 0)};
+            t.copies.clear();
+            t.group = 0;
+            getcontext(&t.start);
+            t.start.uc_stack.ss_sp = t.stack;
+            t.start.uc_stack.ss_size = kStack;
+            t.start.uc_link = nullptr;
+            makecontext(&t.start, enter, 0);
+        }
+        for (size_t w = 0; w < warps.size(); ++w) {
+            const int lanes = std::min(kWarpLanes, n - int(w) * kWarpLanes);
+            warps[w].there = warps[w].ready = lanes == kWarpLanes ? ~0u : (1u << lanes) - 1;
+            warps[w].arrived = 0;
+            warps[w].turn = 0;
+        }
+        n_living = n;
+        current = -1;
+        run_block();
+        for (int i = 0; i < n; ++i) {  // asynchronous copies that nobody waited for
+            for (const Copy & c : threads[i]->copies) std::memcpy(c.to, c.from, c.bytes);
+        }
+    }
+}
+
+int lane() { return current % kWarpLanes; }
+bool was_there(int lane) { return warp_of(current).met[warp_of(current).turn ^ 1] >> lane & 1; }
+// The set that the last meeting filled. Nobody writes it again before all have been at the next one.
+const uint32_t * words(int lane) {
+    const Warp & warp = warp_of(current);
+    return warp.words[warp.turn ^ 1][lane];
+}
+
+void meet(const void * brought, size_t bytes) {
+    Warp & warp = warp_of(current);
+    if (bytes) std::memcpy(warp.words[warp.turn][lane()], brought, bytes);
+    warp.arrived |= 1u << lane();
+    if (warp.arrived == warp.there) end_meeting(warp);
+    wait();
+}
+
+Count barrier(int id, int n, bool brought) {
+    Barrier & b = barriers[id];
+    b.waiting.push_back(current);
+    b.yes += brought;
+    b.wanted = n;
+    if (int(b.waiting.size()) == (n ? n : n_living)) release(b);
+    wait();
+    return threads[current]->count;
+}
+
+void copy_later(void * to, const void * from, size_t bytes) {
+    if (random_order() & 1) {
+        std::memcpy(to, from, bytes);
+    } else {
+        threads[current]->copies.push_back({to, from, bytes, threads[current]->group});
+    }
+}
+
+void end_group() { ++threads[current]->group; }
+
+void finish_copies(int but_groups) {
+    Thread & t = *threads[current];
+    const int until = but_groups ? t.group - but_groups : t.group + 1;
+    size_t kept = 0;
+    for (const Copy & c : t.copies) {
+        if (c.group < until) std::memcpy(c.to, c.from, c.bytes);
+        else t.copies[kept++] = c;
+    }
+    t.copies.resize(kept);
+}
+
+}  // namespace emulator
