@@ -279,7 +279,7 @@ __device__ __forceinline__ void add_mask(const __half * mask, bool aligned, int 
 template <int NB, int NT>
 __global__ void __launch_bounds__(32 * kDecodeWarps, NB * NT > 4 ? 2 : NT == 1 ? 4 : 3) decode_kernel(const Attention call, const Cut cut) {
     constexpr int kRows = 8 * NT;
-    MIXKVQ_DYNAMIC_SHARED(memory);
+    MIXKVQ_DYNAMIC_SHARED(memory, 16);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, own_n8 = lane >> 2, own_j = lane & 3;
     const int split = blockIdx.x % cut.n_splits, tile = blockIdx.x / cut.n_splits, kv = blockIdx.y, stream = blockIdx.z;
     const int d_k = call.head_size_k;

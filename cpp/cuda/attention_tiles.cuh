@@ -284,7 +284,7 @@ template <int size, int warps, bool shared_tile>
 __global__ void __launch_bounds__(32 * warps, 1) tile_kernel(const Attention call, const Cut cut) {
     using Shape = TileShape<size, warps, shared_tile>;
     constexpr int kThreads = 32 * warps, kSteps = size / 16, kWide = kTileCells / 8;
-    MIXKVQ_DYNAMIC_SHARED(memory);
+    MIXKVQ_DYNAMIC_SHARED(memory, 16);
     __half * const key_tile = reinterpret_cast<__half *>(memory);
     __half * const value_tile = shared_tile ? key_tile : key_tile + size * kTilePitch;
     __half * const query_tile = value_tile + size * kTilePitch;

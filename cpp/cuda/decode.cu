@@ -902,7 +902,7 @@ template <int NB, int NT>
 __global__ void __launch_bounds__(64 * kMostPairs, NT == 1 && NB <= 2 ? 3 : NT <= 2 && NB <= 2 ? 2 : 1)
     decode_kernel(const __grid_constant__ Attention call, const __grid_constant__ DecodeCut cut) {
     constexpr int kRows = 4 * NT;
-    MIXKVQ_DYNAMIC_SHARED(memory);
+    MIXKVQ_DYNAMIC_SHARED(memory, 16);
     __shared__ Rows<kRows> rows;
     __shared__ bool is_last;
     Place at;

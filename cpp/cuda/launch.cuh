@@ -9,7 +9,7 @@
 
 #ifndef MIXKVQ_EMULATED
 
-#define MIXKVQ_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint4 name[]
+#define MIXKVQ_DYNAMIC_SHARED(name, alignment) extern __shared__ __align__(alignment) uint4 name[]
 
 namespace mixkvq::cuda {
 

@@ -7,6 +7,7 @@
 
 #include <cuda_runtime.h>
 
+#include "launch.cuh"
 #include "mixkvq/cuda_memory.h"
 
 namespace mixkvq::cuda {

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common.cuh"
+#include "launch.cuh"
 
 namespace mixkvq::cuda {
 namespace {

@@ -87,7 +87,7 @@ __device__ __forceinline__ void tile_of_rotated_rows(const __half * rows, int ro
 
 // grid: half pages, KV heads, streams * (keys, values). Values of a rotated head stay, or get, in the rotated basis.
 __global__ void __launch_bounds__(kUnpackThreads, kUnpackBlocks) unpack_kernel(const Attention call, const Cut cut, const Chunk chunk) {
-    MIXKVQ_DYNAMIC_SHARED(memory);
+    MIXKVQ_DYNAMIC_SHARED(memory, 16);
     __half * const tile = reinterpret_cast<__half *>(memory);
     const int page = chunk.first + blockIdx.x / 2, part_of_page = blockIdx.x % 2, kv = blockIdx.y, stream = blockIdx.z / 2;
     const bool values = blockIdx.z % 2;
@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
     using S = Shape<size, cells>;
     constexpr bool kAsync = kHopper && cells == kPageCells;
     constexpr int kSteps = size / 16, kWide = cells / 8, kParts = kPageCells / cells;
-    MIXKVQ_DYNAMIC_SHARED(memory);
-    typename S::Memory & shared = *reinterpret_cast<typename S::Memory *>(memory);
+    MIXKVQ_DYNAMIC_SHARED(lines, 1024);
+    typename S::Memory & shared = *reinterpret_cast<typename S::Memory *>(lines);
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n8 = lane >> 2, j = lane & 3, m = lane >> 3, r = lane & 7;
     const int split = blockIdx.x % cut.n_splits, tile = cut.n_tiles - 1 - blockIdx.x / cut.n_splits;  // the last see most

@@ -176,7 +176,7 @@ inline uint32_t __cvta_generic_to_shared(const void * at) { return uint32_t(rein
 
 // --- the host's side ------------------------------------------------------------------------------------------
 
-#define MIXKVQ_DYNAMIC_SHARED(name) uint4 * const name = reinterpret_cast<uint4 *>(emulator::dynamic_shared())
+#define MIXKVQ_DYNAMIC_SHARED(name, alignment) uint4 * const name = reinterpret_cast<uint4 *>(emulator::dynamic_shared())
 
 namespace mixkvq::cuda {
 
