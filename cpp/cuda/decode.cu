@@ -19,38 +19,41 @@ namespace {
 
 constexpr int kMostRows = 8;    // query vectors of a KV head that are served; from there on attention_decode.cuh is faster
 constexpr int kMostPairs = 4;   // in a block
+constexpr int kMostSplits = 512;
 constexpr int kHalfBlocks = 4;  // blocks of a tile for pages in F16 of a long context
 constexpr float kLargest = 32512, kUnit = 1 / kLargest;  // of the 16-bit numbers: 127 * 256
 constexpr float kRound = 12582912.0f + 128;  // x + kRound has the bits of rint(x) + 128 below
 
-struct DecodeCut : Cut {
-    int n_half;                  // the first splits: blocks for pages in F16
-    int key_bytes, value_bytes;  // of the largest records
-};
-
 // Sections of shared memory, in bytes.
 struct DecodeShape {
-    int slots;                                            // quads of folded queries: every tier is filled up to four
-    int value, scales, folded, weights, ends, pair_bytes;  // of a pair; its keys come first
-    int key_table, value_table, queries, pairs, bytes;     // of a block
+    DecodeShape() = default;
 
-    __host__ __device__ DecodeShape(const DecodeCut & cut, int n_pairs, int d_k, int d_v) {
-        const int rows = cut.rows;
+    int slots;                                             // quads of folded queries: every tier is filled up to four
+    int value, scales, folded, weights, ends, pair_bytes;  // of a pair; its keys come first
+    int key_table, value_table, queries, refs, pairs, bytes;  // of a block
+
+    // key_bytes, value_bytes: of the largest records
+    DecodeShape(int rows, int n_pairs, int d_k, int d_v, int key_bytes, int value_bytes) {
         slots = d_k / 4 + 12;
-        value = cut.key_bytes + 8 * d_k;                // 32 bytes between quads
-        scales = value + cut.value_bytes + 8 * 96 + 16;  // up to 96 between runs of 32 tokens
+        value = key_bytes + 8 * d_k;                // 32 bytes between quads
+        scales = value + value_bytes + 8 * 96 + 16;  // up to 96 between runs of 32 tokens
         folded = scales + kPageCells;
         weights = folded + rows * 8 * slots;
         ends = weights + 256 * rows;
-        pair_bytes = ends + 5 * 4 * rows;
-        if (pair_bytes < 4 * rows * (d_v + 8)) pair_bytes = 4 * rows * (d_v + 8);
+        pair_bytes = std::max(ends + 5 * 4 * rows, 4 * rows * (d_v + 8));
         key_table = 0;
-        value_table = cut.key_bytes / 8;
-        queries = (value_table + cut.value_bytes / 8 + 15) / 16 * 16;
-        pairs = queries + 4 * rows * d_k;
+        value_table = key_bytes / 8;
+        queries = (value_table + value_bytes / 8 + 15) / 16 * 16;
+        refs = queries + 4 * rows * d_k;
+        pairs = refs + n_pairs * 32 * 16;
         bytes = pairs + n_pairs * pair_bytes;
     }
 };
+struct DecodeCut : Cut {
+    int n_half;  // the first splits: blocks for pages in F16
+    DecodeShape shape;
+};
+
 // The same of a block for pages in F16.
 struct HalfShape {
     int query_pitch;  // halves
@@ -71,7 +74,9 @@ struct HalfShape {
 template <int kRows>
 struct Rows {
     float factor[kRows], slope[kRows];  // of scores of queries scaled to below 1; of the mask
-    const __half * mask[kRows];
+    const __half * mask[kRows];         // by row
+    const __half * looks[kRows];        // those that differ
+    int n_looks;
     float max[kRows], sum[kRows], scale[kRows];
 };
 
@@ -80,32 +85,32 @@ struct Place {
     int block, tile, kv, stream, row0, n_rows;
 };
 
-// Whether anybody sees a page, and whether everybody sees all of it.
-__device__ __forceinline__ bool look(const Attention & call, const Cut & cut, const Place & at, int page, bool & open) {
-    const int cell = page * kPageCells + 4 * (threadIdx.x & 31);
-    open = page * kPageCells + kPageCells <= call.n_kv;
-    if (!call.mask) return true;
-    bool seen = false, plain = true;
-    const int n_masks = call.mask_head ? at.n_rows : (at.row0 + at.n_rows - 1) / cut.group - at.row0 / cut.group + 1;
+// Whether anybody sees a page, and whether everybody sees all of it. Every thread may ask for a page of its own.
+template <int kRows>
+__device__ __forceinline__ bool look(const Rows<kRows> & rows, int n_kv, int page, bool & open) {
+    const int cell0 = page * kPageCells, n = min(kPageCells, n_kv - cell0);
+    bool seen = rows.n_looks == 0, plain = n == kPageCells;
 #pragma unroll 1
-    for (int i = 0; i < n_masks; ++i) {
-        const int row = call.mask_head ? at.row0 + i : (at.row0 / cut.group + i) * cut.group;
-        const __half * m = mask_of(call, at.stream, RowPlace(cut, at.kv, row)) + cell;
-        if (cell + 4 <= call.n_kv && (reinterpret_cast<uintptr_t>(m) & 7) == 0) {
-            const uint2 x = *reinterpret_cast<const uint2 *>(m);
-            seen |= x.x != 0xfc00fc00u || x.y != 0xfc00fc00u;
-            plain &= (x.x | x.y) == 0;
-        } else {
-#pragma unroll 1
-            for (int k = 0; k < 4 && cell + k < call.n_kv; ++k) {
-                const unsigned short x = __half_as_ushort(m[k]);
-                seen |= x != 0xfc00;
-                plain &= x == 0;
+    for (int i = 0; i < rows.n_looks; ++i) {
+        const __half * m = rows.looks[i] + cell0;
+        int k = 0;
+        if ((reinterpret_cast<uintptr_t>(m) & 15) == 0) {
+#pragma unroll 8
+            for (; k + 8 <= n; k += 8) {
+                const uint4 x = *reinterpret_cast<const uint4 *>(m + k);
+                seen |= x.x != 0xfc00fc00u || x.y != 0xfc00fc00u || x.z != 0xfc00fc00u || x.w != 0xfc00fc00u;
+                plain &= (x.x | x.y | x.z | x.w) == 0;
             }
         }
+#pragma unroll 4
+        for (; k < n; ++k) {
+            const unsigned short x = __half_as_ushort(m[k]);
+            seen |= x != 0xfc00;
+            plain &= x == 0;
+        }
     }
-    open &= __all_sync(kWarp, plain) != 0;
-    return __any_sync(kWarp, seen) != 0;
+    open = plain;
+    return seen;
 }
 
 // A logit with its mask; cells from `end` on are hidden.
@@ -128,6 +133,10 @@ __device__ __forceinline__ void set_row(Rows<kRows> & rows, const Attention & ca
     rows.factor[row] = call.scale * kLog2E * power(exponent);
     rows.slope[row] = alibi_slope(call, place.head) * kLog2E;
     rows.mask[row] = call.mask ? mask_of(call, at.stream, place) : nullptr;
+    if (row >= at.n_rows) return;
+    const int n = !call.mask ? 0 : call.mask_head ? row + 1 : place.token - at.row0 / cut.group + 1;
+    if (n > 0) rows.looks[n - 1] = rows.mask[row];
+    if (row == at.n_rows - 1) rows.n_looks = n;
 }
 
 // The rotation of `n` rows in shared memory, by a whole block.
@@ -201,9 +210,9 @@ struct Staged {
     }
 };
 
-// Adds a tier's share of the scores of a warp's half of the tokens. s[i]: rows n8 and n8 + 8 are tokens key_token(n8, i, 2 half) and (.., 2 half + 1).
-// Lanes that are not `mine` add nothing.
-template <int bits, int NT>
+// Adds a tier's share of the scores of a warp's half of the tokens. s[i]: rows n8 and n8 + 8 are tokens key_token(n8, i, 2 half) and (.., 2 half + 1),
+// the latter times kTimes. Where a page has several groups of tokens, lanes that are not `mine` add nothing.
+template <int bits, bool grouped, int NT>
 __device__ __forceinline__ void add_tier(const uint8_t * tier, int n_quads, const uint32_t * folded, int pitch, bool mine, int half, int n8, int j,
                                          int (&s)[4][NT][4]) {
     constexpr int kLoads = bits == 8 || bits == 3 ? 2 : 1;
@@ -216,7 +225,7 @@ __device__ __forceinline__ void add_tier(const uint8_t * tier, int n_quads, cons
         uint4 x[kLoads];
         x[0] = *reinterpret_cast<const uint4 *>(at);
         if (kLoads == 2) x[kLoads - 1] = *reinterpret_cast<const uint4 *>(bits == 8 ? at + 32 : top);
-        if (!mine) x[0] = x[kLoads - 1] = make_uint4(0, 0, 0, 0);
+        if (grouped && !mine) x[0] = x[kLoads - 1] = make_uint4(0, 0, 0, 0);
         uint32_t b[NT];
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) b[nt] = folded[nt * pitch];
@@ -234,6 +243,18 @@ __device__ __forceinline__ void add_tier(const uint8_t * tier, int n_quads, cons
         top += 4 * (64 * bits + 32);
         folded += 32;
     }
+    if (bits == 8 && n_quads > 0 && (!grouped || mine)) {  // as the other tiers
+#pragma unroll
+        for (int k = 0; k < 8 * NT; ++k) s[k / (2 * NT)][k / 2 % NT][2 + k % 2] *= Codes<4>::kTimes;
+    }
+}
+template <bool grouped, int NT>
+__device__ __forceinline__ void add_tiers(const Staged & f, const uint8_t * key, const uint32_t * folded, int pitch, bool mine, int half, int n8, int j,
+                                          int (&s)[4][NT][4]) {
+    add_tier<8, grouped, NT>(key + f.tier[0], f.quads[0], folded + 8 * f.slot[0], pitch, mine, half, n8, j, s);
+    add_tier<4, grouped, NT>(key + f.tier[1], f.quads[1], folded + 8 * f.slot[1], pitch, mine, half, n8, j, s);
+    add_tier<3, grouped, NT>(key + f.tier[2], f.quads[2], folded + 8 * f.slot[2], pitch, mine, half, n8, j, s);
+    add_tier<2, grouped, NT>(key + f.tier[3], f.quads[3], folded + 8 * f.slot[3], pitch, mine, half, n8, j, s);
 }
 
 // Sums of n numbers over a warp, n a power of two: a lane gets that of number lane % n.
@@ -302,7 +323,7 @@ __device__ __forceinline__ float fold_queries(const Staged & f, const uint8_t * 
             }
             split_bytes(y[0], word[0], word[1]);
             split_bytes(y[1], word[2], word[3]);
-            *reinterpret_cast<uint4 *>(folded + (two >> 1) * pitch + 8 * slot + 4 * (two & 1)) = make_uint4(word[0], word[1], word[2], word[3]);
+            store_shared(folded + (two >> 1) * pitch + 8 * slot + 4 * (two & 1), make_uint4(word[0], word[1], word[2], word[3]));
         }
     }
     const float sum = sum_of(sums, lane);
@@ -310,44 +331,41 @@ __device__ __forceinline__ float fold_queries(const Staged & f, const uint8_t * 
     return most;
 }
 
-// acc[k][i]: value_dim(n8, half + 2 k, i). Adds the sums of weights and codes; unit: what they are worth in the two halves of the tokens.
+// acc[k][i]: value_dim(n8, half + 2 k, i). Adds the sums of codes and weights w, worth `unit`, of the tokens value_token(j, c, ..).
 template <int bits, int NB, int NT>
-__device__ __forceinline__ void add_values(const uint8_t * codes_at, const Staged & f, int d_v, const uint4 (&w)[NT][2], const float (&unit)[NT][2],
+__device__ __forceinline__ void add_values(const uint8_t * codes_at, const Staged & f, int d_v, int c, const uint2 (&w)[NT][2], const float (&unit)[NT],
                                            int half, int n8, int j, float (&acc)[NB][4][NT]) {
-    const uint8_t * const low_at = codes_at + f.run * j, * const top_at = codes_at + f.top + f.top_run * j;
+    constexpr int kLoads = bits == 8 ? 4 : bits == 4 ? 2 : 1;
+    const uint8_t * const low_at = codes_at + f.run * j + 4 * d_v * value_row(bits, 0, c, 0), * const top_at = codes_at + f.top + f.top_run * j;
+    const int shift = 4 * c;
 #pragma unroll
     for (int k = 0; k < NB; ++k) {
         if (32 * (half + 2 * k) >= d_v) continue;
         const int d = value_dim(n8, half + 2 * k, 0);
-        uint4 top = make_uint4(0, 0, 0, 0);
+        uint4 x[kLoads], top = make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) x[l] = *reinterpret_cast<const uint4 *>(low_at + 4 * d_v * l + 4 * d);
         if (bits == 3) top = *reinterpret_cast<const uint4 *>(top_at + 4 * d);
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            constexpr int kLoads = bits == 8 ? 4 : bits == 4 ? 2 : 1;
-            uint4 x[kLoads];
+        for (int ip = 0; ip < 2; ++ip) {
+            Codes<bits> codes[2];
 #pragma unroll
-            for (int l = 0; l < kLoads; ++l) x[l] = *reinterpret_cast<const uint4 *>(low_at + 4 * d_v * value_row(bits, 0, c, l) + 4 * d);
+            for (int h = 0; h < 2; ++h) {
 #pragma unroll
-            for (int ip = 0; ip < 2; ++ip) {
-                Codes<bits> codes[2];
+                for (int l = 0; l < kLoads; ++l) codes[h].word[l] = part(x[l], 2 * ip + h);
+                if (bits == 3) codes[h].word[Codes<bits>::kWords - 1] = part(top, 2 * ip + h) >> shift;
+            }
+            int sum[NT][4] = {};
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
+            for (int s = 0; s < 4; s += 2) {
+                const uint32_t a0 = codes[0].bytes(s), a1 = codes[1].bytes(s), a2 = codes[0].bytes(s + 1), a3 = codes[1].bytes(s + 1);
 #pragma unroll
-                    for (int l = 0; l < kLoads; ++l) codes[h].word[l] = part(x[l], 2 * ip + h);
-                    if (bits == 3) codes[h].word[Codes<bits>::kWords - 1] = part(top, 2 * ip + h) >> 4 * c;
-                }
-                int sum[NT][4] = {};
+                for (int nt = 0; nt < NT; ++nt) mma_bytes(sum[nt], a0, a1, a2, a3, s == 0 ? w[nt][0].x : w[nt][0].y, s == 0 ? w[nt][1].x : w[nt][1].y);
+            }
 #pragma unroll
-                for (int s = 0; s < 4; s += 2) {
-                    const uint32_t a0 = codes[0].bytes(s), a1 = codes[1].bytes(s), a2 = codes[0].bytes(s + 1), a3 = codes[1].bytes(s + 1);
-#pragma unroll
-                    for (int nt = 0; nt < NT; ++nt) mma_bytes(sum[nt], a0, a1, a2, a3, part(w[nt][0], 2 * c + s / 2), part(w[nt][1], 2 * c + s / 2));
-                }
-#pragma unroll
-                for (int nt = 0; nt < NT; ++nt) {
-                    acc[k][2 * ip][nt] = fmaf(float(sum[nt][0] * 256 + sum[nt][1]), unit[nt][c], acc[k][2 * ip][nt]);
-                    acc[k][2 * ip + 1][nt] = fmaf(float(sum[nt][2] * 256 + sum[nt][3]), unit[nt][c], acc[k][2 * ip + 1][nt]);
-                }
+            for (int nt = 0; nt < NT; ++nt) {
+                acc[k][2 * ip][nt] = fmaf(float(sum[nt][0] * 256 + sum[nt][1]), unit[nt], acc[k][2 * ip][nt]);
+                acc[k][2 * ip + 1][nt] = fmaf(float(sum[nt][2] * 256 + sum[nt][3]), unit[nt], acc[k][2 * ip + 1][nt]);
             }
         }
     }
@@ -357,14 +375,15 @@ __device__ __forceinline__ void add_values(const uint8_t * codes_at, const Stage
 template <int NB, int NT>
 __device__ __forceinline__ void packed_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory,
                                              float * partial) {
-    constexpr int kRows = 4 * NT;
+    constexpr int kRows = 4 * NT, NQ = NT < 2 ? NT : 2;  // scores of NQ blocks of four rows at a time
     __shared__ Staged f;
     const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, pair = warp >> 1, half = warp & 1, in_pair = threadIdx.x & 63;
     const int n_warps = blockDim.x >> 5, n_pairs = n_warps / 2, d_k = call.head_size_k, d_v = call.head_size_v;
-    const DecodeShape shape(cut, n_pairs, d_k, d_v);
+    const DecodeShape & shape = cut.shape;
     uint16_t * const key_table = reinterpret_cast<uint16_t *>(memory + shape.key_table);
     uint16_t * const value_table = reinterpret_cast<uint16_t *>(memory + shape.value_table);
     float2 * const queries = reinterpret_cast<float2 *>(memory + shape.queries);  // [two rows][channel], each row scaled by a power of two to below 1
+    const uint8_t ** const refs = reinterpret_cast<const uint8_t **>(memory + shape.refs + 512 * pair);  // [page][key, value]
     uint8_t * const mine = memory + shape.pairs + pair * shape.pair_bytes;
     uint32_t * const folded = reinterpret_cast<uint32_t *>(mine + shape.folded);
     float * const bias = reinterpret_cast<float *>(mine + shape.ends), * const tops = bias + kRows, * const sums = tops + 2 * kRows;
@@ -372,26 +391,19 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
 
     const PageRef * const key_pages = call.key_pages + at.stream * call.page_stride, * const value_pages = call.value_pages + at.stream * call.page_stride;
     const int n_workers = (cut.n_splits - cut.n_half) * n_pairs, worker = (at.block - cut.n_half) * n_pairs + pair;
-    const int first = int(int64_t(cut.n_pages) * worker / n_workers), last = int(int64_t(cut.n_pages) * (worker + 1) / n_workers);
-    const uint8_t * key = nullptr, * value = nullptr;
-    auto find_packed = [&](int page) {  // the first from `page` on; sets its records
-        for (; page < last; ++page) {
-            key = key_pages[page].records, value = value_pages[page].records;
-            if (key && value) break;
-        }
-        return page;
+    const int each = cut.n_pages / n_workers, more = cut.n_pages % n_workers;  // `more` workers take one page more
+    const int first = worker * each + min(worker, more), last = first + each + (worker < more);
+
+    // Which of up to 32 pages are packed; their records.
+    auto find = [&](int start) {
+        const uint8_t * key = nullptr, * value = nullptr;
+        if (start + lane < last) key = key_pages[start + lane].records, value = value_pages[start + lane].records;
+        if (half == 0) refs[2 * lane] = key, refs[2 * lane + 1] = value;
+        return __ballot_sync(kWarp, key && value);
     };
-    int page = last, next = find_packed(first);
+    unsigned left = find(first);
 
     f.set(call.key_heads[at.kv], call.value_heads[at.kv], key_table, value_table);
-    for (int i = in_pair; i < kRows * 2 * shape.slots; i += 64) folded[i] = 0;
-    for (int row = warp; row < kRows; row += n_warps) {
-        const float * from = query_of(call, at.stream, RowPlace(cut, at.kv, at.row0 + min(row, at.n_rows - 1)));
-        const int e = query_exponent(from, d_k);
-        float * to = reinterpret_cast<float *>(queries + (row >> 1) * d_k) + (row & 1);
-        for (int d = lane; d < d_k; d += 32) to[2 * d] = from[d] * power(-e);
-        if (lane == 0) set_row(rows, call, cut, at, row, e);
-    }
     __syncthreads();
 
     auto stage = [&](uint32_t to, const uint16_t * table, int n, const uint8_t * from) {
@@ -404,19 +416,27 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
             copy_async<3072>(to + table[c + 192], from, c + 192 < n);
         }
     };
-    auto stage_keys = [&] {
-        stage(shared, key_table, f.key_chunks, key + f.key_at);
+    auto stage_keys = [&](unsigned pages) {
+        const int page = __ffs(pages) - 1;
+        stage(shared, key_table, f.key_chunks, refs[2 * page] + f.key_at);
         // The values' scales are needed with the keys.
-        copy_async<0>(shared + shape.scales + 16 * in_pair, value + f.value_at + f.value_scale + 16 * in_pair, in_pair < kPageCells / 16);
+        copy_async<0>(shared + shape.scales + 16 * in_pair, refs[2 * page + 1] + f.value_at + f.value_scale + 16 * in_pair, in_pair < kPageCells / 16);
     };
-    auto stage_values = [&](const uint8_t * from) { stage(shared + shape.value, value_table, f.value_chunks, from + f.value_at); };
+    auto stage_values = [&](unsigned pages) { stage(shared + shape.value, value_table, f.value_chunks, refs[2 * (__ffs(pages) - 1) + 1] + f.value_at); };
 
-    // The first page is on its way before anybody knows whether it is seen.
-    int keys_of = next, values_of = next;
-    if (next < last) {
-        stage_keys();
-        stage_values(value);
+    // The first page is on its way before the queries are known, and whether anybody sees it.
+    unsigned staged = left;
+    if (left) stage_keys(left), stage_values(left);
+
+    for (int i = in_pair; i < kRows * 2 * shape.slots; i += 64) folded[i] = 0;
+    for (int row = warp; row < kRows; row += n_warps) {
+        const float * from = query_of(call, at.stream, RowPlace(cut, at.kv, at.row0 + min(row, at.n_rows - 1)));
+        const int e = query_exponent(from, d_k);
+        float * to = reinterpret_cast<float *>(queries + (row >> 1) * d_k) + (row & 1);
+        for (int d = lane; d < d_k; d += 32) to[2 * d] = from[d] * power(-e);
+        if (lane == 0) set_row(rows, call, cut, at, row, e);
     }
+    __syncthreads();
 
     float acc[NB][4][NT], ones[NT], max_[NT], sum[NT];
 #pragma unroll
@@ -427,158 +447,191 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
         for (int k = 0; k < 4 * NB; ++k) acc[k / 4][k % 4][nt] = 0;
     }
 
-    bool open = false, next_open = false;
-    const uint8_t * page_value = nullptr;
-    for (;; page = next, page_value = value, open = next_open, next = find_packed(next + 1)) {
-        while (next < last && !look(call, cut, at, next, next_open)) next = find_packed(next + 1);
-        if (page == last) {
-            if (next == last) break;
-            if (keys_of == next) continue;
+#pragma unroll 1
+    for (int start = first; start < last; start += 32) {
+        if (start > first) {
             wait_for_copies();
             pair_sync(pair + 1);
-            keys_of = next;
-            stage_keys();
-            continue;
-        }
-        wait_for_copies();
-        pair_sync(pair + 1);  // the keys are there, the values of the page before not needed any more
-        if (values_of != page) stage_values(page_value);
-
-        // --- scores
-        int s[4][NT][4] = {};
-        float offset[NT] = {}, most = 1;
-#pragma unroll 1
-        for (int g = 0; g < f.groups; ++g) {
-            if (g > 0) pair_sync(pair + 1);
-            most = fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, g, half, lane);
+            staged = left = find(start);
             pair_sync(pair + 1);
-            const bool here = n8 * f.groups / 8 == g;
-            add_tier<8, NT>(mine + f.tier[0], f.quads[0], folded + 8 * f.slot[0], 8 * shape.slots, here, half, n8, j, s);
-            add_tier<4, NT>(mine + f.tier[1], f.quads[1], folded + 8 * f.slot[1], 8 * shape.slots, here, half, n8, j, s);
-            add_tier<3, NT>(mine + f.tier[2], f.quads[2], folded + 8 * f.slot[2], 8 * shape.slots, here, half, n8, j, s);
-            add_tier<2, NT>(mine + f.tier[3], f.quads[3], folded + 8 * f.slot[3], 8 * shape.slots, here, half, n8, j, s);
-#pragma unroll
-            for (int nt = 0; nt < NT; ++nt) offset[nt] = here ? bias[4 * nt + j] : offset[nt];
+            if (left) stage_keys(left), stage_values(left);
         }
+        bool values_come = true;
+        bool all = false;
+        const bool any = (left >> lane & 1) && look(rows, call.n_kv, start + lane, all);
+        const unsigned open = __ballot_sync(kWarp, all);
+        left = __ballot_sync(kWarp, any);
+        if (left && __ffs(left) != __ffs(staged)) {
+            wait_for_copies();
+            pair_sync(pair + 1);
+            stage_keys(left);
+            values_come = false;
+        }
+#pragma unroll 1
+        for (; left; left &= left - 1) {
+            const int lane = opaque(threadIdx.x & 31), n8 = lane >> 2, j = lane & 3;
+            wait_for_copies();
+            pair_sync(pair + 1);  // the keys are there, the values of the page before not needed any more
+            if (!values_come) stage_values(left);
+            values_come = false;
 
-        // --- weights: of the query 4 nt + j, relative to the largest in this half of the page, times the tokens' scales
-        const uint8_t * const scales = mine + shape.scales;
-        float most_scale, token_scale[2][4];
-        {
-            const uint32_t x = reinterpret_cast<const uint32_t *>(scales)[lane];
-            const uint32_t top = __vmaxu2(x & 0x00ff00ff, (x >> 8) & 0x00ff00ff);
-            most_scale = __half2float(__ushort_as_half(::max(1u, warp_max(::max(top & 0xffff, top >> 16))) << 7));
-            const float grow = __fdividef(kLargest, most_scale);
-#pragma unroll
-            for (int p = 0; p < 2; ++p) {
-                const uint32_t y = *reinterpret_cast<const uint32_t *>(scales + key_token(n8, 0, 2 * half + p));
-                const float2 s01 = __half22float2(as_half2(__byte_perm(y, 0, 0x4140) << 7)), s23 = __half22float2(as_half2(__byte_perm(y, 0, 0x4342) << 7));
-                token_scale[p][0] = s01.x * grow, token_scale[p][1] = s01.y * grow, token_scale[p][2] = s23.x * grow, token_scale[p][3] = s23.y * grow;
+            const uint8_t * const scales = mine + shape.scales;
+            float most_scale;
+            {
+                const uint32_t x = reinterpret_cast<const uint32_t *>(scales)[lane];
+                const uint32_t top = __vmaxu2(x & 0x00ff00ff, (x >> 8) & 0x00ff00ff);
+                most_scale = __half2float(__ushort_as_half(::max(1u, warp_max(::max(top & 0xffff, top >> 16))) << 7));
             }
-        }
+            const float most = fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, 0, half, lane);
+            pair_sync(pair + 1);
+
+#pragma unroll 1
+            for (int q = 0; q < NT; q += NQ) {
+                // --- scores
+                int s[4][NQ][4] = {};
+                float offset[NQ];
+                const uint32_t * const folded_q = folded + q * 8 * shape.slots;
+                if (f.groups == 1) {
+                    add_tiers<false, NQ>(f, mine, folded_q, 8 * shape.slots, true, half, n8, j, s);
 #pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-            const int row = 4 * nt + j;
-            const float factor = rows.factor[row], unit = most * kUnit * factor, add = offset[nt] * factor;
-            float z[2][4], top = minus_infinity(), total = 0;
+                    for (int nt = 0; nt < NQ; ++nt) offset[nt] = bias[4 * (q + nt) + j];
+                } else {
+#pragma unroll 1
+                    for (int g = 0; g < f.groups; ++g) {
+                        if (g + q > 0) {
+                            pair_sync(pair + 1);
+                            fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, g, half, lane);
+                            pair_sync(pair + 1);
+                        }
+                        const bool here = n8 * f.groups / 8 == g;
+                        add_tiers<true, NQ>(f, mine, folded_q, 8 * shape.slots, here, half, n8, j, s);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+                        for (int nt = 0; nt < NQ; ++nt) offset[nt] = here ? bias[4 * (q + nt) + j] : offset[nt];
+                    }
+                }
+
+                // --- weights: of the query 4 nt + j, relative to the largest in this half of the page, times the tokens' scales
+                float token_scale[2][4];
+                {
+                    const float grow = __fdividef(kLargest, most_scale), factor = n8 % 2 == 0 || f.bits == 8 ? grow : grow / Codes<4>::kTimes;  // odd places
 #pragma unroll
-                for (int p = 0; p < 2; ++p) z[p][i] = fmaf(float(s[i][nt][2 * p] * 256 + s[i][nt][2 * p + 1]), unit, add);
-            }
-            if (call.softcap > 0) {
+                    for (int p = 0; p < 2; ++p) {
+                        const uint32_t y = *reinterpret_cast<const uint32_t *>(scales + key_token(n8, 0, 2 * half + p));
+                        const float2 s01 = __half22float2(as_half2(__byte_perm(y, 0, 0x4140) << 7)), s23 = __half22float2(as_half2(__byte_perm(y, 0, 0x4342) << 7));
+                        token_scale[p][0] = s01.x * factor, token_scale[p][1] = s01.y * factor, token_scale[p][2] = s23.x * factor, token_scale[p][3] = s23.y * factor;
+                    }
+                }
 #pragma unroll
-                for (int k = 0; k < 8; ++k) z[k / 4][k % 4] = capped(call, z[k / 4][k % 4]);
-            }
-            if (!open) {
-                const int cell0 = page * kPageCells, end = min(call.n_kv, cell0 + kPageCells);
+                for (int nt = 0; nt < NQ; ++nt) {
+                    const int row = 4 * (q + nt) + j;
+                    const float factor = rows.factor[row], unit = most * kUnit * factor, add = offset[nt] * factor;
+                    float z[2][4], top = minus_infinity(), total = 0;
 #pragma unroll
-                for (int k = 0; k < 8; ++k) {
-                    z[k / 4][k % 4] = masked(z[k / 4][k % 4], rows.mask[row], cell0 + key_token(n8, k % 4, 2 * half + k / 4), end, rows.slope[row]);
+                    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+                        for (int p = 0; p < 2; ++p) {
+                            const float x = fmaf(float(s[i][nt][2 * p]), 256.0f, float(s[i][nt][2 * p + 1]));
+                            z[p][i] = fmaf(x, p == 0 ? unit : unit / Codes<4>::kTimes, add);
+                        }
+                    }
+                    if (call.softcap > 0) {
+#pragma unroll
+                        for (int k = 0; k < 8; ++k) z[k / 4][k % 4] = capped(call, z[k / 4][k % 4]);
+                    }
+                    if (!(open >> (__ffs(left) - 1) & 1)) {
+                        const int cell0 = (start + __ffs(left) - 1) * kPageCells, end = min(call.n_kv, cell0 + kPageCells);
+#pragma unroll
+                        for (int k = 0; k < 8; ++k) {
+                            z[k / 4][k % 4] = masked(z[k / 4][k % 4], rows.mask[row], cell0 + key_token(n8, k % 4, 2 * half + k / 4), end, rows.slope[row]);
+                        }
+                    }
+#pragma unroll
+                    for (int k = 0; k < 8; ++k) top = fmaxf(top, z[k / 4][k % 4]);
+#pragma unroll
+                    for (int step = 4; step <= 16; step *= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
+                    const float zero = top == minus_infinity() ? 0.0f : top;
+                    uint32_t high[2], low[2];
+#pragma unroll
+                    for (int p = 0; p < 2; ++p) {
+                        uint32_t y[4];
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const float x = exp2_of(z[p][i] - zero);
+                            total += x;
+                            y[i] = __float_as_uint(fmaf(x, token_scale[p][i], kRound));
+                        }
+                        split_bytes(y, high[p], low[p]);
+                    }
+                    uint8_t * to = mine + shape.weights + 1024 * (q + nt) + 8 * half;
+                    *reinterpret_cast<uint2 *>(to + 16 * weight_run_written(n8, j, 0)) = make_uint2(high[0], high[1]);
+                    *reinterpret_cast<uint2 *>(to + 16 * weight_run_written(n8, j, 1)) = make_uint2(low[0], low[1]);
+#pragma unroll
+                    for (int step = 4; step <= 16; step *= 2) total += __shfl_xor_sync(kWarp, total, step);
+                    if (n8 == 0) {
+                        tops[half * kRows + row] = top;
+                        sums[half * kRows + row] = total;
+                    }
                 }
             }
-#pragma unroll
-            for (int k = 0; k < 8; ++k) top = fmaxf(top, z[k / 4][k % 4]);
-#pragma unroll
-            for (int step = 4; step <= 16; step *= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
-            const float zero = top == minus_infinity() ? 0.0f : top;
-            uint32_t high[2], low[2];
-#pragma unroll
-            for (int p = 0; p < 2; ++p) {
-                uint32_t y[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float x = exp2_of(z[p][i] - zero);
-                    total += x;
-                    y[i] = __float_as_uint(fmaf(x, token_scale[p][i], kRound));
-                }
-                split_bytes(y, high[p], low[p]);
-            }
-            uint8_t * to = mine + shape.weights + 1024 * nt + 8 * half;
-            *reinterpret_cast<uint2 *>(to + 16 * weight_run_written(n8, j, 0)) = make_uint2(high[0], high[1]);
-            *reinterpret_cast<uint2 *>(to + 16 * weight_run_written(n8, j, 1)) = make_uint2(low[0], low[1]);
-#pragma unroll
-            for (int step = 4; step <= 16; step *= 2) total += __shfl_xor_sync(kWarp, total, step);
-            if (n8 == 0) {
-                tops[half * kRows + row] = top;
-                sums[half * kRows + row] = total;
-            }
-        }
-        wait_for_copies();
-        pair_sync(pair + 1);  // weights and values are there, the keys not needed any more
-        if (next < last) stage_keys();
+            wait_for_copies();
+            pair_sync(pair + 1);  // weights and values are there, the keys not needed any more
+            if (left & (left - 1)) stage_keys(left & (left - 1));
 
-        // --- values
-        float unit[NT][2], page_sum[NT];
-        uint4 w[NT][2];
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-            const int row = 4 * nt + j;
-            const float top0 = tops[row], top1 = tops[kRows + row], top = fmaxf(max_[nt], fmaxf(top0, top1)), zero = top == minus_infinity() ? 0.0f : top;
-            const float lower = exp2_of(max_[nt] - zero), part0 = exp2_of(top0 - zero), part1 = exp2_of(top1 - zero);
-            max_[nt] = top;
-            page_sum[nt] = fmaf(sums[row], part0, sums[kRows + row] * part1);
-            sum[nt] = fmaf(sum[nt], lower, page_sum[nt]);
-            unit[nt][0] = part0 * (most_scale * kUnit);
-            unit[nt][1] = part1 * (most_scale * kUnit);
-            const uint8_t * from = mine + shape.weights + 1024 * nt;
-#pragma unroll
-            for (int odd = 0; odd < 2; ++odd) w[nt][odd] = *reinterpret_cast<const uint4 *>(from + 16 * weight_run_read(n8, j, odd));
-            ones[nt] *= lower;
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                constexpr uint32_t kOnes = 0x01010101;
-                int total[4] = {};
-#pragma unroll
-                for (int k = 2 * c; k < 2 * c + 2; ++k) mma_bytes(total, kOnes, kOnes, kOnes, kOnes, part(w[nt][0], k), part(w[nt][1], k));
-                ones[nt] = fmaf(float(total[0] * 256 + total[1]), unit[nt][c], ones[nt]);
-            }
-#pragma unroll
-            for (int k = 0; k < 4 * NB; ++k) acc[k / 4][k % 4][nt] *= lower;
-        }
-#pragma unroll
-        for (int k = 0; k < NB; ++k) {
-            const uint32_t means = *reinterpret_cast<const uint32_t *>(mine + shape.value + f.mean + min(value_dim(n8, half + 2 * k, 0), d_v - 4));
-            const float2 m01 = __half22float2(as_half2(__byte_perm(means, 0, 0x1404))), m23 = __half22float2(as_half2(__byte_perm(means, 0, 0x3424)));
+            // --- values
+            float page_sum[NT];
 #pragma unroll
             for (int nt = 0; nt < NT; ++nt) {
-                acc[k][0][nt] = fmaf(page_sum[nt], m01.x, acc[k][0][nt]);
-                acc[k][1][nt] = fmaf(page_sum[nt], m01.y, acc[k][1][nt]);
-                acc[k][2][nt] = fmaf(page_sum[nt], m23.x, acc[k][2][nt]);
-                acc[k][3][nt] = fmaf(page_sum[nt], m23.y, acc[k][3][nt]);
+                const int row = 4 * nt + j;
+                const float top0 = tops[row], top1 = tops[kRows + row], top = fmaxf(max_[nt], fmaxf(top0, top1)), zero = top == minus_infinity() ? 0.0f : top;
+                const float lower = exp2_of(max_[nt] - zero);
+                max_[nt] = top;
+                page_sum[nt] = fmaf(sums[row], exp2_of(top0 - zero), sums[kRows + row] * exp2_of(top1 - zero));
+                sum[nt] = fmaf(sum[nt], lower, page_sum[nt]);
+                ones[nt] *= lower;
+#pragma unroll
+                for (int k = 0; k < 4 * NB; ++k) acc[k / 4][k % 4][nt] *= lower;
+            }
+            const uint8_t * const codes = mine + shape.value;
+#pragma unroll
+            for (int k = 0; k < NB; ++k) {
+                const uint32_t means = *reinterpret_cast<const uint32_t *>(codes + f.mean + min(value_dim(n8, half + 2 * k, 0), d_v - 4));
+                const float2 m01 = __half22float2(as_half2(__byte_perm(means, 0, 0x1404))), m23 = __half22float2(as_half2(__byte_perm(means, 0, 0x3424)));
+#pragma unroll
+                for (int nt = 0; nt < NT; ++nt) {
+                    acc[k][0][nt] = fmaf(page_sum[nt], m01.x, acc[k][0][nt]);
+                    acc[k][1][nt] = fmaf(page_sum[nt], m01.y, acc[k][1][nt]);
+                    acc[k][2][nt] = fmaf(page_sum[nt], m23.x, acc[k][2][nt]);
+                    acc[k][3][nt] = fmaf(page_sum[nt], m23.y, acc[k][3][nt]);
+                }
+            }
+            const uint32_t one = 0x01010101, odd_one = f.bits == 8 ? one : one * Codes<4>::kTimes;
+#pragma unroll 1
+            for (int c = 0; c < 2; ++c) {
+                float unit[NT];
+                uint2 w[NT][2];
+#pragma unroll
+                for (int nt = 0; nt < NT; ++nt) {
+                    unit[nt] = exp2_of(tops[c * kRows + 4 * nt + j] - (max_[nt] == minus_infinity() ? 0.0f : max_[nt])) * (most_scale * kUnit);
+                    const uint8_t * from = mine + shape.weights + 1024 * nt + 8 * c;
+#pragma unroll
+                    for (int odd = 0; odd < 2; ++odd) w[nt][odd] = *reinterpret_cast<const uint2 *>(from + 16 * weight_run_read(n8, j, odd));
+                    int total[4] = {};
+                    mma_bytes(total, one, one, odd_one, odd_one, w[nt][0].x, w[nt][1].x);
+                    mma_bytes(total, one, one, odd_one, odd_one, w[nt][0].y, w[nt][1].y);
+                    ones[nt] = fmaf(float(total[0] * 256 + total[1]), unit[nt], ones[nt]);
+                }
+                switch (f.bits) {
+                    case 2: add_values<2, NB, NT>(codes, f, d_v, c, w, unit, half, n8, j, acc); break;
+                    case 3: add_values<3, NB, NT>(codes, f, d_v, c, w, unit, half, n8, j, acc); break;
+                    case 4: add_values<4, NB, NT>(codes, f, d_v, c, w, unit, half, n8, j, acc); break;
+                    default: add_values<8, NB, NT>(codes, f, d_v, c, w, unit, half, n8, j, acc); break;
+                }
             }
         }
-        const uint8_t * const codes = mine + shape.value;
-        switch (f.bits) {
-            case 2: add_values<2, NB, NT>(codes, f, d_v, w, unit, half, n8, j, acc); break;
-            case 3: add_values<3, NB, NT>(codes, f, d_v, w, unit, half, n8, j, acc); break;
-            case 4: add_values<4, NB, NT>(codes, f, d_v, w, unit, half, n8, j, acc); break;
-            default: add_values<8, NB, NT>(codes, f, d_v, w, unit, half, n8, j, acc); break;
-        }
-        if (next == last) break;
     }
 
     // --- joins the pairs
+    wait_for_copies();  // of a page that nobody sees
     __shared__ float pair_max[kMostPairs][kRows], pair_sum[kMostPairs][kRows];
     pair_sync(pair + 1);
     const int pitch = d_v + 8;
@@ -676,7 +729,7 @@ template <int NB, int NT>
 __device__ __forceinline__ void half_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory,
                                            float * partial) {
     constexpr int kRows = 4 * NT, kColumns = (NT + 1) / 2, kBlocks = 2 * NB;  // columns: eight queries
-    __shared__ unsigned hits[2 * kMostPairs];
+    __shared__ unsigned hits[2 * kMostPairs], opens[2 * kMostPairs];
     __shared__ float lower[kRows];
     const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
     const int d_k = call.head_size_k, d_v = call.head_size_v, n_rows = at.n_rows;
@@ -696,9 +749,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
     if (threadIdx.x < kRows) rows.max[threadIdx.x] = minus_infinity(), rows.sum[threadIdx.x] = 0;
     __syncthreads();
 
-    auto take = [&](int page) {
-        bool open = false;
-        if (!look(call, cut, at, page, open)) return;
+    auto take = [&](int page, bool open) {
         const PageRef key = key_pages[page], value = value_pages[page];
         const int cell0 = page * kPageCells, end = min(call.n_kv, cell0 + kPageCells);
 
@@ -810,17 +861,20 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
     // Pages in turns: those of the recent window are neighbours.
     const int n_mine = (cut.n_pages - at.block + cut.n_half - 1) / cut.n_half;
     for (int start = 0; start < n_mine; start += blockDim.x) {
-        bool hit = false;
+        bool hit = false, open = false;
         if (start + int(threadIdx.x) < n_mine) {
             const int page = at.block + (start + threadIdx.x) * cut.n_half;
             const PageRef k = key_pages[page], v = value_pages[page];
-            hit = (k.rows && (v.rows || v.records)) || (v.rows && k.records);
+            hit = ((k.rows && (v.rows || v.records)) || (v.rows && k.records)) && look(rows, call.n_kv, page, open);
         }
-        const unsigned found = __ballot_sync(kWarp, hit);
-        if (lane == 0) hits[warp] = found;
+        const unsigned found = __ballot_sync(kWarp, hit), whole = __ballot_sync(kWarp, open);
+        if (lane == 0) hits[warp] = found, opens[warp] = whole;
         __syncthreads();
         for (int w = 0; w < n_warps; ++w) {
-            for (unsigned left = hits[w]; left; left &= left - 1) take(at.block + (start + 32 * w + __ffs(left) - 1) * cut.n_half);
+            for (unsigned left = hits[w]; left; left &= left - 1) {
+                const int bit = __ffs(left) - 1;
+                take(at.block + (start + 32 * w + bit) * cut.n_half, opens[w] >> bit & 1);
+            }
         }
         __syncthreads();
     }
@@ -834,26 +888,66 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
 
 // --- the kernel -----------------------------------------------------------------------------------------------
 
+// The rotation of a row, of which a lane has the numbers 4 lane to 4 lane + 3 and, 128 further, four more.
+__device__ __forceinline__ void rotate_row(float (&x)[8], int d_v) {
+    const int lane = threadIdx.x & 31, block = d_v & -d_v;
+    const float norm = rsqrtf(float(block));
+#pragma unroll
+    for (int k = 0; k < 8; ++k) x[k] *= norm;
+#pragma unroll
+    for (int step = 1; step <= 2; step *= 2) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            if (k & step) continue;
+            const float a = x[k], b = x[k + step];
+            x[k] = a + b;
+            x[k + step] = a - b;
+        }
+    }
+#pragma unroll 1
+    for (int step = 1; step <= 16 && 4 * step < block; step *= 2) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const float other = __shfl_xor_sync(kWarp, x[k], step);
+            x[k] = lane & step ? other - x[k] : x[k] + other;
+        }
+    }
+    if (block <= 128) return;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const float a = x[k], b = x[k + 4];
+        x[k] = a + b;
+        x[k + 4] = a - b;
+    }
+}
+
 // What all blocks of a tile have found, by the last of them.
 template <int kRows>
 __device__ __forceinline__ void join(const Attention & call, const DecodeCut & cut, const Place & at, Rows<kRows> & rows, float * memory, const float * base) {
-    const int lane = threadIdx.x & 31, d_v = call.head_size_v, n = at.n_rows * d_v / 4, stride = int(partial_floats(cut, d_v));
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
+    const int d_v = call.head_size_v, n = at.n_rows * d_v / 4, stride = int(partial_floats(cut, d_v));
+    float * const weights = memory;  // [split][row]
+    float4 * const parts = reinterpret_cast<float4 *>(memory + cut.n_splits * kRows);  // [packed][way][number]
     const float * const maxima = base + kRows * d_v;
-    for (int row = threadIdx.x >> 5; row < at.n_rows; row += blockDim.x >> 5) {
+    for (int row = warp; row < at.n_rows; row += n_warps) {
         float top = minus_infinity(), sum = 0;
         for (int split = lane; split < cut.n_splits; split += 32) {
-            const float max = __ldcg(maxima + split * stride + row), x = __ldcg(maxima + split * stride + kRows + row), higher = fmaxf(top, max);
-            if (higher != minus_infinity()) sum = sum * exp2_of(top - higher) + x * exp2_of(max - higher);
-            top = higher;
+            const float max = __ldcg(maxima + split * stride + row);
+            weights[split * kRows + row] = max;
+            top = fmaxf(top, max);
         }
-        for (int step = 16; step > 0; step /= 2) {
-            const float max = __shfl_xor_sync(kWarp, top, step), x = __shfl_xor_sync(kWarp, sum, step), higher = fmaxf(top, max);
-            if (higher != minus_infinity()) sum = sum * exp2_of(top - higher) + x * exp2_of(max - higher);
-            top = higher;
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
+        const float zero = top == minus_infinity() ? 0.0f : top;
+        for (int split = lane; split < cut.n_splits; split += 32) {
+            const float weight = exp2_of(weights[split * kRows + row] - zero);
+            weights[split * kRows + row] = weight;
+            sum = fmaf(weight, __ldcg(maxima + split * stride + kRows + row), sum);
         }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kWarp, sum, step);
         if (lane == 0) {
             const int head = RowPlace(cut, at.kv, at.row0 + row).head;
-            rows.max[row] = top == minus_infinity() ? 0.0f : top;
             rows.scale[row] = close_softmax(top, sum, call.sinks ? call.sinks + head : nullptr);
         }
     }
@@ -861,45 +955,49 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
 
     // Where there are more threads than numbers, `ways` of them share the splits. Splits of packed pages are in the rotated basis.
     const int ways = max(1, int(blockDim.x) / n);
-    float4 * const parts = reinterpret_cast<float4 *>(memory);  // [packed][way][number]
     for (int i = threadIdx.x; i < n * ways; i += blockDim.x) {
-        const int at4 = i % n, row = 4 * at4 / d_v;
-        const float top = rows.max[row];
+        const int number = i % n, row = 4 * number / d_v;
 #pragma unroll 1
         for (int packed = 0; packed < 2; ++packed) {
             const int last = packed ? cut.n_splits : cut.n_half;
             float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
+#pragma unroll 12
             for (int split = (packed ? cut.n_half : 0) + i / n; split < last; split += ways) {
-                const float weight = exp2_of(__ldcg(maxima + split * stride + row) - top);
-                const float4 x = __ldcg(reinterpret_cast<const float4 *>(base + split * stride) + at4);
+                const float4 x = __ldcg(reinterpret_cast<const float4 *>(base + split * stride) + number);
+                const float weight = weights[split * kRows + row];
                 sum.x = fmaf(weight, x.x, sum.x), sum.y = fmaf(weight, x.y, sum.y), sum.z = fmaf(weight, x.z, sum.z), sum.w = fmaf(weight, x.w, sum.w);
             }
             parts[packed * n * ways + i] = sum;
         }
     }
     __syncthreads();
-    float * const rotated = memory + 4 * n * ways;
-    for (int i = threadIdx.x; i < 4 * n; i += blockDim.x) {
-        float a = 0, b = 0;
-        for (int way = 0; way < ways; ++way) a += memory[4 * n * way + i], b += rotated[4 * n * way + i];
-        memory[i] = a;
-        rotated[i] = b;
-    }
-    __syncthreads();
-    rotate_rows(rotated, at.n_rows, d_v);
-    for (int i = threadIdx.x; i < 4 * n; i += blockDim.x) {
-        const int row = i / d_v;
+    for (int row = warp; row < at.n_rows; row += n_warps) {
+        float plain[8] = {}, x[8] = {};
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int d = 128 * k + 4 * lane;
+            if (d >= d_v) continue;
+            for (int way = 0; way < ways; ++way) {
+                const float4 a = parts[n * way + (row * d_v + d) / 4], b = parts[n * (ways + way) + (row * d_v + d) / 4];
+                plain[4 * k] += a.x, plain[4 * k + 1] += a.y, plain[4 * k + 2] += a.z, plain[4 * k + 3] += a.w;
+                x[4 * k] += b.x, x[4 * k + 1] += b.y, x[4 * k + 2] += b.z, x[4 * k + 3] += b.w;
+            }
+        }
+        rotate_row(x, d_v);
         const RowPlace place(cut, at.kv, at.row0 + row);
-        call.out[at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token + i % d_v] =
-            (memory[i] + rotated[i]) * rows.scale[row];
+        float * to = call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const int d = 128 * (k / 4) + 4 * lane + k % 4;
+            if (d < d_v) to[d] = (plain[k] + x[k]) * rows.scale[row];
+        }
     }
 }
-int join_bytes(int rows, int d_v, int threads) { return 32 * std::max(rows * d_v / 4, threads); }
+int join_bytes(const Cut & cut, int d_v, int threads) { return 4 * cut.rows * kMostSplits + 32 * std::max(cut.rows * d_v / 4, threads); }
 
 // grid: tiles * splits, KV heads, streams. NB: blocks of 32 value dimensions of a warp, NT: blocks of four rows.
 template <int NB, int NT>
-__global__ void __launch_bounds__(64 * kMostPairs, NT == 1 && NB <= 2 ? 3 : NT <= 2 && NB <= 2 ? 2 : 1)
+__global__ void __launch_bounds__(64 * kMostPairs, NT == 1 && NB <= 2 ? 3 : NB <= 2 ? 2 : 1)
     decode_kernel(const __grid_constant__ Attention call, const __grid_constant__ DecodeCut cut) {
     constexpr int kRows = 4 * NT;
     MIXKVQ_DYNAMIC_SHARED(memory, 16);
@@ -984,17 +1082,17 @@ Plan make_plan(const Attention & c) {
     cut.rows = n_rows <= 4 ? 4 : n_rows <= 8 ? 8 : 16;
     cut.n_tiles = (n_rows + cut.rows - 1) / cut.rows;
     cut.n_pages = (c.n_kv + kPageCells - 1) / kPageCells;
-    cut.key_bytes = c.most_key_bytes;
-    cut.value_bytes = c.most_value_bytes;
     plan.n_tiles = size_t(cut.n_tiles) * c.n_kv_heads * c.n_streams;
 
     int blocks = 0;
     for (int n_pairs = kMostPairs; n_pairs > 0; n_pairs /= 2) {  // as many pairs as an SM can hold
-        const int bytes = std::max({DecodeShape(cut, n_pairs, c.head_size_k, c.head_size_v).bytes, HalfShape(cut.rows, c.head_size_k, c.head_size_v).bytes,
-                                    join_bytes(cut.rows, c.head_size_v, 64 * n_pairs)});
+        const DecodeShape shape(cut.rows, n_pairs, c.head_size_k, c.head_size_v, c.most_key_bytes, c.most_value_bytes);
+        const int bytes = std::max({shape.bytes, HalfShape(cut.rows, c.head_size_k, c.head_size_v).bytes,
+                                    join_bytes(cut, c.head_size_v, 64 * n_pairs)});
         const int n = bytes > most_bytes ? 0 : entry.blocks_per_sm(device, n_pairs, bytes, most_bytes);
         if (n * n_pairs <= blocks * plan.n_pairs) continue;
         blocks = n;
+        cut.shape = shape;
         plan.n_pairs = n_pairs;
         plan.bytes = bytes;
         plan.entry = &entry;
@@ -1002,7 +1100,7 @@ Plan make_plan(const Attention & c) {
     if (!plan.entry) return plan;
 
     // As many splits as fill the GPU once; short contexts may lie in F16 altogether.
-    const int splits = std::max(2, int(size_t(n_sms) * blocks / plan.n_tiles));
+    const int splits = std::max(2, std::min(kMostSplits, int(size_t(n_sms) * blocks / plan.n_tiles)));
     cut.n_half = std::max(1, std::min({cut.n_pages, cut.n_pages <= 16 ? 16 : kHalfBlocks, splits / 2}));
     cut.n_splits = cut.n_half + std::max(1, std::min(splits - cut.n_half, (cut.n_pages + plan.n_pairs - 1) / plan.n_pairs));
     return plan;

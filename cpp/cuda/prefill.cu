@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_kernel(const Attention ca
     }
     // Dimensions from the head size to `size` stay zero; of the first slot the values, too, which are multiplied before there are any.
     const bool whole = d_k < size || d_v < size;
-    for (int i = threadIdx.x + (whole ? 0 : S::kSlot / 16); i < (whole ? S::kSlots : 1) * S::kSlot / 8; i += kThreads) memory[i] = make_uint4(0, 0, 0, 0);
+    for (int i = threadIdx.x + (whole ? 0 : S::kSlot / 16); i < (whole ? S::kSlots : 1) * S::kSlot / 8; i += kThreads) lines[i] = make_uint4(0, 0, 0, 0);
     fence_async();
     __syncthreads();
     const int n_turns = shared.n_seen * kParts;

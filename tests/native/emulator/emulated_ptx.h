@@ -52,6 +52,7 @@ void copy_async(uint32_t shared, const uint8_t * from, bool wanted) {
     if (wanted) emulator::copy_later(reinterpret_cast<void *>(uintptr_t(shared)), from + offset, 16);
 }
 inline void copy_async(void * to, const void * from) { emulator::copy_later(to, from, 16); }
+inline void store_shared(void * to, const uint4 & x) { *static_cast<uint4 *>(to) = x; }
 inline void wait_for_copies() { emulator::finish_copies(0); }
 inline void copies_end() { emulator::end_group(); }
 template <int n>
