@@ -47,36 +47,49 @@ int device_of_bus(const char * pci_bus_id) {
 Queue::Queue(int device) : device_(device) {
     int pools = 0;
     note(cudaSetDevice(device));
-    cudaStream_t stream = nullptr;
-    cudaEvent_t event = nullptr;
     for (void ** made : {&stream_, &side_}) {
+        cudaStream_t stream = nullptr;
         note(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
         *made = stream;
     }
-    for (void ** made : {&mark_, &fork_, &join_}) {
+    auto make_event = [&](void *& made) {
+        cudaEvent_t event = nullptr;
         note(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-        *made = event;
-    }
+        made = event;
+    };
+    for (void ** made : {&mark_, &fork_, &join_}) make_event(*made);
     note(cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, device));
     ordered_ = pools != 0;
-    for (void *& done : part_done_) {
-        note(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-        done = event;
+    for (void *& done : part_done_) make_event(done);
+    try {
+        if (!error_.empty()) throw std::bad_alloc();
+        make_ring(kPartBytes);
+    } catch (...) {
+        close();
+        throw;
     }
-    if (!error_.empty()) throw std::bad_alloc();
-    make_ring(kPartBytes);
 }
 
 Queue::~Queue() {
     synchronize();
     trim();
+    close();
+}
+
+void Queue::close() {
     release(workspace_);
     release(counters_);
     free_ring();
     if (fetched_) cudaFreeHost(fetched_);
-    for (void * done : part_done_) cudaEventDestroy(event_of(done));
-    for (void * event : {mark_, fork_, join_}) cudaEventDestroy(event_of(event));
-    for (void * stream : {stream_, side_}) cudaStreamDestroy(stream_of(stream));
+    for (void * done : part_done_) {
+        if (done) cudaEventDestroy(event_of(done));
+    }
+    for (void * event : {mark_, fork_, join_}) {
+        if (event) cudaEventDestroy(event_of(event));
+    }
+    for (void * stream : {stream_, side_}) {
+        if (stream) cudaStreamDestroy(stream_of(stream));
+    }
     cudaGetLastError();
 }
 

@@ -19,6 +19,7 @@ from mixkvq.allocate import CODED_BITS, VALUE_BITS, Tables
 from mixkvq.compare import Passage
 from mixkvq.profile import read_profile, uniform_profile
 from mixkvq.reference import KeyFormat, ValueFormat, pack_keys, pack_values, unpack_keys, unpack_values
+from mixkvq.sensitivity import SHORT
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "cot-tiny-34m-q8_0.gguf"
@@ -181,7 +182,7 @@ def test_exact_cache_does_not_diverge_and_rounding_does(reader):
     assert reader.divergence(profile.layers, tables, lambda n: None)["text"] == pytest.approx(coarse, rel=0.05)
     assert reader.passages_from(900) == {"text": [(0, 900)]} and reader.passages_from(901) == reader.sample(900)
     sample = reader.sample(400)
-    assert sample == {"text": [(0, len(reader.passages["text"][0].tokens))]}  # 8 pages at least, and there are fewer
+    assert sample == {"text": [(0, SHORT + 1)]}
     sensitivity.measure_weights(reader, tables, profile.layers, by_head=False, sample=sample, progress=lambda n: None)
     assert allocate.harm([t.weighted({"text": 1.0}) for t in tables], profile.layers) == pytest.approx(1, rel=0.01)
     assert allocate.harm(tables, profile.layers) == pytest.approx(1, rel=0.01)
@@ -194,9 +195,9 @@ def test_a_sample_cuts_long_passages_but_not_before_their_predictions(reader):
     texts, problems = [Passage([0] * 3000)], [Passage([0] * 2900, 2700), Passage([0] * 2000, 1200), Passage([0] * 1500, 300), Passage([0] * 600, 100)]
     reader.passages, kept = {"text": texts, "retrieval": problems}, reader.passages
     try:
-        assert reader.sample(100) == {"text": [(0, 1025)], "retrieval": [(2, 1025)]}
-        assert reader.sample(640) == {"text": [(0, 1025)], "retrieval": [(1, 1921)]}
-        assert reader.sample(1000) == {"text": [(0, 1025)], "retrieval": [(0, 2900)]}
+        assert reader.sample(100) == {"text": [(0, SHORT + 1)], "retrieval": [(2, SHORT + 1)]}
+        assert reader.sample(640) == {"text": [(0, SHORT + 1)], "retrieval": [(1, 1921)]}
+        assert reader.sample(1000) == {"text": [(0, 897)], "retrieval": [(0, 2900)]}
         assert reader.sample(1200) == {"text": [(0, 1153)], "retrieval": [(0, 2900), (2, 641)]}
         reader.passages = {"retrieval": [Passage([0] * 4000, 3000), Passage([0] * 3500, 3400)]}
         assert reader.sample(100) == {"retrieval": [(1, 3500)]}  # the shortest, if there is none of which a part would do

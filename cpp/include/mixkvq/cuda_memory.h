@@ -77,6 +77,7 @@ class Queue {
     friend class Recording;
     static constexpr int kParts = 4;
 
+    void close();
     void make_ring(size_t part_bytes);
     void free_ring();
 
