@@ -4,18 +4,19 @@
 // Every thread of a block is a coroutine with a stack of its own; blocks run one after another, in any order. A thread runs until it waits for
 // others (a barrier, or an instruction of the whole warp); then another lane of its warp goes on, or another warp, at random. So a missing barrier
 // shows: whoever reads too early reads what was there before. Asynchronous copies happen at once or only when they are waited for, at random.
-// Not emulated: Hopper's own instructions (kHopper is false), several streams, time. MIXKVQ_EMULATOR_SEED chooses another order.
+// What is queued on a stream is done at once or when somebody waits for it, at random too, in the order in which it was queued, whatever the stream.
+// Not emulated: Hopper's own instructions (kHopper is false), time. MIXKVQ_EMULATOR_SEED chooses another order.
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <type_traits>
+#include <tuple>
+#include <vector>
 
 // --- the language ---------------------------------------------------------------------------------------------
 
@@ -73,6 +74,10 @@ constexpr int kWarpLanes = 32;
 constexpr int kWords = 16;  // that a lane shows the others of its warp
 
 void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()> & kernel);
+using Work = std::function<void()>;
+void later(Work work);  // queues it on a stream
+void finish();          // does all that is queued
+void record(std::vector<Work> * to);  // what is queued from now on is kept there instead; nullptr: not any more
 uint8_t * dynamic_shared();  // in the lowest 4 GiB: a 32-bit address is the pointer
 
 // All lanes of the warp that have not ended come here, and see what each has brought: words(lane).
@@ -182,7 +187,9 @@ namespace mixkvq::cuda {
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void *, const Arguments &... arguments) {
-    emulator::run(grid, threads, shared_bytes, [&] { kernel(arguments...); });
+    emulator::later([=, values = std::tuple<Parameters...>(arguments...)] {
+        emulator::run(grid, threads, shared_bytes, [&] { std::apply(kernel, values); });
+    });
 }
 
 }  // namespace mixkvq::cuda
@@ -190,7 +197,13 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
 using cudaStream_t = void *;
 enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorInsufficientDriver, cudaErrorNoDevice };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrComputeCapabilityMajor, cudaDevAttrL2CacheSize };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrL2CacheSize,
+    cudaDevAttrMemoryPoolsSupported
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaDeviceProp {
     const char * name = "emulator";
@@ -200,7 +213,9 @@ struct cudaFuncAttributes {};
 
 inline const char * cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "out of memory"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return emulator::finish(), cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetByPCIBusId(int * device, const char *) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int * version) { return *version = CUDART_VERSION, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int * n) { return *n = 1, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int * device) { return *device = 0, cudaSuccess; }
@@ -209,6 +224,7 @@ inline cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute,
     *value = attribute == cudaDevAttrMultiProcessorCount              ? 24
              : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
              : attribute == cudaDevAttrComputeCapabilityMajor       ? 8
+             : attribute == cudaDevAttrMemoryPoolsSupported         ? 1
                                                                     : 1 << 20;
     return cudaSuccess;
 }
@@ -221,18 +237,59 @@ template <class Function>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int * n, Function *, int threads, size_t shared_bytes) {
     return *n = int(std::min<size_t>(1024 / threads, 227 * 1024 / (shared_bytes + 1024))), cudaSuccess;
 }
-using cudaEvent_t = std::chrono::steady_clock::time_point *;
-inline cudaError_t cudaEventCreate(cudaEvent_t * event) { return *event = new std::chrono::steady_clock::time_point, cudaSuccess; }
-inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t event) { return *event = std::chrono::steady_clock::now(), cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventElapsedTime(float * ms, cudaEvent_t from, cudaEvent_t to) {
-    return *ms = std::chrono::duration<float, std::milli>(*to - *from).count(), cudaSuccess;
-}
+
+// One order of work for all streams: events say nothing that it does not.
+using cudaEvent_t = void *;
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0, cudaStreamCaptureModeRelaxed = 2 };
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t * stream, int) { return *stream = new char, cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return emulator::finish(), delete static_cast<char *>(stream), cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulator::finish(), cudaSuccess; }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, int) { return cudaSuccess; }
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t * event, int) { return *event = new char, cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete static_cast<char *>(event), cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return emulator::finish(), cudaSuccess; }
+
 inline cudaError_t cudaMalloc(void ** block, size_t bytes) {
-    *block = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+    bytes = (bytes + 255) / 256 * 256;
+    *block = std::aligned_alloc(256, bytes);
+    if (*block) std::memset(*block, 0xff, bytes);
     return *block ? cudaSuccess : cudaErrorMemoryAllocation;
 }
-inline cudaError_t cudaFree(void * block) { return std::free(block), cudaSuccess; }
-inline cudaError_t cudaMemset(void * block, int byte, size_t bytes) { return std::memset(block, byte, bytes), cudaSuccess; }
-inline cudaError_t cudaMemcpy(void * to, const void * from, size_t bytes, cudaMemcpyKind) { return std::memcpy(to, from, bytes), cudaSuccess; }
+inline cudaError_t cudaMallocAsync(void ** block, size_t bytes, cudaStream_t) { return cudaMalloc(block, bytes); }
+inline cudaError_t cudaHostAlloc(void ** block, size_t bytes, int) { return cudaMalloc(block, bytes); }
+inline cudaError_t cudaFree(void * block) { return emulator::finish(), std::free(block), cudaSuccess; }
+inline cudaError_t cudaFreeHost(void * block) { return cudaFree(block); }
+inline cudaError_t cudaFreeAsync(void * block, cudaStream_t) { return emulator::later([=] { std::free(block); }), cudaSuccess; }
+inline cudaError_t cudaMemset(void * block, int byte, size_t bytes) { return emulator::finish(), std::memset(block, byte, bytes), cudaSuccess; }
+inline cudaError_t cudaMemcpy(void * to, const void * from, size_t bytes, cudaMemcpyKind) {
+    return emulator::finish(), std::memcpy(to, from, bytes), cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void * block, int byte, size_t bytes, cudaStream_t) {
+    return emulator::later([=] { std::memset(block, byte, bytes); }), cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    return emulator::later([=] { std::memmove(to, from, bytes); }), cudaSuccess;
+}
+
+using cudaGraph_t = std::vector<emulator::Work> *;
+using cudaGraphExec_t = cudaGraph_t;
+inline cudaGraph_t & emulated_capture() {
+    static cudaGraph_t graph = nullptr;
+    return graph;
+}
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
+    emulator::record(emulated_capture() = new std::vector<emulator::Work>);
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t * graph) {
+    emulator::record(nullptr);
+    return *graph = emulated_capture(), cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t * exec, cudaGraph_t graph, int) { return *exec = new std::vector<emulator::Work>(*graph), cudaSuccess; }
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return emulator::finish(), delete exec, cudaSuccess; }
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+    for (const emulator::Work & work : *exec) emulator::later(work);
+    return cudaSuccess;
+}

@@ -209,6 +209,29 @@ void run(dim3 grid, int n, size_t shared_bytes, const std::function<void()> & ke
     }
 }
 
+namespace {
+std::vector<Work> queue, * recording = nullptr;
+bool busy = false;
+}  // namespace
+
+void later(Work work) {
+    (recording ? *recording : queue).push_back(std::move(work));
+    if (random_order() % 4 == 0) finish();
+}
+
+void finish() {
+    if (busy || recording) return;
+    busy = true;
+    for (size_t i = 0; i < queue.size(); ++i) queue[i]();
+    queue.clear();
+    busy = false;
+}
+
+void record(std::vector<Work> * to) {
+    finish();
+    recording = to;
+}
+
 int lane() { return current % kWarpLanes; }
 bool was_there(int lane) { return warp_of(current).met[warp_of(current).turn ^ 1] >> lane & 1; }
 // The set that the last meeting filled. Nobody writes it again before all have been at the next one.
