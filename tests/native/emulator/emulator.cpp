@@ -206,6 +206,11 @@ void run(dim3 grid, int n, size_t shared_bytes, const std::function<void()> & ke
         for (int i = 0; i < n; ++i) {  // asynchronous copies that nobody waited for
             for (const Copy & c : threads[i]->copies) std::memcpy(c.to, c.from, c.bytes);
         }
+        const uint8_t * beyond = dynamic_shared() + shared_bytes, * end = dynamic_shared() + kShared;
+        if (std::any_of(beyond, end, [](uint8_t byte) { return byte != 0xff; })) {
+            std::fprintf(stderr, "emulator: block %u,%u,%u wrote past its %zu bytes of shared memory\n", block.x, block.y, block.z, shared_bytes);
+            std::abort();
+        }
     }
 }
 
