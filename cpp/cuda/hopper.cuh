@@ -3,6 +3,9 @@
 #pragma once
 
 #include "mma.cuh"
+#ifdef MIXKVQ_EMULATED
+#include "emulated_hopper.h"  // tests/native/emulator
+#else
 
 namespace mixkvq::cuda {
 
@@ -99,3 +102,5 @@ __device__ __forceinline__ void multiply_wide(float (&c)[16][4], const uint32_t 
 #undef MIXKVQ_C
 
 }  // namespace mixkvq::cuda
+
+#endif

@@ -250,7 +250,7 @@ class Test {
             if (any(0, 3) == 0) check_content();
         }
         check_content();
-        CHECK(!store->configured() || store->pages_packed_ever() > steps / 25, "%s: only %d pages settled", c.text().c_str(), int(store->pages_packed_ever()));
+        CHECK(!store->configured() || store->pages_packed_ever() > uint64_t(steps / 25), "%s: only %d pages settled", c.text().c_str(), int(store->pages_packed_ever()));
         store->clear();
         if (far) CHECK(far->held() == 0, "%s: %d pages are held by nobody", c.text().c_str(), far->held());
         pool.trim();

@@ -5,7 +5,7 @@
 // others (a barrier, or an instruction of the whole warp); then another lane of its warp goes on, or another warp, at random. So a missing barrier
 // shows: whoever reads too early reads what was there before. Asynchronous copies happen at once or only when they are waited for, at random.
 // What is queued on a stream is done at once or when somebody waits for it, at random too, in the order in which it was queued, whatever the stream.
-// Not emulated: Hopper's own instructions (kHopper is false), time. MIXKVQ_EMULATOR_SEED chooses another order.
+// Hopper's own instructions are there where MIXKVQ_EMULATED is 90. Not emulated: time. MIXKVQ_EMULATOR_SEED chooses another order.
 #pragma once
 
 #include <algorithm>
@@ -70,11 +70,12 @@ struct Place {
 extern Place here;
 extern dim3 grid_size, block_size;
 
+using Work = std::function<void()>;
+
 constexpr int kWarpLanes = 32;
 constexpr int kWords = 16;  // that a lane shows the others of its warp
 
 void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()> & kernel);
-using Work = std::function<void()>;
 void later(Work work);  // queues it on a stream
 void finish();          // does all that is queued
 void record(std::vector<Work> * to);  // what is queued from now on is kept there instead; nullptr: not any more
@@ -91,10 +92,14 @@ struct Count {
     int all, yes;
 };
 Count barrier(int id, int n, bool brought);
+void barrier_arrive(int id, int n);  // without waiting
+void pause();                        // others go on, so that what this thread waits for can happen
 
-void copy_later(void * to, const void * from, size_t bytes);
-void end_group();
-void finish_copies(int but_groups);  // 0: all
+// Asynchronous work of a thread, of two kinds, in groups: done at once, in order, or when it is waited for.
+enum class Unit { copies, products };
+void start(Unit unit, Work work);
+void end_group(Unit unit);
+void finish(Unit unit, int but_groups);  // -1: also what is in no group yet
 
 template <class T>
 T get(int lane) {

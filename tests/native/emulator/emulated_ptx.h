@@ -49,15 +49,15 @@ inline void mma_bytes(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) { mma_b
 
 template <int offset>
 void copy_async(uint32_t shared, const uint8_t * from, bool wanted) {
-    if (wanted) emulator::copy_later(reinterpret_cast<void *>(uintptr_t(shared)), from + offset, 16);
+    if (wanted) emulator::start(emulator::Unit::copies, [=] { std::memcpy(reinterpret_cast<void *>(uintptr_t(shared)), from + offset, 16); });
 }
-inline void copy_async(void * to, const void * from) { emulator::copy_later(to, from, 16); }
+inline void copy_async(void * to, const void * from) { emulator::start(emulator::Unit::copies, [=] { std::memcpy(to, from, 16); }); }
 inline void store_shared(void * to, const uint4 & x) { *static_cast<uint4 *>(to) = x; }
-inline void wait_for_copies() { emulator::finish_copies(0); }
-inline void copies_end() { emulator::end_group(); }
+inline void wait_for_copies() { emulator::finish(emulator::Unit::copies, -1); }
+inline void copies_end() { emulator::end_group(emulator::Unit::copies); }
 template <int n>
 void copies_wait() {
-    emulator::finish_copies(n);
+    emulator::finish(emulator::Unit::copies, n);
 }
 
 inline void pair_sync(int barrier) { emulator::barrier(barrier, 64, false); }

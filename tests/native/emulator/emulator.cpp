@@ -19,11 +19,9 @@ namespace {
 
 constexpr size_t kStack = 128 * 1024, kShared = 256 * 1024;
 
-struct Copy {
-    void * to;
-    const void * from;
-    size_t bytes;
-    int group;
+struct Started {
+    std::vector<std::pair<int, Work>> list;  // by group
+    int group = 0;
 };
 
 struct Thread {
@@ -32,8 +30,7 @@ struct Thread {
     bool started, ended;
     Place place;
     uint8_t * stack;
-    std::vector<Copy> copies;
-    int group;  // of the copies to come
+    Started started_work[2];  // by unit
     Count count;  // what its last barrier found
 };
 
@@ -46,16 +43,17 @@ struct Warp {
 
 struct Barrier {
     std::vector<int> waiting;
-    int yes = 0, wanted = 0;
+    int passed = 0, yes = 0, wanted = 0;  // passed: those that do not wait
 };
 
-constexpr int kBarriers = 16, kMostThreads = 1024;
+constexpr int kBarriers = 16, kMostThreads = 1024, kMostPauses = 10'000'000;  // of a block
 
 std::vector<std::unique_ptr<Thread>> threads;
 std::vector<Warp> warps;
 Barrier barriers[kBarriers];
 jmp_buf scheduler;
-int current, n_living;
+int current, n_living, n_pauses;
+bool any_warp;  // goes on next, though one of this warp could
 const std::function<void()> * body;
 std::mt19937 random_order([] {
     const char * seed = std::getenv("MIXKVQ_EMULATOR_SEED");
@@ -83,7 +81,7 @@ void release(Barrier & b) {
         wake(thread);
     }
     b.waiting.clear();
-    b.yes = 0;
+    b.passed = b.yes = 0;
 }
 
 void end_meeting(Warp & warp) {
@@ -130,7 +128,8 @@ void run_block() {
     _setjmp(scheduler);
     while (n_living > 0) {
         Warp * warp = current >= 0 ? &warp_of(current) : nullptr;
-        if (!warp || !warp->ready) {
+        if (!warp || !warp->ready || any_warp) {
+            any_warp = false;
             std::shuffle(order.begin(), order.end(), random_order);
             warp = nullptr;
             for (int w : order) {
@@ -186,8 +185,7 @@ void run(dim3 grid, int n, size_t shared_bytes, const std::function<void()> & ke
             Thread & t = *threads[i];
             t.started = t.ended = false;
             t.place = {block, dim3(unsigned(i), 0, 0)};
-            t.copies.clear();
-            t.group = 0;
+            for (Started & s : t.started_work) s = Started();
             getcontext(&t.start);
             t.start.uc_stack.ss_sp = t.stack;
             t.start.uc_stack.ss_size = kStack;
@@ -201,10 +199,11 @@ void run(dim3 grid, int n, size_t shared_bytes, const std::function<void()> & ke
             warps[w].turn = 0;
         }
         n_living = n;
+        n_pauses = 0;
         current = -1;
         run_block();
-        for (int i = 0; i < n; ++i) {  // asynchronous copies that nobody waited for
-            for (const Copy & c : threads[i]->copies) std::memcpy(c.to, c.from, c.bytes);
+        for (int i = 0; i < n; ++i) {  // copies that nobody waited for
+            for (auto & [group, work] : threads[i]->started_work[0].list) work();
         }
         const uint8_t * beyond = dynamic_shared() + shared_bytes, * end = dynamic_shared() + kShared;
         if (std::any_of(beyond, end, [](uint8_t byte) { return byte != 0xff; })) {
@@ -258,30 +257,40 @@ Count barrier(int id, int n, bool brought) {
     b.waiting.push_back(current);
     b.yes += brought;
     b.wanted = n;
-    if (int(b.waiting.size()) == (n ? n : n_living)) release(b);
+    if (int(b.waiting.size()) + b.passed == (n ? n : n_living)) release(b);
     wait();
     return threads[current]->count;
 }
 
-void copy_later(void * to, const void * from, size_t bytes) {
-    if (random_order() & 1) {
-        std::memcpy(to, from, bytes);
+void barrier_arrive(int id, int n) {
+    Barrier & b = barriers[id];
+    ++b.passed;
+    if (int(b.waiting.size()) + b.passed == n) release(b);
+}
+
+void pause() {
+    if (++n_pauses > kMostPauses) stuck();
+    wake(current);
+    any_warp = true;
+    wait();
+}
+
+void start(Unit unit, Work work) {
+    Started & s = threads[current]->started_work[int(unit)];
+    if (s.list.empty() && random_order() % 2) {
+        work();
     } else {
-        threads[current]->copies.push_back({to, from, bytes, threads[current]->group});
+        s.list.emplace_back(s.group, std::move(work));
     }
 }
 
-void end_group() { ++threads[current]->group; }
+void end_group(Unit unit) { ++threads[current]->started_work[int(unit)].group; }
 
-void finish_copies(int but_groups) {
-    Thread & t = *threads[current];
-    const int until = but_groups ? t.group - but_groups : t.group + 1;
-    size_t kept = 0;
-    for (const Copy & c : t.copies) {
-        if (c.group < until) std::memcpy(c.to, c.from, c.bytes);
-        else t.copies[kept++] = c;
-    }
-    t.copies.resize(kept);
+void finish(Unit unit, int but_groups) {
+    Started & s = threads[current]->started_work[int(unit)];
+    size_t n = 0;
+    while (n < s.list.size() && s.list[n].first < s.group - but_groups) s.list[n++].second();
+    s.list.erase(s.list.begin(), s.list.begin() + n);
 }
 
 }  // namespace emulator
