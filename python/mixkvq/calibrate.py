@@ -50,6 +50,8 @@ DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 PIECE, HELD_OUT = "%%%%", "%%%% held out"
 LONGEST = 4096  # tokens of a passage
 LEAST_TOKENS = 8 * PAGE_CELLS
+TOKENS, FEWEST_TOKENS = 3584, 1024  # of each kind of text
+PASSES = 25  # over them in all: of problems there are twice as many, the preset and four allocations are tried, three caches are measured
 LEAST_BY_HEAD = 2 * PAGE_CELLS  # tokens of a kind with which a head's effect is told from another's
 LONG_SAMPLE = 5 * PAGE_CELLS  # three times as many reach beyond the prompt of a long chain
 KEY_GROUPS = (128, 64)  # tokens per scale that are tried
@@ -101,6 +103,19 @@ def gather(llm: Llama, texts: Sequence[Path], tokens: int, own: int, seed: int) 
     if own >= 3 * PAGE_CELLS:
         material.calibration["own"] = [Passage(_own_words(llm, min(own, longest), seed))]
     return material
+
+
+def affordable_tokens(llm: Llama, minutes: float) -> int:
+    """TOKENS, but fewer on a machine that reads the model so slowly that calibration would take more than thrice as long as it may."""
+    some = [i % llm.n_vocab() for i in range(min(PAGE_CELLS, llm.n_ctx()))]
+    for _ in range(2):  # the first time memory is set up
+        llm.reset()
+        begin = time.perf_counter()
+        llm.eval(some)
+        speed = len(some) / (time.perf_counter() - begin)
+    llm.reset()
+    seconds = PASSES * TOKENS / speed
+    return TOKENS if seconds <= 180 * minutes else max(FEWEST_TOKENS, int(TOKENS * 60 * minutes / seconds))
 
 
 def _halves(texts: Sequence[Path]) -> tuple[str, str]:
@@ -417,7 +432,7 @@ def calibrate(
     budget: tuple[float, int] | None = None,
     max_kld: float | None = None,
     texts: Sequence[Path] = (),
-    tokens: int = 3584,
+    tokens: int | None = None,
     own: int = 384,
     policy: str = "gain",
     t16_t4: tuple[float, float] | None = None,
@@ -432,7 +447,8 @@ def calibrate(
 
     bits: body bits to take at most; None: those of the default preset. budget: instead, MiB that the cache may take at so many tokens; then a
     window that is not given is chosen too. max_kld: instead, the fewest bits whose mean divergence on held-out text, of every kind, is at most
-    that. policy: "gain" (least expected harm), "paper" (fixed thresholds t16 and t4) or "search" (the paper's search).
+    that. tokens: of each kind of text; None: TOKENS, or fewer if this machine would take more than thrice `minutes` for them; `found["tokens"]` says
+    how many. policy: "gain" (least expected harm), "paper" (fixed thresholds t16 and t4) or "search" (the paper's search).
     Raises the errors of bridge.Llama, SettingsError, and ProfileError if no formats keep max_kld.
     """
     file = open_model(model)
@@ -448,6 +464,7 @@ def calibrate(
         n_ctx = min(LONGEST, file.n_ctx_train or LONGEST)
         llm = Llama(model, stock="f16", n_ctx=n_ctx, n_batch=PAGE_CELLS, n_threads=threads, n_threads_batch=threads, verbose=False)
         try:
+            tokens = tokens or affordable_tokens(llm, minutes)
             material = gather(llm, texts, tokens, own, seed)
         finally:
             llm.close()
@@ -497,7 +514,7 @@ def calibrate(
             reader.close()
     source = ", ".join(path.name for path in texts) or "the default text"
     profile.measured = [record_of(source if kind == "text" else kind, verdict.profile) for kind, verdict in found.items()]
-    return profile, {"preset": name, "fell_back": fell_back, "held_out": found, "seconds": time.perf_counter() - began}
+    return profile, {"preset": name, "fell_back": fell_back, "held_out": found, "tokens": tokens, "seconds": time.perf_counter() - began}
 
 
 def make_profile(model: ModelFile, formats: Formats, tables: Sequence[Tables | None], window: int | None, sinks: int | None) -> Profile:
@@ -600,7 +617,8 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
 @click.option("--thresholds", "t16_t4", callback=_two_numbers, help="T16,T4 of --policy paper.  [default: 1.85,1.58]")
 @click.option("--window", type=click.IntRange(0, 1 << 20), help="Recent tokens in F16.  [default: 128; with --budget-mib what diverges least]")
 @click.option("--sinks", type=click.IntRange(0, 1 << 20), help="First tokens in F16.  [default: 128]")
-@click.option("--tokens", type=click.IntRange(min=1024), default=3584, show_default=True, help="Of each kind of text, to calibrate and to measure.")
+@click.option("--tokens", type=click.IntRange(min=FEWEST_TOKENS), show_default=f"{TOKENS}, fewer if that takes far longer than --minutes",
+              help="Of each kind of text, to calibrate and to measure.")  # fmt: skip
 @click.option("--minutes", type=click.FloatRange(min=0.1), default=2, show_default=True, help="About how long it may take; less is coarser.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=available_cores, show_default="all cores")
@@ -626,6 +644,11 @@ def cli(model, texts, bits, budget_mib, ctx, max_kld, out, force, policy, t16_t4
     )  # fmt: skip
     write_profile(out, profile)
     if not quiet:
+        if tokens is None and found["tokens"] < TOKENS:
+            click.echo(
+                f"This machine reads the model slowly: {found['tokens']} tokens of each kind of text were used, not {TOKENS}. More minutes or "
+                "--tokens make the profile better."
+            )
         _print_table(Console(width=max(110, Console().width)), profile, found)
         if found["fell_back"]:
             click.echo(f"No allocation was better than the preset {found['preset']} on text of every kind, so the profile has the preset's formats.")

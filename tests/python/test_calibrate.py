@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -330,3 +331,13 @@ def test_measured_figures_are_json(calibrated):
     model, _ = calibrated
     profile = read_profile(model.with_name("model.mixkvq.gguf"))
     assert json.loads(json.dumps(profile.measured)) == profile.measured
+
+
+def test_a_slow_machine_reads_fewer_tokens(monkeypatch):
+    """The clock says that a page takes so many seconds; all in all 700 of them are read for 3584 tokens."""
+    llm = bridge.Llama(str(MODEL), stock="f16", n_ctx=512, n_batch=128, verbose=False)
+    for seconds, tokens in ((0.5, 3584), (0.55, 1117), (5.0, 1024)):
+        clock = itertools.count(step=seconds)
+        monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda clock=clock: next(clock)))
+        assert calibrate.affordable_tokens(llm, minutes=2) == pytest.approx(tokens, abs=1)
+    llm.close()
