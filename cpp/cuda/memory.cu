@@ -278,26 +278,18 @@ void Queue::trim() {
 
 // --- recordings ----
 
-Recording::Recording(std::shared_ptr<Queue> queue, size_t n_rows) : queue_(std::move(queue)), n_rows_(n_rows) {
-    void * rows = nullptr;
-    rows_there_ = static_cast<half **>(queue_->allocate(n_rows * sizeof(half *)));
-    if (cudaHostAlloc(&rows, n_rows * sizeof(half *), cudaHostAllocDefault) != cudaSuccess) {
-        cudaGetLastError();
-        queue_->release(rows_there_);
-        throw std::bad_alloc();
-    }
-    rows_ = static_cast<half **>(rows);
-}
+Recording::Recording(std::shared_ptr<Queue> queue, size_t n_rows)
+    : queue_(std::move(queue)), rows_(n_rows), rows_there_(static_cast<half **>(queue_->allocate(n_rows * sizeof(half *)))) {}
 
 Recording::~Recording() {
     queue_->synchronize();
     if (graph_) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph_));
     queue_->release(rows_there_);
-    cudaFreeHost(rows_);
 }
 
 void Recording::send() {
-    queue_->note(cudaMemcpyAsync(rows_there_, rows_, n_rows_ * sizeof(half *), cudaMemcpyHostToDevice, stream_of(queue_->stream())));
+    const size_t bytes = rows_.size() * sizeof(half *);
+    queue_->note(cudaMemcpyAsync(rows_there_, queue_->send(rows_.data(), rows_.size()), bytes, cudaMemcpyDefault, stream_of(queue_->stream())));
 }
 
 void Recording::begin() {

@@ -235,20 +235,25 @@ void Run::fetch(const std::vector<const ggml_tensor *> & tensors, cuda::Queue & 
     }
 }
 
-// Lists that are inputs of the graph have been set before it. They come all at once, before anything is computed: nothing is waited for later, and
-// nothing has taken their place yet.
+// Lists that are inputs of the graph have been set before it, mostly by the host, whose bytes are remembered. Others come all at once, before anything
+// is computed: nothing is waited for later, and nothing has taken their place yet.
 void Run::fetch_inputs() {
     std::vector<const ggml_tensor *> wanted;
     const CacheTensor * cache = nullptr;
+    c_.indices.clear();
     for (int i = 0; i < graph_->n_nodes; ++i) {
         if (known_->kinds[i] != Kind::write && known_->kinds[i] != Kind::shift) continue;
         const ggml_tensor * t = graph_->nodes[i]->src[1];
         auto is_same = [&](const ggml_tensor * other) { return other->data == t->data && ggml_nbytes(other) >= ggml_nbytes(t); };
-        if (!is_input(t) || std::any_of(wanted.begin(), wanted.end(), is_same)) continue;
+        auto has_it = [&](const Indices & known) { return known.at == t->data && known.bytes.size() >= ggml_nbytes(t); };
+        if (!is_input(t) || std::any_of(wanted.begin(), wanted.end(), is_same) || std::any_of(c_.indices.begin(), c_.indices.end(), has_it)) continue;
+        if (const uint8_t * bytes = written_by_host(t)) {
+            c_.indices.push_back({t->data, {bytes, bytes + ggml_nbytes(t)}});
+            continue;
+        }
         wanted.push_back(t);
         cache = cache_of(graph_->nodes[i]);
     }
-    c_.indices.clear();
     if (cache) fetch(wanted, *queue_of(*cache->owner));
 }
 
@@ -619,12 +624,14 @@ void free_backend(ggml_backend_t backend) {
 }
 
 ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    ggml_status status = GGML_STATUS_ALLOC_FAILED;
     try {
-        return Run(get(backend), graph)();
+        status = Run(get(backend), graph)();
     } catch (const std::bad_alloc &) {
         warn_once("out of GPU memory in the cache");
-        return GGML_STATUS_ALLOC_FAILED;
     }
+    has_computed(backend->device);
+    return status;
 }
 
 // What the inner backend says before memory is laid out: which results have to stay for operations that it fuses. If it would also spread the graph

@@ -1,8 +1,11 @@
 // The devices over ggml's CUDA devices. Each computes whole graphs, so that nothing is copied between backends: the inner device does everything but
 // the operations on a cache. Weights and results are the inner device's memory, and so are our buffers, with the cache tensors in them.
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
+#include <map>
 #include <new>
 
 #include "glue.h"
@@ -12,8 +15,11 @@ namespace mixkvq::glue {
 
 namespace {
 
+constexpr size_t kRemembered = 64 * 1024;  // bytes of what the host wrote last: lists of indices are shorter
+
 struct CudaDevice final : Device {
     int number = -1;  // CUDA's
+    std::atomic<uint64_t> n_computed{0};
 };
 
 // ---- buffers ----
@@ -29,6 +35,13 @@ class CudaBuffer final : public BufferMemory {
 
     ggml_backend_buffer_t inner() const { return inner_; }
     const std::shared_ptr<cuda::Queue> & queue() const { return queue_; }
+
+    // What the host has written there, if nothing has been computed since.
+    const uint8_t * written(const void * at, size_t bytes) const {
+        const auto found = written_.find(static_cast<const uint8_t *>(at));
+        const bool there = found != written_.end() && found->second.bytes.size() >= bytes && found->second.n_computed == device_.n_computed;
+        return there ? found->second.bytes.data() : nullptr;
+    }
 
     uint8_t * base() const override { return static_cast<uint8_t *>(ggml_backend_buffer_get_base(inner_)); }
     bool is_zero() const override { return false; }
@@ -56,6 +69,10 @@ class CudaBuffer final : public BufferMemory {
     void set(uint8_t * to, const void * from, size_t bytes) override {
         ggml_tensor t = bytes_at(to, bytes);
         inner_->iface.set_tensor(inner_, &t, from, 0, bytes);
+        forget(to, bytes);
+        if (bytes > kRemembered) return;
+        const auto * data = static_cast<const uint8_t *>(from);
+        written_[to] = {{data, data + bytes}, device_.n_computed};
     }
     void get(void * to, const uint8_t * from, size_t bytes) const override {
         const ggml_tensor t = bytes_at(const_cast<uint8_t *>(from), bytes);
@@ -63,6 +80,7 @@ class CudaBuffer final : public BufferMemory {
     }
     void fill(uint8_t * at, uint8_t value, size_t bytes) override {
         ggml_tensor t = bytes_at(at, bytes);
+        forget(at, bytes);
         inner_->iface.memset_tensor(inner_, &t, value, 0, bytes);
     }
     void zero_all() override {}  // pages are zeroed when they are taken
@@ -75,10 +93,24 @@ class CudaBuffer final : public BufferMemory {
         from.buffer = root_of(src)->buffer;
         to.buffer = inner_;
         if (const Buffer * ours = buffer_of(src)) from.buffer = inner_buffer(*ours);
+        forget(static_cast<uint8_t *>(dst->data), ggml_nbytes(dst));
         return from.buffer && inner_->iface.cpy_tensor(inner_, &from, &to);
     }
 
   private:
+    struct Written {
+        std::vector<uint8_t> bytes;
+        uint64_t n_computed;  // then
+    };
+
+    // What is not true any more, or not soon.
+    void forget(const uint8_t * at, size_t bytes) {
+        for (auto i = written_.begin(); i != written_.end();) {
+            const bool overlaps = i->first < at + bytes && at < i->first + i->second.bytes.size();
+            i = overlaps || i->second.n_computed != device_.n_computed ? written_.erase(i) : std::next(i);
+        }
+    }
+
     ggml_tensor bytes_at(uint8_t * at, size_t n) const {
         ggml_tensor t = {};
         t.type = GGML_TYPE_I8;
@@ -95,6 +127,7 @@ class CudaBuffer final : public BufferMemory {
     ggml_backend_buffer_t inner_;
     std::vector<ggml_backend_buffer_t> more_;
     std::shared_ptr<cuda::Queue> queue_;  // from the first cache tensor on
+    std::map<const uint8_t *, Written> written_;
 };
 
 std::unique_ptr<BufferMemory> allocate(Device & device, size_t size, std::string & error) {
@@ -171,6 +204,12 @@ ggml_backend_buffer_t inner_buffer(const Buffer & buffer) {
     const auto * memory = dynamic_cast<const CudaBuffer *>(buffer.memory.get());
     return memory ? memory->inner() : nullptr;
 }
+
+const uint8_t * written_by_host(const ggml_tensor * t) {
+    const Buffer * buffer = buffer_of(t);
+    return buffer ? static_cast<const CudaBuffer &>(*buffer->memory).written(t->data, ggml_nbytes(t)) : nullptr;
+}
+void has_computed(ggml_backend_dev_t dev) { ++get(dev).n_computed; }
 
 std::shared_ptr<cuda::Queue> queue_of(const Buffer & buffer) { return static_cast<const CudaBuffer &>(*buffer.memory).queue(); }
 

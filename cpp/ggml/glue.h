@@ -210,6 +210,9 @@ std::vector<std::unique_ptr<Device>> find_cuda_devices(void * return_address);
 ggml_backend_t make_cuda_backend(ggml_backend_dev_t device);
 ggml_backend_buffer_t inner_buffer(const Buffer & buffer);
 std::shared_ptr<cuda::Queue> queue_of(const Buffer & buffer);
+// The bytes of a tensor that the host has set and that nothing computed by the device can have changed; else nullptr.
+const uint8_t * written_by_host(const ggml_tensor * tensor);
+void has_computed(ggml_backend_dev_t device);
 #endif
 
 }  // namespace mixkvq::glue

@@ -118,7 +118,7 @@ class Recording {
 
     Queue & queue() { return *queue_; }
     // Where the rows of the next launch go, to be filled before `send`; and the list as kernels read it.
-    half ** rows() { return rows_; }
+    half ** rows() { return rows_.data(); }
     half * const * rows_there() const { return rows_there_; }
     void send();
 
@@ -131,8 +131,8 @@ class Recording {
 
   private:
     std::shared_ptr<Queue> queue_;
-    half ** rows_ = nullptr, ** rows_there_ = nullptr;
-    size_t n_rows_;
+    std::vector<half *> rows_;
+    half ** rows_there_;
     void * graph_ = nullptr;  // cudaGraphExec_t
 };
 
