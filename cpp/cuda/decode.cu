@@ -20,7 +20,6 @@ namespace {
 constexpr int kMostRows = 8;    // query vectors of a KV head that are served; from there on attention_decode.cuh is faster
 constexpr int kMostPairs = 4;   // in a block
 constexpr int kMostSplits = 512;
-constexpr int kHalfBlocks = 4;  // blocks of a tile for pages in F16 of a long context
 constexpr float kLargest = 32512, kUnit = 1 / kLargest;  // of the 16-bit numbers: 127 * 256
 constexpr float kRound = 12582912.0f + 128;  // x + kRound has the bits of rint(x) + 128 below
 
@@ -56,8 +55,8 @@ struct DecodeCut : Cut {
 
 // The same of a block for pages in F16.
 struct HalfShape {
-    int query_pitch;  // halves
-    int scores, weights, sums, bytes;
+    int query_pitch, value_pitch;  // halves
+    int scores, weights, sums, values, bytes;
     static constexpr int kScorePitch = kPageCells + 4, kWeightPitch = kPageCells + 8;
 
     __host__ __device__ HalfShape(int rows, int d_k, int d_v) {
@@ -66,7 +65,9 @@ struct HalfShape {
         scores = 2 * columns * query_pitch;
         weights = scores + 4 * rows * (d_v > kScorePitch ? d_v : kScorePitch);
         sums = weights + 2 * columns * kWeightPitch;
-        bytes = sums + 4 * rows * d_v;
+        values = sums + 4 * rows * d_v;
+        value_pitch = d_v + 8;
+        bytes = values + 2 * kPageCells * value_pitch;
     }
 };
 
@@ -85,47 +86,108 @@ struct Place {
     int block, tile, kv, stream, row0, n_rows;
 };
 
-// Whether anybody sees a page, and whether everybody sees all of it. Every thread may ask for a page of its own.
+// A logit with its mask; cells from `end` on are hidden.
+__device__ __forceinline__ float masked(float z, unsigned m, float slope) {
+    return m == 0xfc00 ? minus_infinity() : m ? z + slope * __half2float(__ushort_as_half(static_cast<unsigned short>(m))) : z;
+}
+__device__ __forceinline__ float masked(float z, const __half * mask, int cell, int end, float slope) {
+    return masked(z, cell >= end ? 0xfc00 : mask ? __half_as_ushort(mask[cell]) : 0, slope);
+}
+
+// The masks of four cells, of which `n` are there.
+__device__ __forceinline__ uint2 masks_of(const __half * mask, int cell, int n) {
+    if (n >= 4) {
+        if (!mask) return make_uint2(0, 0);
+        if ((reinterpret_cast<uintptr_t>(mask + cell) & 7) == 0) return *reinterpret_cast<const uint2 *>(mask + cell);
+    }
+    uint32_t m[4];
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t x = i >= n ? 0xfc00 : mask ? __half_as_ushort(mask[cell + i]) : 0;
+        m[0] = i == 0 ? x : m[0], m[1] = i == 1 ? x : m[1], m[2] = i == 2 ? x : m[2], m[3] = i == 3 ? x : m[3];
+    }
+    return make_uint2(m[0] | m[1] << 16, m[2] | m[3] << 16);
+}
+
+// Whether anybody sees a page, and whether everybody sees all of it: by a whole warp, four cells a lane.
 template <int kRows>
-__device__ __forceinline__ bool look(const Rows<kRows> & rows, int n_kv, int page, bool & open) {
-    const int cell0 = page * kPageCells, n = min(kPageCells, n_kv - cell0);
-    bool seen = rows.n_looks == 0, plain = n == kPageCells;
+__device__ __forceinline__ bool look(const Rows<kRows> & rows, int cell, int n, bool & open) {
+    bool seen = rows.n_looks == 0, plain = n >= 4;
 #pragma unroll 1
     for (int i = 0; i < rows.n_looks; ++i) {
-        const __half * m = rows.looks[i] + cell0;
-        int k = 0;
-        if ((reinterpret_cast<uintptr_t>(m) & 15) == 0) {
-#pragma unroll 8
-            for (; k + 8 <= n; k += 8) {
-                const uint4 x = *reinterpret_cast<const uint4 *>(m + k);
-                seen |= x.x != 0xfc00fc00u || x.y != 0xfc00fc00u || x.z != 0xfc00fc00u || x.w != 0xfc00fc00u;
-                plain &= (x.x | x.y | x.z | x.w) == 0;
+        const uint2 m = masks_of(rows.looks[i], cell, n);
+        seen |= m.x != 0xfc00fc00u || m.y != 0xfc00fc00u;
+        plain &= (m.x | m.y) == 0;
+    }
+    open = __ballot_sync(kWarp, !plain) == 0;
+    return __ballot_sync(kWarp, seen) != 0;
+}
+
+// The same of the `n_pages` pages from `page` on, 32 at most, as bits: by a whole warp, 32 cells a lane.
+template <int kRows>
+__device__ __forceinline__ unsigned look(const Rows<kRows> & rows, int n_kv, int page, int n_pages, unsigned & open) {
+    const int lane = threadIdx.x & 31;
+    unsigned all_seen = 0, all_open = 0;
+#pragma unroll 1
+    for (int first = 0; first < n_pages; first += 8) {
+        const int cell = (page + first) * kPageCells + 32 * lane, n = n_kv - cell;
+        bool seen = rows.n_looks == 0, plain = n >= 32;
+        if (first + lane / 4 < n_pages) {
+#pragma unroll 1
+            for (int i = 0; i < rows.n_looks; ++i) {
+                const __half * m = rows.looks[i] + cell;
+                if (n >= 32 && (reinterpret_cast<uintptr_t>(m) & 15) == 0) {
+                    uint4 x[4];
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) x[k] = *reinterpret_cast<const uint4 *>(m + 8 * k);
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) {
+                        seen |= ((x[k].x ^ 0xfc00fc00u) | (x[k].y ^ 0xfc00fc00u) | (x[k].z ^ 0xfc00fc00u) | (x[k].w ^ 0xfc00fc00u)) != 0;
+                        plain &= (x[k].x | x[k].y | x[k].z | x[k].w) == 0;
+                    }
+                } else {
+#pragma unroll 1
+                    for (int k = 0; k < min(n, 32); ++k) {
+                        const unsigned short x = __half_as_ushort(m[k]);
+                        seen |= x != 0xfc00;
+                        plain &= x == 0;
+                    }
+                }
             }
         }
-#pragma unroll 4
-        for (; k < n; ++k) {
-            const unsigned short x = __half_as_ushort(m[k]);
-            seen |= x != 0xfc00;
-            plain &= x == 0;
-        }
+        const unsigned any = __ballot_sync(kWarp, seen), other = __ballot_sync(kWarp, !plain);
+        const bool mine = lane / 8 * 8 == first;  // bit `lane` is that of page lane % 8 of this round
+        all_seen |= __ballot_sync(kWarp, mine && (any >> lane % 8 * 4 & 15) != 0);
+        all_open |= __ballot_sync(kWarp, mine && (other >> lane % 8 * 4 & 15) == 0);
     }
-    open = plain;
-    return seen;
+    open = all_open;
+    return all_seen;
 }
 
-// A logit with its mask; cells from `end` on are hidden.
-__device__ __forceinline__ float masked(float z, const __half * mask, int cell, int end, float slope) {
-    if (cell >= end) return minus_infinity();
-    const unsigned short m = mask ? __half_as_ushort(mask[cell]) : 0;
-    return m == 0xfc00 ? minus_infinity() : m ? z + slope * __half2float(__ushort_as_half(m)) : z;
-}
+// A query of a warp; lane + 32 k is a lane's k-th channel. The first 128 channels are loaded well before they are used.
+struct Query {
+    static constexpr int kFirst = 4, kAll = kMaxHeadSize / 32;
+    const float * from;
+    float x[kAll];
 
-// x normalised to |x| < 2^0 by a power of two: its exponent. By a whole warp.
-__device__ __forceinline__ int query_exponent(const float * q, int d_k) {
-    float top = 0;
-    for (int d = threadIdx.x & 31; d < d_k; d += 32) top = fmaxf(top, fabsf(q[d]));
-    return exponent_above(__uint_as_float(warp_max(__float_as_uint(top))));
-}
+    __device__ __forceinline__ Query(const Attention & call, const Cut & cut, const Place & at, int row)
+        : from(query_of(call, at.stream, RowPlace(cut, at.kv, at.row0 + min(row, at.n_rows - 1))) + (threadIdx.x & 31)) {
+        load(0, kFirst, call.head_size_k);
+    }
+    __device__ __forceinline__ void load(int first, int last, int d_k) {
+        const int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int k = first; k < last; ++k) x[k] = lane + 32 * k < d_k ? from[32 * k] : 0.0f;
+    }
+    // Loads the rest; the power of two that all of it is below.
+    __device__ __forceinline__ int exponent(int d_k) {
+        load(kFirst, kAll, d_k);
+        float top = 0;
+#pragma unroll
+        for (int k = 0; k < kAll; ++k) top = fmaxf(top, fabsf(x[k]));
+        return exponent_above(__uint_as_float(warp_max(__float_as_uint(top))));
+    }
+};
 
 template <int kRows>
 __device__ __forceinline__ void set_row(Rows<kRows> & rows, const Attention & call, const Cut & cut, const Place & at, int row, int exponent) {
@@ -173,12 +235,14 @@ struct Staged {
         const int row = 4 * v.format.head_size, length = v.format.bits == 3 ? 2 * row : v.format.bits * row;
         const int gap = (32 - length) & 127, top_gap = v.format.bits == 3 ? (32 - row) & 127 : 0;
         const int n_key = f.bytes / 16, n_value = (g.mean + v.format.head_size + 15) / 16;
+#pragma unroll 1
         for (int c = threadIdx.x; c < n_key; c += blockDim.x) {
             int before = 0;
 #pragma unroll
             for (int t = 0; t < 4; ++t) before += max(0, ::min(counts[t], (16 * c - starts[t]) / (64 * sizes[t])));
             key_table[c] = uint16_t(16 * c + 32 * before);
         }
+#pragma unroll 1
         for (int c = threadIdx.x; c < n_value; c += blockDim.x) {
             value_table[c] = uint16_t(16 * c + ::min(4, 16 * c / length) * gap + max(0, ::min(4, (16 * c - 4 * length) / row)) * top_gap);
         }
@@ -394,6 +458,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     const int each = cut.n_pages / n_workers, more = cut.n_pages % n_workers;  // `more` workers take one page more
     const int first = worker * each + min(worker, more), last = first + each + (worker < more);
 
+    Query query(call, cut, at, warp);
     // Which of up to 32 pages are packed; their records.
     auto find = [&](int start) {
         const uint8_t * key = nullptr, * value = nullptr;
@@ -410,10 +475,11 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
         from += 16 * in_pair;
 #pragma unroll 1
         for (int c = in_pair; c < n; c += 256, from += 4096) {
+            const bool more[3] = {c + 64 < n, c + 128 < n, c + 192 < n};
             copy_async<0>(to + table[c], from, true);
-            copy_async<1024>(to + table[c + 64], from, c + 64 < n);
-            copy_async<2048>(to + table[c + 128], from, c + 128 < n);
-            copy_async<3072>(to + table[c + 192], from, c + 192 < n);
+            copy_async<1024>(to + (more[0] ? table[c + 64] : 0), from, more[0]);
+            copy_async<2048>(to + (more[1] ? table[c + 128] : 0), from, more[1]);
+            copy_async<3072>(to + (more[2] ? table[c + 192] : 0), from, more[2]);
         }
     };
     auto stage_keys = [&](unsigned pages) {
@@ -428,12 +494,18 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     unsigned staged = left;
     if (left) stage_keys(left), stage_values(left);
 
+#pragma unroll 1
     for (int i = in_pair; i < kRows * 2 * shape.slots; i += 64) folded[i] = 0;
+#pragma unroll 1
     for (int row = warp; row < kRows; row += n_warps) {
-        const float * from = query_of(call, at.stream, RowPlace(cut, at.kv, at.row0 + min(row, at.n_rows - 1)));
-        const int e = query_exponent(from, d_k);
+        if (row != warp) query = Query(call, cut, at, row);
+        const int e = query.exponent(d_k);
+        const float unit = power(-e);
         float * to = reinterpret_cast<float *>(queries + (row >> 1) * d_k) + (row & 1);
-        for (int d = lane; d < d_k; d += 32) to[2 * d] = from[d] * power(-e);
+#pragma unroll
+        for (int k = 0; k < kMaxHeadSize / 32; ++k) {
+            if (lane + 32 * k < d_k) to[2 * (lane + 32 * k)] = query.x[k] * unit;
+        }
         if (lane == 0) set_row(rows, call, cut, at, row, e);
     }
     __syncthreads();
@@ -457,10 +529,8 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
             if (left) stage_keys(left), stage_values(left);
         }
         bool values_come = true;
-        bool all = false;
-        const bool any = (left >> lane & 1) && look(rows, call.n_kv, start + lane, all);
-        const unsigned open = __ballot_sync(kWarp, all);
-        left = __ballot_sync(kWarp, any);
+        unsigned open;
+        left &= look(rows, call.n_kv, start, min(32, last - start), open);
         if (left && __ffs(left) != __ffs(staged)) {
             wait_for_copies();
             pair_sync(pair + 1);
@@ -653,6 +723,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
         }
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < at.n_rows * d_v / 4; i += blockDim.x) {
         const int row = 4 * i / d_v, d = 4 * i % d_v;
         float top = minus_infinity(), total = 0;
@@ -729,45 +800,55 @@ template <int NB, int NT>
 __device__ __forceinline__ void half_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory,
                                            float * partial) {
     constexpr int kRows = 4 * NT, kColumns = (NT + 1) / 2, kBlocks = 2 * NB;  // columns: eight queries
-    __shared__ unsigned hits[2 * kMostPairs], opens[2 * kMostPairs];
+    __shared__ unsigned hits[2 * kMostPairs];
     __shared__ float lower[kRows];
     const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
     const int d_k = call.head_size_k, d_v = call.head_size_v, n_rows = at.n_rows;
     const HalfShape shape(kRows, d_k, d_v);
     __half * const queries = reinterpret_cast<__half *>(memory), * const weights = reinterpret_cast<__half *>(memory + shape.weights);
     float * const scores = reinterpret_cast<float *>(memory + shape.scores), * const sums = reinterpret_cast<float *>(memory + shape.sums);
+    __half * const values = reinterpret_cast<__half *>(memory + shape.values);
     const PageRef * const key_pages = call.key_pages + at.stream * call.page_stride, * const value_pages = call.value_pages + at.stream * call.page_stride;
 
-    for (int i = threadIdx.x; i < shape.bytes / 4; i += blockDim.x) reinterpret_cast<uint32_t *>(memory)[i] = 0;
-    __syncthreads();
-    for (int row = warp; row < n_rows; row += n_warps) {
-        const float * from = query_of(call, at.stream, RowPlace(cut, at.kv, at.row0 + row));
-        const int e = query_exponent(from, d_k);
-        for (int d = lane; d < d_k; d += 32) queries[row * shape.query_pitch + d] = __float2half_rn(from[d] * power(-e) * 0x1p14f);
-        if (lane == 0) set_row(rows, call, cut, at, row, e);
-    }
-    if (threadIdx.x < kRows) rows.max[threadIdx.x] = minus_infinity(), rows.sum[threadIdx.x] = 0;
-    __syncthreads();
-
-    auto take = [&](int page, bool open) {
+    auto take = [&](int page) {
         const PageRef key = key_pages[page], value = value_pages[page];
-        const int cell0 = page * kPageCells, end = min(call.n_kv, cell0 + kPageCells);
+        const int cell0 = page * kPageCells, end = min(call.n_kv, cell0 + kPageCells), cell = cell0 + 4 * lane, n_cells = end - cell;
+        bool open;
+        if (!look(rows, cell, n_cells, open)) return;
+        const uint2 mask = !open && warp < n_rows ? masks_of(rows.mask[warp], cell, n_cells) : make_uint2(0, 0);
+        if (value.rows) {  // on their way while the scores are computed
+            const uint8_t * from = reinterpret_cast<const uint8_t *>(value.rows + at.kv * d_v);
+            const int per_row = d_v / 8;
+#pragma unroll 2
+            for (int i = threadIdx.x; i < (end - cell0) * per_row; i += blockDim.x) {
+                const int t = i / per_row, d = i % per_row;
+                copy_async(values + t * shape.value_pitch + 8 * d, from + 2 * size_t(t) * call.row_v + 16 * d);
+            }
+        }
 
         // --- scores: 16 tokens a warp
         if (key.rows) {
             const __half * from = reinterpret_cast<const __half *>(key.rows) + at.kv * d_k;
+#pragma unroll 1
             for (int t = 16 * warp + n8; t < kPageCells; t += 16 * n_warps) {
                 float c[kColumns][4] = {};
-#pragma unroll 4
-                for (int d = 8 * j; d < (d_k + 31) / 32 * 32; d += 32) {
-                    uint4 x[2];
+#pragma unroll 1
+                for (int first = 0; first < d_k; first += 128) {
+                    uint4 x[4][2];
 #pragma unroll
-                    for (int h = 0; h < 2; ++h) x[h] = load_stream_if(d < d_k && cell0 + t + 8 * h < end, from + size_t(t + 8 * h) * call.row_k + d);
+                    for (int k = 0; k < 8; ++k) {
+                        const int d = first + 32 * (k / 2) + 8 * j, token = t + 8 * (k % 2);
+                        x[k / 2][k % 2] = load_stream_if(d < d_k && cell0 + token < end, from + size_t(token) * call.row_k + d);
+                    }
 #pragma unroll
-                    for (int k = 0; k < kColumns; ++k) {
-                        const uint4 q = *reinterpret_cast<const uint4 *>(queries + (8 * k + n8) * shape.query_pitch + d);
-                        mma(c[k], x[0].x, x[1].x, x[0].y, x[1].y, q.x, q.y);
-                        mma(c[k], x[0].z, x[1].z, x[0].w, x[1].w, q.z, q.w);
+                    for (int i = 0; i < 4; ++i) {
+                        if (first + 32 * i >= d_k) continue;
+#pragma unroll
+                        for (int k = 0; k < kColumns; ++k) {
+                            const uint4 q = *reinterpret_cast<const uint4 *>(queries + (8 * k + n8) * shape.query_pitch + first + 32 * i + 8 * j);
+                            mma(c[k], x[i][0].x, x[i][1].x, x[i][0].y, x[i][1].y, q.x, q.y);
+                            mma(c[k], x[i][0].z, x[i][1].z, x[i][0].w, x[i][1].w, q.z, q.w);
+                        }
                     }
                 }
 #pragma unroll
@@ -783,15 +864,17 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
         __syncthreads();
 
         // --- weights: a row a warp, four tokens a lane
+#pragma unroll 1
         for (int row = warp; row < n_rows; row += n_warps) {
             const float4 x = *reinterpret_cast<const float4 *>(scores + row * HalfShape::kScorePitch + 4 * lane);
             float z[4] = {x.x, x.y, x.z, x.w}, top = rows.max[row], total = 0;
             const float unit = 0x1p-14f * rows.factor[row], before = top;
+            const uint2 m = open || row == warp ? mask : masks_of(rows.mask[row], cell, n_cells);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 z[i] *= unit;
                 if (call.softcap > 0) z[i] = capped(call, z[i]);
-                if (!open) z[i] = masked(z[i], rows.mask[row], cell0 + 4 * lane + i, end, rows.slope[row]);
+                z[i] = masked(z[i], (i < 2 ? m.x : m.y) >> 16 * (i % 2) & 0xffff, rows.slope[row]);
                 top = fmaxf(top, z[i]);
             }
 #pragma unroll
@@ -808,22 +891,23 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
                 rows.sum[row] = fmaf(rows.sum[row], lower[row], total);
             }
         }
+        wait_for_copies();
         __syncthreads();
 
         // --- values: 32 dimensions and 64 tokens a warp; the second half of the tokens is added when the first is in
         if (value.rows) {
-            const __half * from = reinterpret_cast<const __half *>(value.rows) + at.kv * d_v;
+#pragma unroll 1
             for (int first = 0; first < 2 * kBlocks; first += n_warps) {
                 const int b = (first + warp) % kBlocks, later = (first + warp) / kBlocks, d = value_dim(n8, b, 0);
                 const bool there = first + warp < 2 * kBlocks && d < d_v;
                 float c[2][kColumns][4] = {};
-#pragma unroll
+#pragma unroll 2
                 for (int step = 0; step < 4; ++step) {
                     const int t = 64 * later + 16 * step + 4 * j;
                     uint2 x[4];
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        x[i] = there && cell0 + t + i < end ? *reinterpret_cast<const uint2 *>(from + size_t(t + i) * call.row_v + d) : make_uint2(0, 0);
+                        x[i] = there && cell0 + t + i < end ? *reinterpret_cast<const uint2 *>(values + (t + i) * shape.value_pitch + d) : make_uint2(0, 0);
                     }
 #pragma unroll
                     for (int k = 0; k < kColumns; ++k) {
@@ -834,7 +918,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
                             __byte_perm(x[2].y, x[3].y, 0x7632), p.x, p.y);
                     }
                 }
-#pragma unroll
+#pragma unroll 1
                 for (int turn = 0; turn < 2; ++turn) {
                     if (there && turn == later) {
 #pragma unroll
@@ -858,28 +942,48 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
         }
     };
 
+    Query query(call, cut, at, warp);
     // Pages in turns: those of the recent window are neighbours.
     const int n_mine = (cut.n_pages - at.block + cut.n_half - 1) / cut.n_half;
-    for (int start = 0; start < n_mine; start += blockDim.x) {
-        bool hit = false, open = false;
+#pragma unroll 1
+    for (int start = 0; start == 0 || start < n_mine; start += blockDim.x) {
+        bool hit = false;
         if (start + int(threadIdx.x) < n_mine) {
             const int page = at.block + (start + threadIdx.x) * cut.n_half;
             const PageRef k = key_pages[page], v = value_pages[page];
-            hit = ((k.rows && (v.rows || v.records)) || (v.rows && k.records)) && look(rows, call.n_kv, page, open);
+            hit = (k.rows && (v.rows || v.records)) || (v.rows && k.records);
         }
-        const unsigned found = __ballot_sync(kWarp, hit), whole = __ballot_sync(kWarp, open);
-        if (lane == 0) hits[warp] = found, opens[warp] = whole;
-        __syncthreads();
-        for (int w = 0; w < n_warps; ++w) {
-            for (unsigned left = hits[w]; left; left &= left - 1) {
-                const int bit = __ffs(left) - 1;
-                take(at.block + (start + 32 * w + bit) * cut.n_half, opens[w] >> bit & 1);
+        if (start == 0) {
+#pragma unroll 1
+            for (int i = threadIdx.x; i < shape.values / 16; i += blockDim.x) reinterpret_cast<uint4 *>(memory)[i] = make_uint4(0, 0, 0, 0);
+            __syncthreads();
+#pragma unroll 1
+            for (int row = warp; row < n_rows; row += n_warps) {
+                if (row != warp) query = Query(call, cut, at, row);
+                const int e = query.exponent(d_k);
+                const float unit = power(-e) * 0x1p14f;
+#pragma unroll
+                for (int k = 0; k < kMaxHeadSize / 32; ++k) {
+                    if (lane + 32 * k < d_k) queries[row * shape.query_pitch + lane + 32 * k] = __float2half_rn(query.x[k] * unit);
+                }
+                if (lane == 0) set_row(rows, call, cut, at, row, e);
             }
+            if (threadIdx.x < kRows) rows.max[threadIdx.x] = minus_infinity(), rows.sum[threadIdx.x] = 0;
+            wait_for_kernel_before();
+        }
+        const unsigned found = __ballot_sync(kWarp, hit);
+        if (lane == 0) hits[warp] = found;
+        __syncthreads();
+#pragma unroll 1
+        for (int w = 0; w < n_warps; ++w) {
+#pragma unroll 1
+            for (unsigned left = hits[w]; left; left &= left - 1) take(at.block + (start + 32 * w + __ffs(left) - 1) * cut.n_half);
         }
         __syncthreads();
     }
 
-    for (int i = threadIdx.x; i < n_rows * d_v; i += blockDim.x) partial[i] = sums[i];
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n_rows * d_v / 4; i += blockDim.x) reinterpret_cast<float4 *>(partial)[i] = reinterpret_cast<const float4 *>(sums)[i];
     if (threadIdx.x < n_rows) {
         partial[kRows * d_v + threadIdx.x] = rows.max[threadIdx.x];
         partial[kRows * d_v + kRows + threadIdx.x] = rows.sum[threadIdx.x];
@@ -926,23 +1030,26 @@ template <int kRows>
 __device__ __forceinline__ void join(const Attention & call, const DecodeCut & cut, const Place & at, Rows<kRows> & rows, float * memory, const float * base) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
     const int d_v = call.head_size_v, n = at.n_rows * d_v / 4, stride = int(partial_floats(cut, d_v));
-    float * const weights = memory;  // [split][row]
-    float4 * const parts = reinterpret_cast<float4 *>(memory + cut.n_splits * kRows);  // [packed][way][number]
+    float2 * const weights = reinterpret_cast<float2 *>(memory);  // [split][row]: maximum, then weight; sum
+    float4 * const parts = reinterpret_cast<float4 *>(weights + cut.n_splits * kRows);  // [packed][way][number]
     const float * const maxima = base + kRows * d_v;
+#pragma unroll 1
     for (int row = warp; row < at.n_rows; row += n_warps) {
         float top = minus_infinity(), sum = 0;
+#pragma unroll 2
         for (int split = lane; split < cut.n_splits; split += 32) {
-            const float max = __ldcg(maxima + split * stride + row);
-            weights[split * kRows + row] = max;
+            const float max = __ldcg(maxima + split * stride + row), total = __ldcg(maxima + split * stride + kRows + row);
+            weights[split * kRows + row] = make_float2(max, total);
             top = fmaxf(top, max);
         }
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
         const float zero = top == minus_infinity() ? 0.0f : top;
+#pragma unroll 1
         for (int split = lane; split < cut.n_splits; split += 32) {
-            const float weight = exp2_of(weights[split * kRows + row] - zero);
-            weights[split * kRows + row] = weight;
-            sum = fmaf(weight, __ldcg(maxima + split * stride + kRows + row), sum);
+            float2 & x = weights[split * kRows + row];
+            x.x = exp2_of(x.x - zero);
+            sum = fmaf(x.x, x.y, sum);
         }
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kWarp, sum, step);
@@ -954,29 +1061,43 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
     __syncthreads();
 
     // Where there are more threads than numbers, `ways` of them share the splits. Splits of packed pages are in the rotated basis.
+    constexpr int kAhead = 8;  // splits that are loaded at once
     const int ways = max(1, int(blockDim.x) / n);
+#pragma unroll 1
     for (int i = threadIdx.x; i < n * ways; i += blockDim.x) {
         const int number = i % n, row = 4 * number / d_v;
 #pragma unroll 1
         for (int packed = 0; packed < 2; ++packed) {
             const int last = packed ? cut.n_splits : cut.n_half;
             float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 12
-            for (int split = (packed ? cut.n_half : 0) + i / n; split < last; split += ways) {
-                const float4 x = __ldcg(reinterpret_cast<const float4 *>(base + split * stride) + number);
-                const float weight = weights[split * kRows + row];
-                sum.x = fmaf(weight, x.x, sum.x), sum.y = fmaf(weight, x.y, sum.y), sum.z = fmaf(weight, x.z, sum.z), sum.w = fmaf(weight, x.w, sum.w);
+#pragma unroll 1
+            for (int first = (packed ? cut.n_half : 0) + i / n; first < last; first += kAhead * ways) {
+                float4 x[kAhead];
+#pragma unroll
+                for (int k = 0; k < kAhead; ++k) {
+                    const int split = first + k * ways;
+                    x[k] = split < last ? __ldcg(reinterpret_cast<const float4 *>(base + split * stride) + number) : make_float4(0, 0, 0, 0);
+                }
+#pragma unroll
+                for (int k = 0; k < kAhead; ++k) {
+                    const int split = first + k * ways;
+                    const float weight = split < last ? weights[split * kRows + row].x : 0.0f;
+                    sum.x = fmaf(weight, x[k].x, sum.x), sum.y = fmaf(weight, x[k].y, sum.y);
+                    sum.z = fmaf(weight, x[k].z, sum.z), sum.w = fmaf(weight, x[k].w, sum.w);
+                }
             }
             parts[packed * n * ways + i] = sum;
         }
     }
     __syncthreads();
+#pragma unroll 1
     for (int row = warp; row < at.n_rows; row += n_warps) {
         float plain[8] = {}, x[8] = {};
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const int d = 128 * k + 4 * lane;
             if (d >= d_v) continue;
+#pragma unroll 1
             for (int way = 0; way < ways; ++way) {
                 const float4 a = parts[n * way + (row * d_v + d) / 4], b = parts[n * (ways + way) + (row * d_v + d) / 4];
                 plain[4 * k] += a.x, plain[4 * k + 1] += a.y, plain[4 * k + 2] += a.z, plain[4 * k + 3] += a.w;
@@ -993,11 +1114,11 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
         }
     }
 }
-int join_bytes(const Cut & cut, int d_v, int threads) { return 4 * cut.rows * kMostSplits + 32 * std::max(cut.rows * d_v / 4, threads); }
+int join_bytes(const Cut & cut, int d_v, int threads) { return 8 * cut.rows * kMostSplits + 32 * std::max(cut.rows * d_v / 4, threads); }
 
 // grid: tiles * splits, KV heads, streams. NB: blocks of 32 value dimensions of a warp, NT: blocks of four rows.
 template <int NB, int NT>
-__global__ void __launch_bounds__(64 * kMostPairs, NT == 1 && NB <= 2 ? 3 : NB <= 2 ? 2 : 1)
+__global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     decode_kernel(const __grid_constant__ Attention call, const __grid_constant__ DecodeCut cut) {
     constexpr int kRows = 4 * NT;
     MIXKVQ_DYNAMIC_SHARED(memory, 16);
@@ -1078,8 +1199,8 @@ Plan make_plan(const Attention & c) {
     cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     most_bytes -= 2048;  // what the kernel declares itself
 
-    Entry & entry = n_rows <= 4 ? entry_of<1>(c.head_size_v) : n_rows <= 8 ? entry_of<2>(c.head_size_v) : entry_of<4>(c.head_size_v);
-    cut.rows = n_rows <= 4 ? 4 : n_rows <= 8 ? 8 : 16;
+    Entry & entry = n_rows <= 4 ? entry_of<1>(c.head_size_v) : entry_of<2>(c.head_size_v);
+    cut.rows = n_rows <= 4 ? 4 : 8;
     cut.n_tiles = (n_rows + cut.rows - 1) / cut.rows;
     cut.n_pages = (c.n_kv + kPageCells - 1) / kPageCells;
     plan.n_tiles = size_t(cut.n_tiles) * c.n_kv_heads * c.n_streams;
@@ -1099,9 +1220,10 @@ Plan make_plan(const Attention & c) {
     }
     if (!plan.entry) return plan;
 
-    // As many splits as fill the GPU once; short contexts may lie in F16 altogether.
+    // As many splits as fill the GPU once. Short contexts may lie in F16 altogether; in long ones the few such pages take less time than what the other
+    // blocks have to do.
     const int splits = std::max(2, std::min(kMostSplits, int(size_t(n_sms) * blocks / plan.n_tiles)));
-    cut.n_half = std::max(1, std::min({cut.n_pages, cut.n_pages <= 16 ? 16 : kHalfBlocks, splits / 2}));
+    cut.n_half = std::max(1, std::min({cut.n_pages, cut.n_pages <= 16 ? 16 : cut.n_pages <= 128 ? 4 : cut.n_pages <= 512 ? 2 : 1, splits / 2}));
     cut.n_splits = cut.n_half + std::max(1, std::min(splits - cut.n_half, (cut.n_pages + plan.n_pairs - 1) / plan.n_pairs));
     return plan;
 }
@@ -1120,7 +1242,11 @@ bool decode(Stream stream, const Attention & call) {
     if (!plan.entry) return false;
     plan.cut.partial = call.workspace;
     const dim3 grid(plan.cut.n_tiles * plan.cut.n_splits, call.n_kv_heads, call.n_streams);
-    launch(plan.entry->kernel, grid, 64 * plan.n_pairs, plan.bytes, stream, call, plan.cut);
+    if (call.after_write && can_start_early(plan.entry->kernel)) {
+        launch_early(plan.entry->kernel, grid, 64 * plan.n_pairs, plan.bytes, stream, call, plan.cut);
+    } else {
+        launch(plan.entry->kernel, grid, 64 * plan.n_pairs, plan.bytes, stream, call, plan.cut);
+    }
     return true;
 }
 

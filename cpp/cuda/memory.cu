@@ -479,10 +479,10 @@ void CudaMemory::read(const PageSpan * spans, int n, half * rows) {
 
 void CudaMemory::observe(const Queries & q, int) { observe_on(queue_->stream(), q); }
 
-void CudaMemory::observe_on(cuda::Stream stream, const Queries & q) {
-    cuda::observe(stream, sums(), q.q, q.token, q.head, q.stream, q.n_tokens, q.n_streams, layout_->n_heads, q.n_heads / layout_->n_heads,
-                  layout_->head_size, kQueryMemory);
+cuda::Observation CudaMemory::observation(const Queries & q) {
     any_queries_ |= q.n_tokens > 0 && q.n_streams > 0;
+    const int n_kv_heads = layout_->n_heads;
+    return {sums(), q.q, q.token, q.head, q.stream, q.n_tokens, q.n_streams, n_kv_heads, q.n_heads / n_kv_heads, layout_->head_size, kQueryMemory};
 }
 
 bool CudaMemory::query_statistics(float * mean_abs, float * mean_sqr) {
@@ -550,12 +550,16 @@ cuda::Attention prepare_attention(PageStore & keys, CudaMemory & key_memory, Pag
     return a;
 }
 
-void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, CudaMemory & value_memory, const AttentionCall & c) {
-    const cuda::Attention a = prepare_attention(keys, key_memory, values, value_memory, c);
+void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, CudaMemory & value_memory, const AttentionCall & c,
+               const cuda::RowWrite * writes) {
+    cuda::Attention a = prepare_attention(keys, key_memory, values, value_memory, c);
     cuda::Queue & queue = key_memory.queue();
-    // The two need not wait for each other; for a token that is queued by itself the events would take longer.
     const Queries queries = {c.q, c.q_token, c.q_head, c.q_stream, c.n_tokens, c.n_heads, c.n_streams};
-    if (queue.recording() || c.n_tokens > kFewTokens) {
+    if (writes) {
+        a.after_write = cuda::write_and_observe(queue.stream(), writes[0], writes[1], key_memory.observation(queries));
+        cuda::attention(queue.stream(), a);
+    } else if (queue.recording() || c.n_tokens > kFewTokens) {
+        // The two need not wait for each other; for a token that is queued by itself the events would take longer.
         key_memory.observe_on(queue.fork(), queries);
         cuda::attention(queue.stream(), a);
         queue.join();

@@ -6,6 +6,7 @@
 
 #include "common.cuh"
 #include "launch.cuh"
+#include "mma.cuh"
 
 namespace mixkvq::cuda {
 namespace {
@@ -38,9 +39,9 @@ __device__ void write_row(const Row * from, half * to, int row) {
     for (int i = 8 * vectors + threadIdx.x; i < row; i += blockDim.x) to[i] = finite_half(from[i]);
 }
 
-__global__ void write_rows_kernel(const RowWrite first, const RowWrite second) {
-    const RowWrite & write = int(blockIdx.x) < first.n ? first : second;
-    const int i = int(blockIdx.x) < first.n ? blockIdx.x : blockIdx.x - first.n;
+__device__ void write_row_of(const RowWrite & first, const RowWrite & second, int i) {
+    const RowWrite & write = i < first.n ? first : second;
+    if (i >= first.n) i -= first.n;
     half * to = write.destination[i];
     if (!to) return;
     const uint8_t * from = static_cast<const uint8_t *>(write.source) + i * write.stride;
@@ -50,6 +51,8 @@ __global__ void write_rows_kernel(const RowWrite first, const RowWrite second) {
         write_row(reinterpret_cast<const float *>(from), to, write.row);
     }
 }
+
+__global__ void write_rows_kernel(const RowWrite first, const RowWrite second) { write_row_of(first, second, blockIdx.x); }
 
 // --- keys -----------------------------------------------------------------------------------------------------
 
@@ -585,8 +588,8 @@ __global__ void __launch_bounds__(kObserveThreads) observe_kernel(QuerySums sums
 // After observe_kernel, whose blocks all read the old count.
 __global__ void count_kernel(QuerySums sums, int n, float memory) { *sums.count = Fading(*sums.count, n, memory).count; }
 
-// Both in one, for a few queries.
-__global__ void __launch_bounds__(kFewThreads) observe_few_kernel(QuerySums sums, Queries c, int n_kv_heads, int head_size, float memory) {
+// Both in one, by a block, for a few queries.
+__device__ void observe_few(const QuerySums & sums, const Queries & c, int n_kv_heads, int head_size, float memory) {
     const Fading fading(*sums.count, c.n, memory);
     for (int i = threadIdx.x; i < n_kv_heads * head_size; i += kFewThreads) {
         float abs = 0, sqr = 0;
@@ -596,6 +599,26 @@ __global__ void __launch_bounds__(kFewThreads) observe_few_kernel(QuerySums sums
     __syncthreads();
     if (threadIdx.x == 0) *sums.count = fading.count;
 }
+__global__ void __launch_bounds__(kFewThreads) observe_few_kernel(QuerySums sums, Queries c, int n_kv_heads, int head_size, float memory) {
+    observe_few(sums, c, n_kv_heads, head_size, memory);
+}
+
+// What a token brings to a layer. The last block observes.
+__global__ void __launch_bounds__(kFewThreads)
+    token_kernel(const RowWrite keys, const RowWrite values, QuerySums sums, Queries c, int n_kv_heads, int head_size, float memory) {
+    let_next_start();
+    const int i = blockIdx.x;
+    if (i < keys.n + values.n) {
+        write_row_of(keys, values, i);
+    } else {
+        observe_few(sums, c, n_kv_heads, head_size, memory);
+    }
+}
+
+Queries queries_of(const Observation & o) {
+    return {o.q, o.q_token, o.q_head, o.q_stream, o.n_tokens, o.group, o.n_tokens * o.n_streams * o.group};
+}
+bool are_few(const Observation & o, const Queries & queries) { return size_t(queries.n) * o.n_kv_heads * o.head_size <= kFew; }
 
 }  // namespace
 
@@ -628,17 +651,26 @@ void unpack_values(Stream stream, const ValueHead * heads, int n_heads, int head
     launch(kernel, n_jobs * n_heads, kValueThreads, 0, stream, heads, n_heads, row, jobs);
 }
 
-void observe(Stream stream, const QuerySums & sums, const float * q, size_t q_token, size_t q_head, size_t q_stream, int n_tokens, int n_streams,
-             int n_kv_heads, int group, int head_size, float memory) {
-    const Queries queries = {q, q_token, q_head, q_stream, n_tokens, group, n_tokens * n_streams * group};
+void observe(Stream stream, const Observation & o) {
+    const Queries queries = queries_of(o);
     if (queries.n == 0) return;
-    const auto on = static_cast<cudaStream_t>(stream);
-    if (size_t(queries.n) * n_kv_heads * head_size <= kFew) {
-        launch(observe_few_kernel, 1, kFewThreads, 0, on, sums, queries, n_kv_heads, head_size, memory);
+    if (are_few(o, queries)) {
+        launch(observe_few_kernel, 1, kFewThreads, 0, stream, o.sums, queries, o.n_kv_heads, o.head_size, o.memory);
     } else {
-        launch(observe_kernel, n_kv_heads * (head_size / kObserveChannels), kObserveThreads, 0, on, sums, queries, head_size, memory);
-        launch(count_kernel, 1, 1, 0, on, sums, queries.n, memory);
+        launch(observe_kernel, o.n_kv_heads * (o.head_size / kObserveChannels), kObserveThreads, 0, stream, o.sums, queries, o.head_size, o.memory);
+        launch(count_kernel, 1, 1, 0, stream, o.sums, queries.n, o.memory);
     }
+}
+
+bool write_and_observe(Stream stream, const RowWrite & keys, const RowWrite & values, const Observation & o) {
+    const Queries queries = queries_of(o);
+    if (queries.n == 0 || !are_few(o, queries)) {
+        write_rows(stream, keys, values);
+        observe(stream, o);
+        return false;
+    }
+    launch(token_kernel, keys.n + values.n + 1, kFewThreads, 0, stream, keys, values, o.sums, queries, o.n_kv_heads, o.head_size, o.memory);
+    return true;
 }
 
 }  // namespace mixkvq::cuda

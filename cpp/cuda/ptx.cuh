@@ -110,6 +110,18 @@ __device__ __forceinline__ uint32_t arrive(uint32_t * counter) {
     return before;
 }
 
+// Of launch_early(): the next kernel may start; what the kernel before this one does is done and seen.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The transpose of an 8 x 8 matrix of halves: a lane gives row n8, columns 2j and 2j + 1, and gets the same place of the transpose.
 __device__ __forceinline__ uint32_t transpose(uint32_t x) {
     uint32_t y;

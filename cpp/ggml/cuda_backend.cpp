@@ -100,13 +100,6 @@ bool never_waits(const ggml_tensor * node) {
     return node->op != GGML_OP_MUL_MAT_ID || (ggml_is_quantized(node->src[0]->type) && node->src[1]->type == GGML_TYPE_F32 && node->ne[2] == 1);
 }
 
-// Whether a node works on what llama.cpp remembers: caches that are stored plainly, recurrent states.
-bool touches_memory(const ggml_tensor * node) {
-    bool touches = is_in_memory_of_llama(node);
-    for (int i = 0; i < GGML_MAX_SRC && !touches; ++i) touches = node->src[i] && is_in_memory_of_llama(node->src[i]);
-    return touches;
-}
-
 Rows rows_of(const ggml_tensor * write) {
     const ggml_tensor * rows = write->src[0];
     return {rows->data, rows->nb[1], rows->type != GGML_TYPE_F32, false};
@@ -133,7 +126,9 @@ class Run {
     const uint8_t * indices_of(const ggml_tensor * tensor, cuda::Queue & queue);
     void fetch(const std::vector<const ggml_tensor *> & tensors, cuda::Queue & queue);
     bool find_cells(const CacheTensor & t, const ggml_tensor * op, const uint8_t * indices);
-    ggml_status write(CacheTensor & t, const ggml_tensor * op, bool is_pair);
+    ggml_status write(CacheTensor & t, const ggml_tensor * op);
+    void launch_writes();
+    void attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op);
     ggml_status shift(CacheTensor & t, const ggml_tensor * op);
     ggml_status on_copies(ggml_tensor * op);
 
@@ -143,7 +138,9 @@ class Run {
     bool is_again_ = false;                // the graph is the same as the last time
     bool books_done_ = false;              // what is queued changes no page store, because that has been done beforehand
     size_t n_written_ = 0;                 // rows, since then
-    cuda::RowWrite first_write_ = {};      // of a pair
+    CacheTensor * written_[2] = {};        // what is put off until attention comes: one launch does both
+    cuda::RowWrite writes_[2] = {};
+    int n_writes_ = 0;
     int first_ = -1, end_ = 0;             // nodes that the inner backend has not been given yet
     bool inner_ahead_ = true;              // it has work that the queue does not wait for,
     cuda::Queue * queue_ = nullptr;        // and this queue work that it does not wait for
@@ -280,24 +277,34 @@ bool Run::find_cells(const CacheTensor & t, const ggml_tensor * op, const uint8_
     return true;
 }
 
-// `is_pair`: another write to the same queue comes next, and, where no page store has to be told, both can go in one launch.
-ggml_status Run::write(CacheTensor & t, const ggml_tensor * op, bool is_pair) {
+ggml_status Run::write(CacheTensor & t, const ggml_tensor * op) {
+    if (n_writes_ == 2 || (n_writes_ == 1 && written_[0]->owner != t.owner)) launch_writes();
     cuda::Queue & queue = use(t);
     if (books_done_) {
         const int n = int(op->src[0]->ne[1]);
-        const cuda::RowWrite write = t.cuda->write_of(rows_of(op), known_->recording->rows_there() + n_written_, n);
+        written_[n_writes_] = &t;
+        writes_[n_writes_++] = t.cuda->write_of(rows_of(op), known_->recording->rows_there() + n_written_, n);
         n_written_ += n;
-        if (first_write_.n > 0 || !is_pair) {
-            cuda::write_rows(queue.stream(), write, std::exchange(first_write_, {}));
-        } else {
-            first_write_ = write;
-        }
         return GGML_STATUS_SUCCESS;
     }
     if (!t.store->settle(1)) return GGML_STATUS_FAILED;  // normally nothing to do
     if (!find_cells(t, op, indices_of(op->src[1], queue))) return GGML_STATUS_FAILED;
     t.store->write(c_.cells.data(), int(c_.cells.size()), rows_of(op));
     return GGML_STATUS_SUCCESS;
+}
+
+void Run::launch_writes() {
+    if (n_writes_ == 0) return;
+    cuda::write_rows(use(*written_[0]).stream(), writes_[0], n_writes_ == 2 ? writes_[1] : cuda::RowWrite{});
+    n_writes_ = 0;
+}
+
+void Run::attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op) {
+    const bool together = n_writes_ == 2 && std::min(written_[0], written_[1]) == std::min(&k, &v) && std::max(written_[0], written_[1]) == std::max(&k, &v);
+    if (!together) launch_writes();
+    use(k);
+    attention(*k.store, *k.cuda, *v.store, *v.cuda, attention_call(k, op), together ? writes_ : nullptr);
+    n_writes_ = 0;
 }
 
 // Turns the keys page by page, only where the shift is not zero, so that no more than a page is ever unpacked.
@@ -448,7 +455,7 @@ void Run::classify() {
             known_->n_rows += node->src[0]->ne[1];
             can_record &= is_input(node->src[1]) && node->src[0]->ne[1] <= kRowsOfToken;
         } else {
-            can_record &= kind == Kind::view || kind == Kind::attend || (kind == Kind::inner && never_waits(node) && !touches_memory(node));
+            can_record &= kind == Kind::view || kind == Kind::attend || (kind == Kind::inner && never_waits(node));
         }
     }
     if (!can_record) known_->n_rows = 0;
@@ -470,6 +477,7 @@ ggml_status Run::enqueue() {
         ggml_tensor * node = graph_->nodes[i];
         const Kind kind = known_->kinds[i];
         if (kind == Kind::view) continue;
+        if (kind != Kind::write && kind != Kind::attend) launch_writes();
         if (kind == Kind::inner) {
             if (first_ < 0) first_ = i;
             end_ = i + 1;
@@ -478,19 +486,14 @@ ggml_status Run::enqueue() {
         status = flush();
         if (status != GGML_STATUS_SUCCESS) break;
         if (kind == Kind::write) {
-            int next = i + 1;
-            while (next < graph_->n_nodes && known_->kinds[next] == Kind::view) ++next;
-            const bool is_pair = next < graph_->n_nodes && known_->kinds[next] == Kind::write &&
-                                 cache_of(graph_->nodes[next])->owner == cache_of(node)->owner;
-            status = write(*cache_of(node), node, is_pair);
+            status = write(*cache_of(node), node);
         } else if (kind == Kind::shift) {
             status = shift(*cache_of(node), node);
         } else {
             CacheTensor * k = node->op == GGML_OP_FLASH_ATTN_EXT ? cache_of(node->src[1]) : nullptr;
             CacheTensor * v = k ? cache_of(node->src[2]) : nullptr;
             if (kind == Kind::attend) {
-                use(*k);
-                attention(*k->store, *k->cuda, *v->store, *v->cuda, attention_call(*k, node));
+                attend(*k, *v, node);
             } else {
                 if (k && v && (k->mode == CacheTensor::Mode::packed || v->mode == CacheTensor::Mode::packed)) warn_unpacked(*k);
                 status = on_copies(node);
@@ -500,6 +503,7 @@ ggml_status Run::enqueue() {
             }
         }
     }
+    launch_writes();
     if (status == GGML_STATUS_SUCCESS) status = flush();
     to_inner();
     return status;

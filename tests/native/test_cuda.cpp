@@ -264,7 +264,7 @@ void test_observe(int n_tokens, int n_streams, int n_kv_heads, int group, int d,
     const Device<float> device_abs(std::vector<float>(n, 0.0f)), device_sqr(std::vector<float>(n, 0.0f));
     const Device<float> importance(std::vector<float>(n, 7.0f)), device_count(std::vector<float>(1, 0.0f));
     const cuda::QuerySums sums = {device_abs.data(), device_sqr.data(), importance.data(), device_count.data()};
-    auto run = [&] { cuda::observe(nullptr, sums, q.data(), q_token, q_head, q_stream, n_tokens, n_streams, n_kv_heads, group, d, memory); };
+    auto run = [&] { cuda::observe(nullptr, {sums, q.data(), q_token, q_head, q_stream, n_tokens, n_streams, n_kv_heads, group, d, memory}); };
     auto read = [&] {
         finish("observe");
         return Observed{device_abs.get(), device_sqr.get(), importance.get(), device_count.get()};
@@ -386,7 +386,7 @@ void print_times() {
     for (int n : {1, 512, 2048}) {
         const Device<float> q(std::vector<float>(n * q_token, 0.5f));
         std::printf("%d tokens of 32 query heads, microseconds: observe %.1f\n", n,
-                    microseconds([&] { cuda::observe(nullptr, sums, q.data(), q_token, d, 0, n, 1, n_heads, 4, d, 8192.0f); }));
+                    microseconds([&] { cuda::observe(nullptr, {sums, q.data(), q_token, d, 0, n, 1, n_heads, 4, d, 8192.0f}); }));
         std::vector<half *> places(n);
         for (int i = 0; i < n; ++i) places[i] = rows.data() + size_t(i % (n_jobs * kPageCells)) * row;
         const Device<half *> destination(places);

@@ -98,7 +98,8 @@ class Model:
             self._split = (ctypes.c_float * C.llama_max_devices())(*split)
             params.tensor_split = ctypes.cast(self._split, ctypes.POINTER(ctypes.c_float))
         params.no_alloc = no_alloc
-        params.use_mmap = not no_alloc  # llama.cpp asserts it
+        if no_alloc:
+            params.load_mode = C.LLAMA_LOAD_MODE_NONE  # llama.cpp asserts that nothing is mapped
         self.ptr = C.llama_model_load_from_file(self.path.encode(), params)
         assert self.ptr, f"{path} does not load"
         self.n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(self.ptr))

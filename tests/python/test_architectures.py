@@ -245,19 +245,23 @@ def test_the_library_serves_the_rest(models, name):
 def test_a_model_with_some_layers_to_pack_is_served(models):
     """gemma4: windowed layers are packed, the others have heads that are too large; the last two of the six read the cache of earlier ones."""
     name = "gemma4"
-    batch, single, ours = run(models(name, tiny_models.gemma4), EXACT)
+    # ggml's CUDA device is wrong here from the second token on, unless GGML_CUDA_DISABLE_GRAPHS is set: its logits are 0.4 to 0.8 standard deviations
+    # away from those of its CPU device, ours 0.01.
+    model = models(name, tiny_models.gemma4)[0]
+    pair = model, Model(model.path, ours=False)
+    batch, single, ours = run(pair, EXACT)
     with ours:
         assert sorted(layer["name"] for layer in ours.layers()) == sorted(f"cache_{kind}_l{i}" for kind in "kv" for i in range(4))
         assert sorted(ours.plain()) == ["cache_k_l1", "cache_k_l3", "cache_v_l1", "cache_v_l3"]
         assert distance(*batch) < tolerance(ours.model.device, EXACT_BATCH)
         assert distance(*single) < tolerance(ours.model.device, EXACT_TOKEN)
-    batch, single, ours = run(models(name, tiny_models.gemma4), PACKED)
+    batch, single, ours = run(pair, PACKED)
     with ours:
         assert all((layer["kind"] == "plain") != (layer["pages_packed"] > 0) for layer in ours.layers())
         for side in (batch, single):
             assert 1e-9 < kl(*side).mean() < 4 * EIGHT_BIT
+    pair[1].close()
 
-    model = models(name, tiny_models.gemma4)[0]
     llama = bridge.Llama(model.path, n_ctx=1024, n_threads=1, n_threads_batch=1, device=library_name(model.device), verbose=False)
     llama.eval(random_tokens(600))
     llama.eval([5])

@@ -67,8 +67,17 @@ struct QuerySums {
     float * importance;  // the same
     float * count;       // one number: vectors per KV head
 };
-void observe(Stream stream, const QuerySums & sums, const float * q, size_t q_token, size_t q_head, size_t q_stream, int n_tokens, int n_streams,
-             int n_kv_heads, int group, int head_size, float memory);
+struct Observation {
+    QuerySums sums;
+    const float * q;
+    size_t q_token, q_head, q_stream;  // strides in elements
+    int n_tokens, n_streams, n_kv_heads, group, head_size;
+    float memory;
+};
+void observe(Stream stream, const Observation & observation);
+// With a write of keys and one of values before it: one launch if the queries are few, and true. Then an attention that is queued next may say
+// `after_write`.
+bool write_and_observe(Stream stream, const RowWrite & keys, const RowWrite & values, const Observation & observation);
 
 // Attention of a batch of queries. Strides are in elements. Query head h reads KV head h / (n_heads / n_kv_heads).
 struct Attention {
@@ -97,6 +106,10 @@ struct Attention {
     int most_key_bytes, most_value_bytes;  // of any head's record
 
     size_t unpacked_bytes;  // room for unpacked pages where there are many queries; 0: 64 MiB. A page of all heads and streams fits in any case.
+
+    // The kernel before this call in the stream writes rows of F16 pages, and nothing else that attention reads: what does not need them may start
+    // while it runs.
+    bool after_write;
 
     float * workspace;    // attention_workspace() floats, 16-byte aligned
     uint32_t * arrivals;  // attention_arrivals() counters, zero before a call and after it

@@ -158,7 +158,8 @@ class CudaMemory final : public PageMemory {
     void read(const PageSpan * spans, int n, half * rows) override;
     void observe(const Queries & queries, int n_threads) override;
     bool query_statistics(float * mean_abs, float * mean_sqr) override;
-    void observe_on(cuda::Stream stream, const Queries & queries);
+    void observe_on(cuda::Stream stream, const Queries & queries) { cuda::observe(stream, observation(queries)); }
+    cuda::Observation observation(const Queries & queries);  // which is then to be done
 
     // As read, to GPU memory (16-byte aligned), and without waiting.
     void read_here(const PageSpan * spans, int n, half * rows);
@@ -202,6 +203,8 @@ class CudaMemory final : public PageMemory {
 cuda::Attention prepare_attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, CudaMemory & value_memory, const AttentionCall & call);
 
 // Attention of a batch over a pair of stores whose memories share a queue; the pointers of the call are the GPU's. Counts the queries for I_d.
-void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, CudaMemory & value_memory, const AttentionCall & call);
+// `writes`: rows of the keys and of the values, to be written before; or nullptr.
+void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, CudaMemory & value_memory, const AttentionCall & call,
+               const cuda::RowWrite * writes = nullptr);
 
 }  // namespace mixkvq

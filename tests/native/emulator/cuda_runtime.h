@@ -196,6 +196,14 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
         emulator::run(grid, threads, shared_bytes, [&] { std::apply(kernel, values); });
     });
 }
+template <class Kernel>
+bool can_start_early(Kernel) {
+    return false;
+}
+template <class... Arguments>
+void launch_early(const Arguments &... arguments) {
+    launch(arguments...);
+}
 
 }  // namespace mixkvq::cuda
 
