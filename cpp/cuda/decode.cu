@@ -885,6 +885,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
             *reinterpret_cast<uint2 *>(weights + row * HalfShape::kWeightPitch + 4 * lane) = make_uint2(pack2(z[0], z[1]), pack2(z[2], z[3]));
 #pragma unroll
             for (int step = 1; step <= 16; step *= 2) total += __shfl_xor_sync(kWarp, total, step);
+            __syncwarp();
             if (lane == 0) {
                 lower[row] = exp2_of(before - zero);
                 rows.max[row] = top;
