@@ -1,11 +1,11 @@
 // The devices over ggml's CUDA devices. Each computes whole graphs, so that nothing is copied between backends: the inner device does everything but
 // the operations on a cache. Weights and results are the inner device's memory, and so are our buffers, with the cache tensors in them.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstring>
-#include <iterator>
-#include <map>
+#include <deque>
 #include <new>
 
 #include "glue.h"
@@ -15,7 +15,8 @@ namespace mixkvq::glue {
 
 namespace {
 
-constexpr size_t kRemembered = 64 * 1024;  // bytes of what the host wrote last: lists of indices are shorter
+// Of what the host wrote last, this much is remembered: a graph has fewer inputs, and lists of indices are shorter.
+constexpr size_t kWrites = 64, kWrittenBytes = 64 * 1024;
 
 struct CudaDevice final : Device {
     int number = -1;  // CUDA's
@@ -38,9 +39,10 @@ class CudaBuffer final : public BufferMemory {
 
     // What the host has written there, if nothing has been computed since.
     const uint8_t * written(const void * at, size_t bytes) const {
-        const auto found = written_.find(static_cast<const uint8_t *>(at));
-        const bool there = found != written_.end() && found->second.bytes.size() >= bytes && found->second.n_computed == device_.n_computed;
-        return there ? found->second.bytes.data() : nullptr;
+        for (const Written & w : written_) {
+            if (w.at == at && w.bytes.size() >= bytes && w.n_computed == device_.n_computed) return w.bytes.data();
+        }
+        return nullptr;
     }
 
     uint8_t * base() const override { return static_cast<uint8_t *>(ggml_backend_buffer_get_base(inner_)); }
@@ -70,9 +72,10 @@ class CudaBuffer final : public BufferMemory {
         ggml_tensor t = bytes_at(to, bytes);
         inner_->iface.set_tensor(inner_, &t, from, 0, bytes);
         forget(to, bytes);
-        if (bytes > kRemembered) return;
+        if (bytes > kWrittenBytes) return;
+        if (written_.size() == kWrites) written_.pop_front();
         const auto * data = static_cast<const uint8_t *>(from);
-        written_[to] = {{data, data + bytes}, device_.n_computed};
+        written_.push_back({to, {data, data + bytes}, device_.n_computed});
     }
     void get(void * to, const uint8_t * from, size_t bytes) const override {
         const ggml_tensor t = bytes_at(const_cast<uint8_t *>(from), bytes);
@@ -99,16 +102,17 @@ class CudaBuffer final : public BufferMemory {
 
   private:
     struct Written {
+        const uint8_t * at;
         std::vector<uint8_t> bytes;
         uint64_t n_computed;  // then
     };
 
     // What is not true any more, or not soon.
     void forget(const uint8_t * at, size_t bytes) {
-        for (auto i = written_.begin(); i != written_.end();) {
-            const bool overlaps = i->first < at + bytes && at < i->first + i->second.bytes.size();
-            i = overlaps || i->second.n_computed != device_.n_computed ? written_.erase(i) : std::next(i);
-        }
+        const auto gone = [&](const Written & w) {
+            return w.n_computed != device_.n_computed || (w.at < at + bytes && at < w.at + w.bytes.size());
+        };
+        written_.erase(std::remove_if(written_.begin(), written_.end(), gone), written_.end());
     }
 
     ggml_tensor bytes_at(uint8_t * at, size_t n) const {
@@ -127,7 +131,7 @@ class CudaBuffer final : public BufferMemory {
     ggml_backend_buffer_t inner_;
     std::vector<ggml_backend_buffer_t> more_;
     std::shared_ptr<cuda::Queue> queue_;  // from the first cache tensor on
-    std::map<const uint8_t *, Written> written_;
+    std::deque<Written> written_;
 };
 
 std::unique_ptr<BufferMemory> allocate(Device & device, size_t size, std::string & error) {
