@@ -255,7 +255,7 @@ struct Observed {
     bool operator==(const Observed & o) const { return abs == o.abs && sqr == o.sqr && importance == o.importance && count == o.count; }
 };
 
-// Three batches into the same sums, compared with sums in double that fade alike.
+// Three batches into the same sums, compared with sums in double that fade alike; and again together with a write of rows.
 void test_observe(int n_tokens, int n_streams, int n_kv_heads, int group, int d, float memory) {
     const size_t n = size_t(n_kv_heads) * d, q_head = d + 8, q_token = q_head * n_kv_heads * group + 4, q_stream = q_token * n_tokens + 12;
     std::vector<double> abs(n), sqr(n);
@@ -264,7 +264,20 @@ void test_observe(int n_tokens, int n_streams, int n_kv_heads, int group, int d,
     const Device<float> device_abs(std::vector<float>(n, 0.0f)), device_sqr(std::vector<float>(n, 0.0f));
     const Device<float> importance(std::vector<float>(n, 7.0f)), device_count(std::vector<float>(1, 0.0f));
     const cuda::QuerySums sums = {device_abs.data(), device_sqr.data(), importance.data(), device_count.data()};
-    auto run = [&] { cuda::observe(nullptr, {sums, q.data(), q_token, q_head, q_stream, n_tokens, n_streams, n_kv_heads, group, d, memory}); };
+    const cuda::Observation observation = {sums, q.data(), q_token, q_head, q_stream, n_tokens, n_streams, n_kv_heads, group, d, memory};
+
+    const int n_rows = std::min(5, n_tokens * n_streams), row = int(n);
+    std::vector<float> rows(2 * n_rows * n);
+    for (float & x : rows) x = any_float();
+    std::vector<half> stored(rows.size());
+    std::transform(rows.begin(), rows.end(), stored.begin(), [](float x) { return as_stored(x); });
+    const Device<float> source(rows);
+    const Device<half> pages(std::vector<half>(rows.size(), kUntouched));
+    std::vector<half *> places;
+    for (int i = 0; i < 2 * n_rows; ++i) places.push_back(pages.data() + i * n);
+    const Device<half *> destination(places);
+    const cuda::RowWrite keys = {source.data(), false, n * sizeof(float), destination.data(), n_rows, row};
+    const cuda::RowWrite values = {source.data() + n_rows * n, false, n * sizeof(float), destination.data() + n_rows, n_rows, row};
     auto read = [&] {
         finish("observe");
         return Observed{device_abs.get(), device_sqr.get(), importance.get(), device_count.get()};
@@ -285,14 +298,16 @@ void test_observe(int n_tokens, int n_streams, int n_kv_heads, int group, int d,
         }
         q.set(x);
         const Observed before = read();
-        run();
+        cuda::observe(nullptr, observation);
         const Observed got = read();
         device_abs.set(before.abs);
         device_sqr.set(before.sqr);
         device_count.set(before.count);
-        run();
+        const bool few = cuda::write_and_observe(nullptr, keys, values, observation);
+        CHECK(few == (size_t(n_tokens) * n_streams * group * n <= 1 << 15), "write_and_observe of %d tokens: %d", n_tokens, int(few));
         const char * format = "observe %d tokens %d streams %d x %d heads D=%d, batch %d, channel %zu: %s is %.9g, on the GPU %.9g";
         CHECK(read() == got, "observe of %d tokens: another result the second time", n_tokens);
+        CHECK(pages.get() == stored, "write_and_observe of %d tokens: other rows", n_tokens);
         for (count += double(n_tokens) * n_streams * group; count > memory; count /= 2) {
             for (double & v : abs) v /= 2;
             for (double & v : sqr) v /= 2;
