@@ -24,6 +24,7 @@ __host__ __device__ inline size_t partial_floats(const Cut & cut, int dv) { retu
 struct RowPlace {
     int token, head;  // head: of all query heads
 
+    __device__ RowPlace(int token, int head) : token(token), head(head) {}
     __device__ RowPlace(const Cut & cut, int kv, int row) : token(row / cut.group), head(kv * cut.group + row % cut.group) {}
 };
 
@@ -57,7 +58,7 @@ struct KeyPlaces {
     uint32_t at8, at4, at3, at2, scale, min, order, bytes;
     int groups;
 
-    __device__ explicit KeyPlaces(const KeyFormat & f) : q16(f.n16 / 4), q8(f.n8 / 4), q4(f.n4 / 4), q3(f.n3 / 4), q2(f.n2 / 4), groups(kPageCells / f.group) {
+    __device__ explicit KeyPlaces(const KeyFormat & f) : q16(f.n16 / 4), q8(f.n8 / 4), q4(f.n4 / 4), q3(f.n3 / 4), q2(f.n2 / 4), groups(f.group == 128 ? 1 : f.group == 64 ? 2 : 4) {
         at8 = 1024 * q16;
         at4 = at8 + 512 * q8;
         at3 = at4 + 256 * q4;

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kMostRows = 8;    // query vectors of a KV head that are served; from there on attention_decode.cuh is faster
 constexpr int kMostPairs = 4;   // in a block
-constexpr int kMostSplits = 512;
+constexpr int kMostSplits = 512, kAlonePages = 4;
 constexpr float kLargest = 32512, kUnit = 1 / kLargest;  // of the 16-bit numbers: 127 * 256
 constexpr float kRound = 12582912.0f + 128;  // x + kRound has the bits of rint(x) + 128 below
 
@@ -49,7 +49,9 @@ struct DecodeShape {
     }
 };
 struct DecodeCut : Cut {
-    int n_half;  // the first splits: blocks for pages in F16
+    float group_inverse;
+    int n_half;      // the first splits: blocks for pages in F16
+    int each, more;  // pages of a pair; the first `more` pairs have one more
     DecodeShape shape;
 };
 
@@ -84,7 +86,13 @@ struct Rows {
 // The work of a block.
 struct Place {
     int block, tile, kv, stream, row0, n_rows;
+
+    __device__ __forceinline__ RowPlace row(const DecodeCut & cut, int i) const {
+        const int row = row0 + i, token = int((row + 0.5f) * cut.group_inverse);
+        return RowPlace(token, kv * cut.group + row - token * cut.group);
+    }
 };
+
 
 // A logit with its mask; cells from `end` on are hidden.
 __device__ __forceinline__ float masked(float z, unsigned m, float slope) {
@@ -170,8 +178,8 @@ struct Query {
     const float * from;
     float x[kAll];
 
-    __device__ __forceinline__ Query(const Attention & call, const Cut & cut, const Place & at, int row)
-        : from(query_of(call, at.stream, RowPlace(cut, at.kv, at.row0 + min(row, at.n_rows - 1))) + (threadIdx.x & 31)) {
+    __device__ __forceinline__ Query(const Attention & call, const DecodeCut & cut, const Place & at, int row)
+        : from(query_of(call, at.stream, at.row(cut, min(row, at.n_rows - 1))) + (threadIdx.x & 31)) {
         load(0, kFirst, call.head_size_k);
     }
     __device__ __forceinline__ void load(int first, int last, int d_k) {
@@ -190,13 +198,13 @@ struct Query {
 };
 
 template <int kRows>
-__device__ __forceinline__ void set_row(Rows<kRows> & rows, const Attention & call, const Cut & cut, const Place & at, int row, int exponent) {
-    const RowPlace place(cut, at.kv, at.row0 + min(row, at.n_rows - 1));
+__device__ __forceinline__ void set_row(Rows<kRows> & rows, const Attention & call, const DecodeCut & cut, const Place & at, int row, int exponent) {
+    const RowPlace place = at.row(cut, min(row, at.n_rows - 1));
     rows.factor[row] = call.scale * kLog2E * power(exponent);
     rows.slope[row] = alibi_slope(call, place.head) * kLog2E;
     rows.mask[row] = call.mask ? mask_of(call, at.stream, place) : nullptr;
     if (row >= at.n_rows) return;
-    const int n = !call.mask ? 0 : call.mask_head ? row + 1 : place.token - at.row0 / cut.group + 1;
+    const int n = !call.mask ? 0 : call.mask_head ? row + 1 : place.token - at.row(cut, 0).token + 1;
     if (n > 0) rows.looks[n - 1] = rows.mask[row];
     if (row == at.n_rows - 1) rows.n_looks = n;
 }
@@ -244,7 +252,10 @@ struct Staged {
         }
 #pragma unroll 1
         for (int c = threadIdx.x; c < n_value; c += blockDim.x) {
-            value_table[c] = uint16_t(16 * c + ::min(4, 16 * c / length) * gap + max(0, ::min(4, (16 * c - 4 * length) / row)) * top_gap);
+            int at = 16 * c;
+#pragma unroll
+            for (int k = 1; k <= 4; ++k) at += (16 * c >= k * length ? gap : 0) + (16 * c >= 4 * length + k * row ? top_gap : 0);
+            value_table[c] = uint16_t(at);
         }
         if (threadIdx.x != 0) return;
         n_quads = f.coded();
@@ -336,10 +347,22 @@ __device__ __forceinline__ float sum_of(float (&x)[n], int lane) {
     return sum;
 }
 
-// Folds the scales of a page's group g into half of the queries, and sums the minima; returns the largest scale of the page.
+// Where the folded queries of quad u go: every tier is filled up to four.
+__device__ __forceinline__ int slot_of(const Staged & f, int u) {
+    int slot = u;
+#pragma unroll
+    for (int t = 1, first = 0; t < 4; ++t) {
+        first += f.quads[t - 1];
+        if (u >= first) slot = u - first + f.slot[t];
+    }
+    return slot;
+}
+
+// Folds the scales of a page's group g into half of the queries, and sums the minima; returns the largest scale of the page. slots: of quads lane and
+// lane + 32, 16 bits each.
 template <int NT>
 __device__ __forceinline__ float fold_queries(const Staged & f, const uint8_t * key, const float2 * queries, int d_k, uint32_t * folded, int pitch,
-                                              float * bias, int g, int half, int lane) {
+                                              float * bias, unsigned slots, int g, int half, int lane) {
     const int n_quads = f.n_quads, groups = f.groups;
     unsigned top = 0;
 #pragma unroll 1
@@ -351,13 +374,7 @@ __device__ __forceinline__ float fold_queries(const Staged & f, const uint8_t * 
     const float most = top ? __half2float(__ushort_as_half(top)) : 1.0f, grow = __fdividef(kLargest, most);
     float sums[2 * NT] = {};
 #pragma unroll 1
-    for (int u = lane; u < n_quads; u += 32) {
-        int slot = u;
-#pragma unroll
-        for (int t = 1, first = 0; t < 4; ++t) {
-            first += f.quads[t - 1];
-            if (u >= first) slot = u - first + f.slot[t];
-        }
+    for (int u = lane; u < n_quads; u += 32, slots >>= 16) {
         const uint32_t order = *reinterpret_cast<const uint32_t *>(key + f.order + 4 * u);
         float scale[4], min[4];
         if (groups == 1) {
@@ -387,7 +404,7 @@ __device__ __forceinline__ float fold_queries(const Staged & f, const uint8_t * 
             }
             split_bytes(y[0], word[0], word[1]);
             split_bytes(y[1], word[2], word[3]);
-            store_shared(folded + (two >> 1) * pitch + 8 * slot + 4 * (two & 1), make_uint4(word[0], word[1], word[2], word[3]));
+            store_shared(folded + (two >> 1) * pitch + 8 * (slots & 0xffff) + 4 * (two & 1), make_uint4(word[0], word[1], word[2], word[3]));
         }
     }
     const float sum = sum_of(sums, lane);
@@ -454,9 +471,8 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
 
     const PageRef * const key_pages = call.key_pages + at.stream * call.page_stride, * const value_pages = call.value_pages + at.stream * call.page_stride;
-    const int n_workers = (cut.n_splits - cut.n_half) * n_pairs, worker = (at.block - cut.n_half) * n_pairs + pair;
-    const int each = cut.n_pages / n_workers, more = cut.n_pages % n_workers;  // `more` workers take one page more
-    const int first = worker * each + min(worker, more), last = first + each + (worker < more);
+    const int worker = (at.block - cut.n_half) * n_pairs + pair;
+    const int first = worker * cut.each + min(worker, cut.more), last = first + cut.each + (worker < cut.more);
 
     Query query(call, cut, at, warp);
     // Which of up to 32 pages are packed; their records.
@@ -472,15 +488,18 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     __syncthreads();
 
     auto stage = [&](uint32_t to, const uint16_t * table, int n, const uint8_t * from) {
-        from += 16 * in_pair;
+        int c = in_pair;
+        from += 16 * c;
+        table += c;
 #pragma unroll 1
-        for (int c = in_pair; c < n; c += 256, from += 4096) {
-            const bool more[3] = {c + 64 < n, c + 128 < n, c + 192 < n};
-            copy_async<0>(to + table[c], from, true);
-            copy_async<1024>(to + (more[0] ? table[c + 64] : 0), from, more[0]);
-            copy_async<2048>(to + (more[1] ? table[c + 128] : 0), from, more[1]);
-            copy_async<3072>(to + (more[2] ? table[c + 192] : 0), from, more[2]);
+        for (; c + 192 < n; c += 256, from += 4096, table += 256) {
+            copy_async<0>(to + table[0], from, true);
+            copy_async<1024>(to + table[64], from, true);
+            copy_async<2048>(to + table[128], from, true);
+            copy_async<3072>(to + table[192], from, true);
         }
+#pragma unroll 1
+        for (; c < n; c += 64, from += 1024, table += 64) copy_async<0>(to + table[0], from, true);
     };
     auto stage_keys = [&](unsigned pages) {
         const int page = __ffs(pages) - 1;
@@ -510,6 +529,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     }
     __syncthreads();
 
+    const unsigned slots = slot_of(f, lane) | slot_of(f, lane + 32) << 16;
     float acc[NB][4][NT], ones[NT], max_[NT], sum[NT];
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
@@ -552,7 +572,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
                 const uint32_t top = __vmaxu2(x & 0x00ff00ff, (x >> 8) & 0x00ff00ff);
                 most_scale = __half2float(__ushort_as_half(::max(1u, warp_max(::max(top & 0xffff, top >> 16))) << 7));
             }
-            const float most = fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, 0, half, lane);
+            const float most = fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, slots, 0, half, lane);
             pair_sync(pair + 1);
 
 #pragma unroll 1
@@ -570,7 +590,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
                     for (int g = 0; g < f.groups; ++g) {
                         if (g + q > 0) {
                             pair_sync(pair + 1);
-                            fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, g, half, lane);
+                            fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, slots, g, half, lane);
                             pair_sync(pair + 1);
                         }
                         const bool here = n8 * f.groups / 8 == g;
@@ -798,9 +818,10 @@ __device__ __noinline__ void packed_sums(const ValueHead & head, const uint8_t *
 
 template <int NB, int NT>
 __device__ __forceinline__ void half_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory,
-                                           float * partial) {
+                                           float * partial, bool alone) {
     constexpr int kRows = 4 * NT, kColumns = (NT + 1) / 2, kBlocks = 2 * NB;  // columns: eight queries
-    __shared__ unsigned hits[2 * kMostPairs];
+    constexpr int kRounds = 4;  // pages of a thread that are looked for at once
+    __shared__ unsigned hits[kRounds * 2 * kMostPairs];
     __shared__ float lower[kRows];
     const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
     const int d_k = call.head_size_k, d_v = call.head_size_v, n_rows = at.n_rows;
@@ -810,12 +831,26 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
     __half * const values = reinterpret_cast<__half *>(memory + shape.values);
     const PageRef * const key_pages = call.key_pages + at.stream * call.page_stride, * const value_pages = call.value_pages + at.stream * call.page_stride;
 
-    auto take = [&](int page) {
-        const PageRef key = key_pages[page], value = value_pages[page];
-        const int cell0 = page * kPageCells, end = min(call.n_kv, cell0 + kPageCells), cell = cell0 + 4 * lane, n_cells = end - cell;
-        bool open;
-        if (!look(rows, cell, n_cells, open)) return;
-        const uint2 mask = !open && warp < n_rows ? masks_of(rows.mask[warp], cell, n_cells) : make_uint2(0, 0);
+    // A page, and who sees it.
+    struct Seen {
+        int page;
+        PageRef key, value;
+        bool seen, open;
+        uint2 mask;  // four cells of the row of the warp
+    };
+    auto see = [&](int page) {
+        Seen x;
+        x.page = page, x.key = key_pages[page], x.value = value_pages[page];
+        const int cell = page * kPageCells + 4 * lane, n_cells = call.n_kv - cell;
+        x.seen = look(rows, cell, n_cells, x.open);
+        x.mask = x.seen && !x.open && warp < n_rows ? masks_of(rows.mask[warp], cell, n_cells) : make_uint2(0, 0);
+        return x;
+    };
+    auto take = [&](const Seen & x) {
+        const PageRef key = x.key, value = x.value;
+        const int cell0 = x.page * kPageCells, end = min(call.n_kv, cell0 + kPageCells), cell = cell0 + 4 * lane, n_cells = end - cell;
+        const bool open = x.open;
+        const uint2 mask = x.mask;
         if (value.rows) {  // on their way while the scores are computed
             const uint8_t * from = reinterpret_cast<const uint8_t *>(value.rows + at.kv * d_v);
             const int per_row = d_v / 8;
@@ -944,15 +979,19 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
     };
 
     Query query(call, cut, at, warp);
-    // Pages in turns: those of the recent window are neighbours.
-    const int n_mine = (cut.n_pages - at.block + cut.n_half - 1) / cut.n_half;
+    // Pages in turns: those of the recent window are neighbours. Everything but their rows is there before the kernel before this one is done.
+    const int n_blocks = alone ? 1 : cut.n_half, n_mine = (cut.n_pages - at.block + n_blocks - 1) / n_blocks, round = kRounds * blockDim.x;
 #pragma unroll 1
-    for (int start = 0; start == 0 || start < n_mine; start += blockDim.x) {
-        bool hit = false;
-        if (start + int(threadIdx.x) < n_mine) {
-            const int page = at.block + (start + threadIdx.x) * cut.n_half;
-            const PageRef k = key_pages[page], v = value_pages[page];
-            hit = (k.rows && (v.rows || v.records)) || (v.rows && k.records);
+    for (int start = 0; start == 0 || start < n_mine; start += round) {
+        bool hit[kRounds];
+#pragma unroll
+        for (int k = 0; k < kRounds; ++k) {
+            const int i = start + k * blockDim.x + threadIdx.x;
+            hit[k] = false;
+            if (i < n_mine) {
+                const PageRef key = key_pages[at.block + i * n_blocks], value = value_pages[at.block + i * n_blocks];
+                hit[k] = (key.rows && (value.rows || value.records)) || (value.rows && key.records);
+            }
         }
         if (start == 0) {
 #pragma unroll 1
@@ -970,19 +1009,46 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
                 if (lane == 0) set_row(rows, call, cut, at, row, e);
             }
             if (threadIdx.x < kRows) rows.max[threadIdx.x] = minus_infinity(), rows.sum[threadIdx.x] = 0;
-            wait_for_kernel_before();
         }
-        const unsigned found = __ballot_sync(kWarp, hit);
-        if (lane == 0) hits[warp] = found;
+#pragma unroll
+        for (int k = 0; k < kRounds; ++k) {
+            const unsigned found = __ballot_sync(kWarp, hit[k]);
+            if (lane == 0) hits[k * n_warps + warp] = found;
+        }
         __syncthreads();
+        int word = 0;
+        unsigned left = hits[0];
+        auto next = [&] {  // the number of the next page of this round, or -1
+            while (left == 0 && ++word < round / 32) left = hits[word];
+            if (left == 0) return -1;
+            const int i = start + 32 * word + __ffs(left) - 1;
+            left &= left - 1;
+            return at.block + i * n_blocks;
+        };
+        int page = next();
+        Seen coming;
+        if (page >= 0) coming = see(page);
+        wait_for_kernel_before();
 #pragma unroll 1
-        for (int w = 0; w < n_warps; ++w) {
-#pragma unroll 1
-            for (unsigned left = hits[w]; left; left &= left - 1) take(at.block + (start + 32 * w + __ffs(left) - 1) * cut.n_half);
+        while (page >= 0) {
+            const Seen now = coming;
+            page = next();
+            if (page >= 0) coming = see(page);
+            if (now.seen) take(now);
         }
         __syncthreads();
     }
 
+    if (alone) {
+#pragma unroll 1
+        for (int row = warp; row < n_rows; row += n_warps) {
+            const RowPlace place = at.row(cut, row);
+            const float scale = close_softmax(rows.max[row], rows.sum[row], call.sinks ? call.sinks + place.head : nullptr);
+            float * to = call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
+            for (int d = lane; d < d_v; d += 32) to[d] = sums[row * d_v + d] * scale;
+        }
+        return;
+    }
 #pragma unroll 1
     for (int i = threadIdx.x; i < n_rows * d_v / 4; i += blockDim.x) reinterpret_cast<float4 *>(partial)[i] = reinterpret_cast<const float4 *>(sums)[i];
     if (threadIdx.x < n_rows) {
@@ -1055,7 +1121,7 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kWarp, sum, step);
         if (lane == 0) {
-            const int head = RowPlace(cut, at.kv, at.row0 + row).head;
+            const int head = at.row(cut, row).head;
             rows.scale[row] = close_softmax(top, sum, call.sinks ? call.sinks + head : nullptr);
         }
     }
@@ -1106,7 +1172,7 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
             }
         }
         rotate_row(x, d_v);
-        const RowPlace place(cut, at.kv, at.row0 + row);
+        const RowPlace place = at.row(cut, row);
         float * to = call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
@@ -1117,7 +1183,7 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
 }
 int join_bytes(const Cut & cut, int d_v, int threads) { return 8 * cut.rows * kMostSplits + 32 * std::max(cut.rows * d_v / 4, threads); }
 
-// grid: tiles * splits, KV heads, streams. NB: blocks of 32 value dimensions of a warp, NT: blocks of four rows.
+// grid: splits, KV heads, streams * tiles. NB: blocks of 32 value dimensions of a warp, NT: blocks of four rows.
 template <int NB, int NT>
 __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     decode_kernel(const __grid_constant__ Attention call, const __grid_constant__ DecodeCut cut) {
@@ -1126,13 +1192,23 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     __shared__ Rows<kRows> rows;
     __shared__ bool is_last;
     Place at;
-    at.block = blockIdx.x % cut.n_splits, at.tile = blockIdx.x / cut.n_splits, at.kv = blockIdx.y, at.stream = blockIdx.z;
+    at.block = blockIdx.x, at.kv = blockIdx.y, at.stream = blockIdx.z, at.tile = 0;
+    if (cut.n_tiles > 1) at.stream = blockIdx.z / cut.n_tiles, at.tile = blockIdx.z % cut.n_tiles;
     at.row0 = at.tile * kRows, at.n_rows = min(kRows, call.n_tokens * cut.group - at.row0);
     const size_t tile = (size_t(at.stream) * call.n_kv_heads + at.kv) * cut.n_tiles + at.tile, floats = partial_floats(cut, call.head_size_v);
     float * const base = cut.partial + tile * cut.n_splits * floats;
 
+    // A short context of which nothing is packed yet: one block does it all, and nobody has to wait.
+    bool alone = false;
+    if (cut.n_pages > 0 && cut.n_pages <= kAlonePages) {
+        const int page = min(int(threadIdx.x & 31), cut.n_pages - 1);
+        const size_t i = at.stream * call.page_stride + page;
+        alone = __ballot_sync(kWarp, call.key_pages[i].records || call.value_pages[i].records) == 0;
+        if (alone && at.block > 0) return;
+    }
     if (at.block < cut.n_half) {
-        half_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory), base + at.block * floats);
+        half_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory), base + at.block * floats, alone);
+        if (alone) return;
     } else {
         packed_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory), base + at.block * floats);
     }
@@ -1191,6 +1267,7 @@ Plan make_plan(const Attention & c) {
     Plan plan = {};
     DecodeCut & cut = plan.cut;
     cut.group = c.n_heads / c.n_kv_heads;
+    cut.group_inverse = 1.0f / cut.group;
     const int n_rows = c.n_tokens * cut.group;
     if (n_rows <= 0 || n_rows > kMostRows || c.any_grouped || c.most_n16 > 0) return plan;
 
@@ -1226,6 +1303,8 @@ Plan make_plan(const Attention & c) {
     const int splits = std::max(2, std::min(kMostSplits, int(size_t(n_sms) * blocks / plan.n_tiles)));
     cut.n_half = std::max(1, std::min({cut.n_pages, cut.n_pages <= 16 ? 16 : cut.n_pages <= 128 ? 4 : cut.n_pages <= 512 ? 2 : 1, splits / 2}));
     cut.n_splits = cut.n_half + std::max(1, std::min(splits - cut.n_half, (cut.n_pages + plan.n_pairs - 1) / plan.n_pairs));
+    const int n_workers = (cut.n_splits - cut.n_half) * plan.n_pairs;
+    cut.each = cut.n_pages / n_workers, cut.more = cut.n_pages % n_workers;
     return plan;
 }
 
@@ -1242,7 +1321,7 @@ bool decode(Stream stream, const Attention & call) {
     Plan plan = make_plan(call);
     if (!plan.entry) return false;
     plan.cut.partial = call.workspace;
-    const dim3 grid(plan.cut.n_tiles * plan.cut.n_splits, call.n_kv_heads, call.n_streams);
+    const dim3 grid(plan.cut.n_splits, call.n_kv_heads, call.n_streams * plan.cut.n_tiles);
     if (call.after_write && can_start_early(plan.entry->kernel)) {
         launch_early(plan.entry->kernel, grid, 64 * plan.n_pairs, plan.bytes, stream, call, plan.cut);
     } else {
