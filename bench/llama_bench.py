@@ -152,6 +152,8 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
 def main(program, model, device, kv, depths, tokens, prefill, prefill_depth, ubatch, rounds, repetitions, threads, out):
     caches = split_names(kv)
+    for cache in caches:  # a mistake is said now, not when the caches before it have run
+        environment_of(cache)
     settings = {
         "caches": caches,
         "device": device,
