@@ -22,6 +22,7 @@ from _common import available_cores, copy_bandwidth, describe_run, gpu_number, p
 from rich.console import Console
 from rich.table import Table
 
+from bridge.errors import BridgeError
 from bridge.library import library_path
 from bridge.settings import resolve_kv
 from mixkvq.caches import CACHE_HELP, NO_ROTATION, ROTATION_SWITCH, is_stock
@@ -152,8 +153,11 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
 def main(program, model, device, kv, depths, tokens, prefill, prefill_depth, ubatch, rounds, repetitions, threads, out):
     caches = split_names(kv)
-    for cache in caches:  # a mistake is said now, not when the caches before it have run
-        environment_of(cache)
+    try:  # a mistake is said now, not when the caches before it have run
+        for cache in caches:
+            environment_of(cache)
+    except BridgeError as e:
+        raise click.ClickException(str(e)) from None
     settings = {
         "caches": caches,
         "device": device,

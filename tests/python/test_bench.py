@@ -209,10 +209,10 @@ def run_llama_bench(tmp_path, monkeypatch):
     program.write_text(LLAMA_BENCH.format(python=sys.executable))
     program.chmod(0o755)
 
-    def run(**variables):
+    def run(kv="f16,q8_0,balanced", **variables):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        options = "--device CPU --kv f16,q8_0,balanced --depths 1000,2000 --tokens 10 --prefill 20 --prefill-depth 1000 --ubatch 4,8 --rounds 2"
+        options = f"--device CPU --kv {kv} --depths 1000,2000 --tokens 10 --prefill 20 --prefill-depth 1000 --ubatch 4,8 --rounds 2"
         done = CliRunner().invoke(llama_bench.main, [str(program), str(MODEL), *options.split(), "--threads", "1", "--out", str(out)])
         return done, json.loads(out.read_text()) if out.exists() else None
 
@@ -249,6 +249,11 @@ def test_llama_bench(run_llama_bench):
 def test_llama_bench_that_did_something_else_is_not_measured(run_llama_bench, variables, words):
     done, result = run_llama_bench(**variables)
     assert done.exit_code == 1 and words in done.output and result is None
+
+
+def test_llama_bench_says_a_mistake_before_anything_runs(run_llama_bench):
+    done, result = run_llama_bench(kv="f16,blanced")
+    assert done.exit_code == 1 and "There is no preset 'blanced'" in done.output and "round 1" not in done.output and result is None
 
 
 def test_plot(saved, tmp_path):
