@@ -191,6 +191,12 @@ size_t attention_workspace(const Attention & call) {
     return plan.partial + (plan.sight_bytes + 3) / 4;
 }
 
+void attention(Stream stream, const Attention & call, const NewRows & rows) {
+    if (decode(stream, call, &rows)) return;
+    write_and_observe(stream, rows);
+    attention(stream, call);
+}
+
 void attention(Stream stream, const Attention & call) {
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
     if (call.n_tokens <= 0 || call.n_streams <= 0 || decode(stream, call) || prefill(on, call)) return;

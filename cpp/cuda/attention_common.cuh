@@ -35,13 +35,15 @@ __device__ __forceinline__ const __half * mask_of(const Attention & call, int st
     return reinterpret_cast<const __half *>(call.mask) + stream * call.mask_stream + at.head * call.mask_head + at.token * call.mask_token;
 }
 
-// ALiBi: the factor of the mask for a head, 1 without a bias.
-__device__ inline float alibi_slope(const Attention & call, int head) {
-    if (call.max_bias <= 0) return 1.0f;
+// ALiBi: the factor of the mask for a head, 1 without a bias. What is rare is no part of a kernel's code, most of which is fetched for one use.
+__device__ __noinline__ inline float alibi_slope(float max_bias, int n_heads, int head) {
     int power = 1;
-    while (2 * power <= call.n_heads) power *= 2;
-    if (head < power) return powf(exp2f(-call.max_bias / power), float(head + 1));
-    return powf(exp2f(-call.max_bias / 2 / power), float(2 * (head - power) + 1));
+    while (2 * power <= n_heads) power *= 2;
+    if (head < power) return powf(exp2f(-max_bias / power), float(head + 1));
+    return powf(exp2f(-max_bias / 2 / power), float(2 * (head - power) + 1));
+}
+__device__ inline float alibi_slope(const Attention & call, int head) {
+    return call.max_bias > 0 ? alibi_slope(call.max_bias, call.n_heads, head) : 1.0f;
 }
 
 // Power of two e such that |x| < 2^e for all x up to `top`, within what a float can hold in both directions.

@@ -6,9 +6,12 @@
 // tokens. What is the same for all codes (minima, means, the middle of the code range) is added in F32. The warps of a pair share the tokens of the
 // keys, half a run of 32 each, and the dimensions of the values.
 //
-// Pages in F16 are few: blocks of their own look for them, all warps on one page. The last block of a tile joins what all have found.
+// Pages in F16 are few: blocks of their own look for them, all warps on one page. What new tokens bring is written by them, too. The last block of a KV
+// head joins what all have found.
 #include "attention_common.cuh"
+#include "common.cuh"
 #include "decode.cuh"
+#include "observe.cuh"
 
 #include <algorithm>
 #include <atomic>
@@ -52,24 +55,36 @@ struct DecodeCut : Cut {
     float group_inverse;
     int n_half;      // the first splits: blocks for pages in F16
     int each, more;  // pages of a pair; the first `more` pairs have one more
+    int front, back; // and the first and the last pair these: likely to be in F16
+    int observer;    // the split that has the time to observe queries
     DecodeShape shape;
+};
+
+// What new tokens bring.
+struct Brought {
+    RowWrite keys, values;
+    QuerySums sums;
+    Queries queries;
+    float memory;
 };
 
 // The same of a block for pages in F16.
 struct HalfShape {
-    int query_pitch, value_pitch;  // halves
-    int scores, weights, sums, values, bytes;
-    static constexpr int kScorePitch = kPageCells + 4, kWeightPitch = kPageCells + 8;
+    static constexpr int kRows = 8;             // of a tile of tensor cores that are used
+    int query_pitch, key_pitch, value_pitch;    // halves
+    int sum_pitch;                              // floats
+    int values, keys, ends, sums, bytes;        // keys: unpacked ones; ends and sums: in the place of the others
 
     __host__ __device__ HalfShape(int rows, int d_k, int d_v) {
         query_pitch = (d_k + 63) / 64 * 64 + 32;
-        const int columns = (rows + 7) / 8 * 8;
-        scores = 2 * columns * query_pitch;
-        weights = scores + 4 * rows * (d_v > kScorePitch ? d_v : kScorePitch);
-        sums = weights + 2 * columns * kWeightPitch;
-        values = sums + 4 * rows * d_v;
-        value_pitch = d_v + 8;
-        bytes = values + 2 * kPageCells * value_pitch;
+        key_pitch = d_k + 8;
+        value_pitch = sum_pitch = d_v + 8;
+        values = 2 * kRows * query_pitch;
+        keys = values + 2 * kPageCells * value_pitch;
+        ends = 0;
+        sums = 8 * 2 * kMostPairs * rows;
+        const int first = keys + 2 * kPageCells * key_pitch, second = sums + 4 * 2 * kMostPairs * rows * sum_pitch;
+        bytes = first > second ? first : second;
     }
 };
 
@@ -80,19 +95,18 @@ struct Rows {
     const __half * mask[kRows];         // by row
     const __half * looks[kRows];        // those that differ
     int n_looks;
-    float max[kRows], sum[kRows], scale[kRows];
+    float scale[kRows];
 };
 
 // The work of a block.
 struct Place {
-    int block, tile, kv, stream, row0, n_rows;
+    int block, kv, stream, n_rows;
 
     __device__ __forceinline__ RowPlace row(const DecodeCut & cut, int i) const {
-        const int row = row0 + i, token = int((row + 0.5f) * cut.group_inverse);
-        return RowPlace(token, kv * cut.group + row - token * cut.group);
+        const int token = int((i + 0.5f) * cut.group_inverse);
+        return RowPlace(token, kv * cut.group + i - token * cut.group);
     }
 };
-
 
 // A logit with its mask; cells from `end` on are hidden.
 __device__ __forceinline__ float masked(float z, unsigned m, float slope) {
@@ -209,19 +223,36 @@ __device__ __forceinline__ void set_row(Rows<kRows> & rows, const Attention & ca
     if (row == at.n_rows - 1) rows.n_looks = n;
 }
 
-// The rotation of `n` rows in shared memory, by a whole block.
-__device__ __forceinline__ void rotate_rows(float * x, int n, int d_v) {
-    const int block = d_v & -d_v;
+// The rotation of a row, of which a lane has the numbers 4 lane to 4 lane + 3 and, 128 further, four more.
+__device__ __forceinline__ void rotate_row(float (&x)[8], int d_v) {
+    const int lane = threadIdx.x & 31, block = d_v & -d_v;
     const float norm = rsqrtf(float(block));
-    for (int step = 1; step < block; step *= 2) {
-        const float factor = 2 * step == block ? norm : 1.0f;
-        for (int i = threadIdx.x; i < n * d_v / 2; i += blockDim.x) {
-            const int d = 2 * (i & ~(step - 1)) + (i & (step - 1));
-            const float a = x[d], b = x[d + step];
-            x[d] = (a + b) * factor;
-            x[d + step] = (a - b) * factor;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) x[k] *= norm;
+#pragma unroll
+    for (int step = 1; step <= 2; step *= 2) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            if (k & step) continue;
+            const float a = x[k], b = x[k + step];
+            x[k] = a + b;
+            x[k + step] = a - b;
         }
-        __syncthreads();
+    }
+#pragma unroll 1
+    for (int step = 1; step <= 16 && 4 * step < block; step *= 2) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            const float other = __shfl_xor_sync(kWarp, x[k], step);
+            x[k] = lane & step ? other - x[k] : x[k] + other;
+        }
+    }
+    if (block <= 128) return;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const float a = x[k], b = x[k + 4];
+        x[k] = a + b;
+        x[k + 4] = a - b;
     }
 }
 
@@ -472,9 +503,10 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
 
     const PageRef * const key_pages = call.key_pages + at.stream * call.page_stride, * const value_pages = call.value_pages + at.stream * call.page_stride;
     const int worker = (at.block - cut.n_half) * n_pairs + pair;
-    const int first = worker * cut.each + min(worker, cut.more), last = first + cut.each + (worker < cut.more);
+    const bool is_first = worker == 0, is_last = worker == (cut.n_splits - cut.n_half) * n_pairs - 1;
+    const int begin = cut.front + worker * cut.each + min(worker, cut.more);
+    const int first = is_first ? 0 : begin, last = is_last ? cut.n_pages : begin + cut.each + (worker < cut.more);
 
-    Query query(call, cut, at, warp);
     // Which of up to 32 pages are packed; their records.
     auto find = [&](int start) {
         const uint8_t * key = nullptr, * value = nullptr;
@@ -515,9 +547,10 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
 
 #pragma unroll 1
     for (int i = in_pair; i < kRows * 2 * shape.slots; i += 64) folded[i] = 0;
+    wait_for_kernel_before();
 #pragma unroll 1
     for (int row = warp; row < kRows; row += n_warps) {
-        if (row != warp) query = Query(call, cut, at, row);
+        Query query(call, cut, at, row);
         const int e = query.exponent(d_k);
         const float unit = power(-e);
         float * to = reinterpret_cast<float *>(queries + (row >> 1) * d_k) + (row & 1);
@@ -772,12 +805,11 @@ __device__ inline int coded(const uint8_t * codes, int bits, int row, int place)
     return (codes[place / per_byte * row] >> low * (place % per_byte)) & ((1 << low) - 1);
 }
 
-// A page of which only the keys, or only the values, are packed: rare, and one code at a time. Channel by channel, and for a token all rows.
-template <int kRows>
-__device__ __noinline__ void packed_scores(const KeyHead & head, const uint8_t * record, const __half * queries, int query_pitch, float * scores) {
+// The rows of a page of which only the keys, or only the values, are packed: rare, and one code at a time.
+__device__ __noinline__ void unpack_key_rows(const KeyHead & head, const uint8_t * records, __half * rows, int pitch) {
     const KeyPlaces f(head.format);
+    const uint8_t * record = records + head.record_offset;
     for (int t = threadIdx.x; t < kPageCells; t += blockDim.x) {
-        float sum[kRows] = {};
         for (int i = 0; i < 4 * f.coded(); ++i) {
             int quad = i / 4, bits = 8;
             uint32_t at = f.at8;
@@ -789,310 +821,280 @@ __device__ __noinline__ void packed_scores(const KeyHead & head, const uint8_t *
             if (bits == 3) code |= ((codes[128 + 32 * (t / 64)] >> t / 8 % 8) & 1) << 2;
             const int scale_at = i * f.groups + t * f.groups / kPageCells;
             const float x = half_at(record + f.min, scale_at) + float(code) * half_at(record + f.scale, scale_at);
-            const __half * q = queries + record[f.order + i];
-#pragma unroll
-            for (int row = 0; row < kRows; ++row) sum[row] += x * __half2float(q[row * query_pitch]);
+            rows[t * pitch + record[f.order + i]] = __ushort_as_half(float_to_half(x));
         }
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) scores[row * HalfShape::kScorePitch + t] = sum[row];
     }
 }
-__device__ __noinline__ void packed_sums(const ValueHead & head, const uint8_t * record, const __half * weights, int n_rows, float * sums) {
+__device__ __noinline__ void unpack_value_rows(const ValueHead & head, const uint8_t * records, __half * rows, int pitch) {
     const ValuePlaces f(head.format);
-    const int d_v = head.format.head_size, bits = head.format.bits;
+    const uint8_t * record = records + head.record_offset;
+    const int d_v = head.format.head_size, bits = head.format.bits, lane = threadIdx.x & 31;
     const float middle = 0.5f - float(1 << (bits - 1));
-    for (int i = threadIdx.x; i < n_rows * d_v; i += blockDim.x) {
-        const int row = i / d_v, d = i % d_v;
-        const float mean = __half2float(__ushort_as_half(record[f.mean + d] << 8));
-        float sum = 0;
-        for (int t = 0; t < kPageCells; ++t) {
+    for (int t = threadIdx.x / 32; t < kPageCells; t += blockDim.x / 32) {
+        float x[8];
+        for (int k = 0; k < 8; ++k) {
+            const int d = 128 * (k / 4) + 4 * lane + k % 4;
+            x[k] = 0;
+            if (d >= d_v) continue;
             const uint8_t * codes = record + 4 * d + t % 4;
             int code = coded(codes, bits, 4 * d_v, t / 4);
             if (bits == 3) code |= ((codes[f.high + t / 32 * 4 * d_v] >> t / 4 % 8) & 1) << 2;
-            const float scale = __half2float(__ushort_as_half(record[f.scale + t] << 7));
-            sum += __half2float(weights[row * HalfShape::kWeightPitch + t]) * (mean + (float(code) + middle) * scale);
+            x[k] = mean_of(record[f.mean + d]) + (float(code) + middle) * scale_of(record[f.scale + t]);
         }
-        sums[i] = sum;
+        rotate_row(x, d_v);
+        for (int k = 0; k < 8; ++k) {
+            const int d = 128 * (k / 4) + 4 * lane + k % 4;
+            if (d < d_v) rows[t * pitch + d] = __ushort_as_half(float_to_half(x[k]));
+        }
     }
 }
 
+// New rows, as a warp sees them: a lane knows where the lane-th goes.
+struct Incoming {
+    const RowWrite & write;
+    half * to;
+
+    __device__ __forceinline__ explicit Incoming(const RowWrite & write) : write(write), to(nullptr) {
+        const int lane = threadIdx.x & 31;
+        if (lane < write.n) to = write.destination[lane];
+    }
+    // Writes a KV head's share of those that are among the 16 from `rows` on, and brings it to shared memory, too: by a whole warp.
+    __device__ __forceinline__ void write_in(const half * rows, int kv, int head_size, __half * shared, int pitch) const {
+        const int lane = threadIdx.x & 31;
+#pragma unroll 1
+        for (int first = 0; first < write.n; first += 32) {
+            half * const at = first == 0 ? to : first + lane < write.n ? write.destination[first + lane] : nullptr;
+            const bool here = at >= rows && at < rows + 16 * write.row;
+#pragma unroll 1
+            for (unsigned left = __ballot_sync(kWarp, here); left; left &= left - 1) {
+                const int i = __ffs(left) - 1, t = int(__shfl_sync(kWarp, int(at - rows), i)) / write.row;
+                const float * from = reinterpret_cast<const float *>(static_cast<const uint8_t *>(write.source) + (first + i) * write.stride) + kv * head_size;
+#pragma unroll 1
+                for (int d = 4 * lane; d < head_size; d += 128) {
+                    const float4 x = *reinterpret_cast<const float4 *>(from + d);
+                    const uint2 y = make_uint2(float_to_half(x.x) | uint32_t(float_to_half(x.y)) << 16, float_to_half(x.z) | uint32_t(float_to_half(x.w)) << 16);
+                    *reinterpret_cast<uint2 *>(const_cast<half *>(rows) + size_t(t) * write.row + kv * head_size + d) = y;
+                    *reinterpret_cast<uint2 *>(shared + t * pitch + d) = y;
+                }
+            }
+        }
+    }
+};
+
+// A warp takes 16 tokens of a page. Queries are rows of its tiles for the scores, columns for the sums; of rows a lane has n8, of columns 2j and 2j + 1.
+// Its tokens are 4j to 4j + 3, as keys 4 (n8 / 2) + n8 % 2 and two more.
 template <int NB, int NT>
-__device__ __forceinline__ void half_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory,
-                                           float * partial, bool alone) {
-    constexpr int kRows = 4 * NT, kColumns = (NT + 1) / 2, kBlocks = 2 * NB;  // columns: eight queries
-    constexpr int kRounds = 4;  // pages of a thread that are looked for at once
-    __shared__ unsigned hits[kRounds * 2 * kMostPairs];
-    __shared__ float lower[kRows];
+__device__ __forceinline__ void half_pages(const Attention & call, const DecodeCut & cut, const Brought & brought, const Place & at, Rows<4 * NT> & rows,
+                                           uint8_t * memory, float * partial, bool alone) {
+    constexpr int kRows = 4 * NT;
+    constexpr int kAhead = 4;  // pages of a lane that are looked for at once
     const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
     const int d_k = call.head_size_k, d_v = call.head_size_v, n_rows = at.n_rows;
     const HalfShape shape(kRows, d_k, d_v);
-    __half * const queries = reinterpret_cast<__half *>(memory), * const weights = reinterpret_cast<__half *>(memory + shape.weights);
-    float * const scores = reinterpret_cast<float *>(memory + shape.scores), * const sums = reinterpret_cast<float *>(memory + shape.sums);
-    __half * const values = reinterpret_cast<__half *>(memory + shape.values);
+    __half * const queries = reinterpret_cast<__half *>(memory);
+    __half * const keys = reinterpret_cast<__half *>(memory + shape.keys), * const values = reinterpret_cast<__half *>(memory + shape.values);
     const PageRef * const key_pages = call.key_pages + at.stream * call.page_stride, * const value_pages = call.value_pages + at.stream * call.page_stride;
+    const int row = min(n8, n_rows - 1);
+    const __half * const mask = call.mask ? mask_of(call, at.stream, at.row(cut, row)) : nullptr;
 
-    // A page, and who sees it.
-    struct Seen {
-        int page;
-        PageRef key, value;
-        bool seen, open;
-        uint2 mask;  // four cells of the row of the warp
-    };
-    auto see = [&](int page) {
-        Seen x;
-        x.page = page, x.key = key_pages[page], x.value = value_pages[page];
-        const int cell = page * kPageCells + 4 * lane, n_cells = call.n_kv - cell;
-        x.seen = look(rows, cell, n_cells, x.open);
-        x.mask = x.seen && !x.open && warp < n_rows ? masks_of(rows.mask[warp], cell, n_cells) : make_uint2(0, 0);
-        return x;
-    };
-    auto take = [&](const Seen & x) {
-        const PageRef key = x.key, value = x.value;
-        const int cell0 = x.page * kPageCells, end = min(call.n_kv, cell0 + kPageCells), cell = cell0 + 4 * lane, n_cells = end - cell;
-        const bool open = x.open;
-        const uint2 mask = x.mask;
-        if (value.rows) {  // on their way while the scores are computed
-            const uint8_t * from = reinterpret_cast<const uint8_t *>(value.rows + at.kv * d_v);
-            const int per_row = d_v / 8;
-#pragma unroll 2
-            for (int i = threadIdx.x; i < (end - cell0) * per_row; i += blockDim.x) {
-                const int t = i / per_row, d = i % per_row;
-                copy_async(values + t * shape.value_pitch + 8 * d, from + 2 * size_t(t) * call.row_v + 16 * d);
-            }
-        }
+    float acc[NB][4][4], max_ = minus_infinity(), sum = 0;  // acc: dimensions 64 b + 8 n8 + 2 k and one more
+#pragma unroll
+    for (int i = 0; i < 16 * NB; ++i) acc[i / 16][i / 4 % 4][i % 4] = 0;
 
-        // --- scores: 16 tokens a warp
-        if (key.rows) {
-            const __half * from = reinterpret_cast<const __half *>(key.rows) + at.kv * d_k;
+    // Pages in turns: those of the recent window are neighbours. Few are not looked for.
+    const int n_blocks = alone ? 1 : cut.n_half, n_mine = (cut.n_pages - at.block + n_blocks - 1) / n_blocks;
+    const bool few = n_mine <= kAlonePages;
+
+    // Everything but the queries and new rows is there before the kernel before this one is done.
+    const Incoming new_keys(brought.keys), new_values(brought.values);
+    const float slope = alibi_slope(call, at.row(cut, row).head) * kLog2E;
+    bool ready = false;
+    auto prepare = [&] {
+        wait_for_kernel_before();
 #pragma unroll 1
-            for (int t = 16 * warp + n8; t < kPageCells; t += 16 * n_warps) {
-                float c[kColumns][4] = {};
-#pragma unroll 1
-                for (int first = 0; first < d_k; first += 128) {
-                    uint4 x[4][2];
+        for (int r = warp; r < HalfShape::kRows; r += n_warps) {
+            Query query(call, cut, at, r);
+            const int e = query.exponent(d_k);
+            const float unit = r < n_rows ? power(-e) * 0x1p14f : 0.0f;
 #pragma unroll
-                    for (int k = 0; k < 8; ++k) {
-                        const int d = first + 32 * (k / 2) + 8 * j, token = t + 8 * (k % 2);
-                        x[k / 2][k % 2] = load_stream_if(d < d_k && cell0 + token < end, from + size_t(token) * call.row_k + d);
-                    }
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        if (first + 32 * i >= d_k) continue;
-#pragma unroll
-                        for (int k = 0; k < kColumns; ++k) {
-                            const uint4 q = *reinterpret_cast<const uint4 *>(queries + (8 * k + n8) * shape.query_pitch + first + 32 * i + 8 * j);
-                            mma(c[k], x[i][0].x, x[i][1].x, x[i][0].y, x[i][1].y, q.x, q.y);
-                            mma(c[k], x[i][0].z, x[i][1].z, x[i][0].w, x[i][1].w, q.z, q.w);
-                        }
-                    }
-                }
-#pragma unroll
-                for (int k = 0; k < 4 * kColumns; ++k) {
-                    const int row = 8 * (k / 4) + 2 * j + (k & 1);
-                    if (row < kRows) scores[row * HalfShape::kScorePitch + t + 8 * (k / 2 % 2)] = c[k / 4][k % 4];
-                }
+            for (int k = 0; k < kMaxHeadSize / 32; ++k) {
+                if (lane + 32 * k < shape.query_pitch) queries[r * shape.query_pitch + lane + 32 * k] = __float2half_rn(query.x[k] * unit);
             }
-        } else {
-            const KeyHead head = call.key_heads[at.kv];
-            packed_scores<kRows>(head, key.records + head.record_offset, queries, shape.query_pitch, scores);
+            if (lane == 0 && r < kRows) rows.factor[r] = call.scale * kLog2E * power(e) * 0x1p-14f;
         }
         __syncthreads();
+        ready = true;
+    };
 
-        // --- weights: a row a warp, four tokens a lane
+    auto is_half = [](const PageRef & key, const PageRef & value) {
+        return (key.rows && (value.rows || value.records)) || (value.rows && key.records);
+    };
+    auto take = [&](int page) {
+        const int lane = opaque(threadIdx.x & 31), n8 = lane >> 2, j = lane & 3;
+        const PageRef key = key_pages[page], value = value_pages[page];
+        if (few && !is_half(key, value)) return;
+        const int cell0 = page * kPageCells, n_cells = min(call.n_kv - cell0, kPageCells);
+        if (!key.rows || !value.rows) {
+            __syncthreads();  // with the page before
+            if (!key.rows) {
+                unpack_key_rows(call.key_heads[at.kv], key.records, keys, shape.key_pitch);
+            } else {
+                unpack_value_rows(call.value_heads[at.kv], value.records, values, shape.value_pitch);
+            }
+            __syncthreads();
+        }
 #pragma unroll 1
-        for (int row = warp; row < n_rows; row += n_warps) {
-            const float4 x = *reinterpret_cast<const float4 *>(scores + row * HalfShape::kScorePitch + 4 * lane);
-            float z[4] = {x.x, x.y, x.z, x.w}, top = rows.max[row], total = 0;
-            const float unit = 0x1p-14f * rows.factor[row], before = top;
-            const uint2 m = open || row == warp ? mask : masks_of(rows.mask[row], cell, n_cells);
+        for (int t0 = 16 * warp; t0 < kPageCells; t0 += 16 * n_warps) {
+            const int key_t = t0 + 4 * (n8 >> 1) + (n8 & 1), value_t = t0 + 4 * j;
+            auto stage = [&](const half * rows, int row, int size, __half * to, int pitch) {
+                const half * from = rows + size_t(t0 + (lane >> 3)) * row + at.kv * size;
+                to += (t0 + (lane >> 3)) * pitch;
+#pragma unroll 1
+                for (int d = 8 * (lane & 7); d < size; d += 64) {
+#pragma unroll
+                    for (int t = 0; t < 16; t += 4) {
+                        if (t0 + (lane >> 3) + t < n_cells) copy_async(to + t * pitch + d, from + t * row + d);
+                    }
+                }
+            };
+            if (key.rows) stage(key.rows, call.row_k, d_k, keys, shape.key_pitch);
+            if (value.rows) stage(value.rows, call.row_v, d_v, values, shape.value_pitch);
+            const uint2 m = masks_of(mask, cell0 + t0 + 4 * j, n_cells - t0 - 4 * j);
+            if (!ready) prepare();
+            wait_for_copies();
+            __syncwarp();
+            if (brought.keys.n > 0) {
+                if (key.rows) new_keys.write_in(key.rows + size_t(t0) * call.row_k, at.kv, d_k, keys + t0 * shape.key_pitch, shape.key_pitch);
+                if (value.rows) new_values.write_in(value.rows + size_t(t0) * call.row_v, at.kv, d_v, values + t0 * shape.value_pitch, shape.value_pitch);
+                __syncwarp();
+            }
+            if (!__any_sync(kWarp, m.x != 0xfc00fc00u || m.y != 0xfc00fc00u)) continue;
+
+            // --- scores; of keys that are not there they mean nothing
+            float s[2][4] = {};
+            const __half * const query_at = queries + n8 * shape.query_pitch + 8 * j, * const key_at = keys + key_t * shape.key_pitch + 8 * j;
+#pragma unroll 4
+            for (int d = 0; d < d_k; d += 32) {
+                const uint4 q = *reinterpret_cast<const uint4 *>(query_at + d);
+#pragma unroll
+                for (int b = 0; b < 2; ++b) {
+                    const uint4 k = d + 8 * j < d_k ? *reinterpret_cast<const uint4 *>(key_at + 2 * b * shape.key_pitch + d) : make_uint4(0, 0, 0, 0);
+                    mma(s[b], q.x, 0, q.y, 0, k.x, k.y);
+                    mma(s[b], q.z, 0, q.w, 0, k.z, k.w);
+                }
+            }
+
+            // --- weights
+            float z[4] = {s[0][0], s[0][1], s[1][0], s[1][1]}, top = max_;
+            const float unit = rows.factor[min(n8, kRows - 1)];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 z[i] *= unit;
                 if (call.softcap > 0) z[i] = capped(call, z[i]);
-                z[i] = masked(z[i], (i < 2 ? m.x : m.y) >> 16 * (i % 2) & 0xffff, rows.slope[row]);
+                z[i] = masked(z[i], (i < 2 ? m.x : m.y) >> 16 * (i % 2) & 0xffff, slope);
                 top = fmaxf(top, z[i]);
             }
+            top = fmaxf(top, __shfl_xor_sync(kWarp, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(kWarp, top, 2));
+            const float zero = top == minus_infinity() ? 0.0f : top, lower = exp2_of(max_ - zero);
+            max_ = top;
+            sum *= lower;
 #pragma unroll
-            for (int step = 1; step <= 16; step *= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
-            const float zero = top == minus_infinity() ? 0.0f : top;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) total += z[i] = exp2_of(z[i] - zero);
-            *reinterpret_cast<uint2 *>(weights + row * HalfShape::kWeightPitch + 4 * lane) = make_uint2(pack2(z[0], z[1]), pack2(z[2], z[3]));
-#pragma unroll
-            for (int step = 1; step <= 16; step *= 2) total += __shfl_xor_sync(kWarp, total, step);
-            __syncwarp();
-            if (lane == 0) {
-                lower[row] = exp2_of(before - zero);
-                rows.max[row] = top;
-                rows.sum[row] = fmaf(rows.sum[row], lower[row], total);
-            }
-        }
-        wait_for_copies();
-        __syncthreads();
+            for (int i = 0; i < 4; ++i) sum += z[i] = exp2_of(z[i] - zero);
+            const uint32_t p0 = pack2(z[0], z[1]), p1 = pack2(z[2], z[3]);
 
-        // --- values: 32 dimensions and 64 tokens a warp; the second half of the tokens is added when the first is in
-        if (value.rows) {
-#pragma unroll 1
-            for (int first = 0; first < 2 * kBlocks; first += n_warps) {
-                const int b = (first + warp) % kBlocks, later = (first + warp) / kBlocks, d = value_dim(n8, b, 0);
-                const bool there = first + warp < 2 * kBlocks && d < d_v;
-                float c[2][kColumns][4] = {};
-#pragma unroll 2
-                for (int step = 0; step < 4; ++step) {
-                    const int t = 64 * later + 16 * step + 4 * j;
-                    uint2 x[4];
+            // --- values
+            const float lower0 = __shfl_sync(kWarp, lower, 8 * j), lower1 = __shfl_sync(kWarp, lower, 8 * j + 4);
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        x[i] = there && cell0 + t + i < end ? *reinterpret_cast<const uint2 *>(values + (t + i) * shape.value_pitch + d) : make_uint2(0, 0);
-                    }
+            for (int b = 0; b < NB; ++b) {
+                uint4 v[4];
 #pragma unroll
-                    for (int k = 0; k < kColumns; ++k) {
-                        const uint2 p = *reinterpret_cast<const uint2 *>(weights + (8 * k + n8) * HalfShape::kWeightPitch + (t & (kPageCells - 1)));
-                        mma(c[0][k], __byte_perm(x[0].x, x[1].x, 0x5410), __byte_perm(x[0].x, x[1].x, 0x7632), __byte_perm(x[2].x, x[3].x, 0x5410),
-                            __byte_perm(x[2].x, x[3].x, 0x7632), p.x, p.y);
-                        mma(c[1][k], __byte_perm(x[0].y, x[1].y, 0x5410), __byte_perm(x[0].y, x[1].y, 0x7632), __byte_perm(x[2].y, x[3].y, 0x5410),
-                            __byte_perm(x[2].y, x[3].y, 0x7632), p.x, p.y);
-                    }
+                for (int i = 0; i < 4; ++i) {
+                    const int d = 64 * b + 8 * n8, t = value_t + i;
+                    v[i] = d < d_v && t < n_cells ? *reinterpret_cast<const uint4 *>(values + t * shape.value_pitch + d) : make_uint4(0, 0, 0, 0);
                 }
-#pragma unroll 1
-                for (int turn = 0; turn < 2; ++turn) {
-                    if (there && turn == later) {
 #pragma unroll
-                        for (int k = 0; k < 8 * kColumns; ++k) {  // k: row bit, dimension bits, column
-                            const int row = 8 * (k / 8) + 2 * j + (k & 1);
-                            if (row >= kRows) continue;
-                            float & to = sums[row * d_v + d + k / 2 % 4];
-                            to = fmaf(to, turn == 0 ? lower[row] : 1.0f, c[k / 4 % 2][k / 8][k % 4]);
-                        }
-                    }
-                    __syncthreads();
+                for (int i = 0; i < 4; ++i) {
+                    float (&c)[4] = acc[b][i];
+                    c[0] *= lower0, c[1] *= lower1, c[2] *= lower0, c[3] *= lower1;
+                    const uint32_t x0 = part(v[0], i), x1 = part(v[1], i), x2 = part(v[2], i), x3 = part(v[3], i);
+                    mma(c, __byte_perm(x0, x1, 0x5410), __byte_perm(x0, x1, 0x7632), __byte_perm(x2, x3, 0x5410), __byte_perm(x2, x3, 0x7632), p0, p1);
                 }
             }
-        } else {
-            const ValueHead head = call.value_heads[at.kv];
-            packed_sums(head, value.records + head.record_offset, weights, n_rows, scores);
-            __syncthreads();
-            rotate_rows(scores, n_rows, d_v);
-            for (int i = threadIdx.x; i < n_rows * d_v; i += blockDim.x) sums[i] = fmaf(sums[i], lower[i / d_v], scores[i]);
-            __syncthreads();
+            __syncwarp();  // keys and values are not needed any more
         }
     };
 
-    Query query(call, cut, at, warp);
-    // Pages in turns: those of the recent window are neighbours. Everything but their rows is there before the kernel before this one is done.
-    const int n_blocks = alone ? 1 : cut.n_half, n_mine = (cut.n_pages - at.block + n_blocks - 1) / n_blocks, round = kRounds * blockDim.x;
 #pragma unroll 1
-    for (int start = 0; start == 0 || start < n_mine; start += round) {
-        bool hit[kRounds];
+    for (int start = 0; start < n_mine; start += 32 * kAhead) {
+        unsigned mine = 0;
 #pragma unroll
-        for (int k = 0; k < kRounds; ++k) {
-            const int i = start + k * blockDim.x + threadIdx.x;
-            hit[k] = false;
-            if (i < n_mine) {
-                const PageRef key = key_pages[at.block + i * n_blocks], value = value_pages[at.block + i * n_blocks];
-                hit[k] = (key.rows && (value.rows || value.records)) || (value.rows && key.records);
-            }
+        for (int k = 0; k < kAhead; ++k) {
+            const int i = start + 32 * k + lane;
+            if (i < n_mine && (few || is_half(key_pages[at.block + i * n_blocks], value_pages[at.block + i * n_blocks]))) mine |= 1u << k;
         }
-        if (start == 0) {
 #pragma unroll 1
-            for (int i = threadIdx.x; i < shape.values / 16; i += blockDim.x) reinterpret_cast<uint4 *>(memory)[i] = make_uint4(0, 0, 0, 0);
-            __syncthreads();
-#pragma unroll 1
-            for (int row = warp; row < n_rows; row += n_warps) {
-                if (row != warp) query = Query(call, cut, at, row);
-                const int e = query.exponent(d_k);
-                const float unit = power(-e) * 0x1p14f;
-#pragma unroll
-                for (int k = 0; k < kMaxHeadSize / 32; ++k) {
-                    if (lane + 32 * k < d_k) queries[row * shape.query_pitch + lane + 32 * k] = __float2half_rn(query.x[k] * unit);
-                }
-                if (lane == 0) set_row(rows, call, cut, at, row, e);
-            }
-            if (threadIdx.x < kRows) rows.max[threadIdx.x] = minus_infinity(), rows.sum[threadIdx.x] = 0;
+        while (const unsigned any = __ballot_sync(kWarp, mine != 0)) {
+            const int from = __ffs(any) - 1, k = __ffs(__shfl_sync(kWarp, mine, from)) - 1;
+            if (lane == from) mine &= mine - 1;
+            take(at.block + (start + 32 * k + from) * n_blocks);
         }
-#pragma unroll
-        for (int k = 0; k < kRounds; ++k) {
-            const unsigned found = __ballot_sync(kWarp, hit[k]);
-            if (lane == 0) hits[k * n_warps + warp] = found;
-        }
-        __syncthreads();
-        int word = 0;
-        unsigned left = hits[0];
-        auto next = [&] {  // the number of the next page of this round, or -1
-            while (left == 0 && ++word < round / 32) left = hits[word];
-            if (left == 0) return -1;
-            const int i = start + 32 * word + __ffs(left) - 1;
-            left &= left - 1;
-            return at.block + i * n_blocks;
-        };
-        int page = next();
-        Seen coming;
-        if (page >= 0) coming = see(page);
-        wait_for_kernel_before();
-#pragma unroll 1
-        while (page >= 0) {
-            const Seen now = coming;
-            page = next();
-            if (page >= 0) coming = see(page);
-            if (now.seen) take(now);
-        }
-        __syncthreads();
     }
+    if (!ready) wait_for_kernel_before();
 
-    if (alone) {
-#pragma unroll 1
-        for (int row = warp; row < n_rows; row += n_warps) {
-            const RowPlace place = at.row(cut, row);
-            const float scale = close_softmax(rows.max[row], rows.sum[row], call.sinks ? call.sinks + place.head : nullptr);
-            float * to = call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
-            for (int d = lane; d < d_v; d += 32) to[d] = sums[row * d_v + d] * scale;
+    // --- joins the warps
+    __syncthreads();
+    float2 * const ends = reinterpret_cast<float2 *>(memory + shape.ends);  // [warp][row]: maximum, sum
+    float * const sums = reinterpret_cast<float *>(memory + shape.sums);    // [warp][row][dimension]
+    sum += __shfl_xor_sync(kWarp, sum, 1);
+    sum += __shfl_xor_sync(kWarp, sum, 2);
+    if (j == 0 && n8 < kRows) ends[warp * kRows + n8] = make_float2(max_, sum);
+#pragma unroll
+    for (int b = 0; b < NB; ++b) {
+        if (64 * b + 8 * n8 >= d_v) continue;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int r = 2 * j + i % 2;
+            if (r >= kRows) continue;
+            float * to = sums + (warp * kRows + r) * shape.sum_pitch + 64 * b + 8 * n8 + 2 * (i / 2);
+            *reinterpret_cast<float2 *>(to) = make_float2(acc[b][i / 2][i % 2], acc[b][i / 2][2 + i % 2]);
         }
-        return;
     }
+    __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < n_rows * d_v / 4; i += blockDim.x) reinterpret_cast<float4 *>(partial)[i] = reinterpret_cast<const float4 *>(sums)[i];
-    if (threadIdx.x < n_rows) {
-        partial[kRows * d_v + threadIdx.x] = rows.max[threadIdx.x];
-        partial[kRows * d_v + kRows + threadIdx.x] = rows.sum[threadIdx.x];
+    for (int i = threadIdx.x; i < n_rows * d_v / 4; i += blockDim.x) {
+        const int r = 4 * i / d_v, d = 4 * i % d_v;
+        float top = minus_infinity(), total = 0;
+#pragma unroll 2
+        for (int w = 0; w < n_warps; ++w) top = fmaxf(top, ends[w * kRows + r].x);
+        const float zero = top == minus_infinity() ? 0.0f : top;
+        float4 x = make_float4(0, 0, 0, 0);
+#pragma unroll 2
+        for (int w = 0; w < n_warps; ++w) {
+            const float2 end = ends[w * kRows + r];
+            const float weight = exp2_of(end.x - zero);
+            const float4 y = *reinterpret_cast<const float4 *>(sums + (w * kRows + r) * shape.sum_pitch + d);
+            total = fmaf(weight, end.y, total);
+            x.x = fmaf(weight, y.x, x.x), x.y = fmaf(weight, y.y, x.y), x.z = fmaf(weight, y.z, x.z), x.w = fmaf(weight, y.w, x.w);
+        }
+        if (alone) {
+            const RowPlace place = at.row(cut, r);
+            const float scale = close_softmax(top, total, call.sinks ? call.sinks + place.head : nullptr);
+            float * to = call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token + d;
+            to[0] = x.x * scale, to[1] = x.y * scale, to[2] = x.z * scale, to[3] = x.w * scale;
+            continue;
+        }
+        *reinterpret_cast<float4 *>(partial + 4 * i) = x;
+        if (d == 0) {
+            partial[kRows * d_v + r] = top;
+            partial[kRows * d_v + kRows + r] = total;
+        }
     }
 }
 
 // --- the kernel -----------------------------------------------------------------------------------------------
 
-// The rotation of a row, of which a lane has the numbers 4 lane to 4 lane + 3 and, 128 further, four more.
-__device__ __forceinline__ void rotate_row(float (&x)[8], int d_v) {
-    const int lane = threadIdx.x & 31, block = d_v & -d_v;
-    const float norm = rsqrtf(float(block));
-#pragma unroll
-    for (int k = 0; k < 8; ++k) x[k] *= norm;
-#pragma unroll
-    for (int step = 1; step <= 2; step *= 2) {
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            if (k & step) continue;
-            const float a = x[k], b = x[k + step];
-            x[k] = a + b;
-            x[k + step] = a - b;
-        }
-    }
-#pragma unroll 1
-    for (int step = 1; step <= 16 && 4 * step < block; step *= 2) {
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            const float other = __shfl_xor_sync(kWarp, x[k], step);
-            x[k] = lane & step ? other - x[k] : x[k] + other;
-        }
-    }
-    if (block <= 128) return;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        const float a = x[k], b = x[k + 4];
-        x[k] = a + b;
-        x[k + 4] = a - b;
-    }
-}
-
-// What all blocks of a tile have found, by the last of them.
+// What all blocks of a KV head have found, by the last of them.
 template <int kRows>
 __device__ __forceinline__ void join(const Attention & call, const DecodeCut & cut, const Place & at, Rows<kRows> & rows, float * memory, const float * base) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
@@ -1183,20 +1185,34 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
 }
 int join_bytes(const Cut & cut, int d_v, int threads) { return 8 * cut.rows * kMostSplits + 32 * std::max(cut.rows * d_v / 4, threads); }
 
-// grid: splits, KV heads, streams * tiles. NB: blocks of 32 value dimensions of a warp, NT: blocks of four rows.
+// Sums the queries of a KV head up; the last head's block counts them.
+__device__ __forceinline__ void observe_head(const Brought & brought, int kv, int n_kv_heads, int head_size, uint32_t * counter) {
+    const Fading fading(*brought.sums.count, brought.queries.n, brought.memory);
+#pragma unroll 1
+    for (int d = threadIdx.x; d < head_size; d += blockDim.x) {
+        float abs = 0, sqr = 0;
+        add_queries(brought.queries, kv, d, 0, 1, abs, sqr);
+        add_sums(brought.sums, kv * head_size + d, abs, sqr, fading);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0 && arrive(counter) == uint32_t(n_kv_heads - 1)) {
+        *counter = 0;
+        *brought.sums.count = fading.count;
+    }
+}
+
+// grid: splits, KV heads, streams. NB: blocks of 32 value dimensions of a warp, NT: blocks of four rows.
 template <int NB, int NT>
 __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
-    decode_kernel(const __grid_constant__ Attention call, const __grid_constant__ DecodeCut cut) {
+    decode_kernel(const __grid_constant__ Attention call, const __grid_constant__ DecodeCut cut, const __grid_constant__ Brought brought) {
     constexpr int kRows = 4 * NT;
     MIXKVQ_DYNAMIC_SHARED(memory, 16);
     __shared__ Rows<kRows> rows;
     __shared__ bool is_last;
     Place at;
-    at.block = blockIdx.x, at.kv = blockIdx.y, at.stream = blockIdx.z, at.tile = 0;
-    if (cut.n_tiles > 1) at.stream = blockIdx.z / cut.n_tiles, at.tile = blockIdx.z % cut.n_tiles;
-    at.row0 = at.tile * kRows, at.n_rows = min(kRows, call.n_tokens * cut.group - at.row0);
-    const size_t tile = (size_t(at.stream) * call.n_kv_heads + at.kv) * cut.n_tiles + at.tile, floats = partial_floats(cut, call.head_size_v);
-    float * const base = cut.partial + tile * cut.n_splits * floats;
+    at.block = blockIdx.x, at.kv = blockIdx.y, at.stream = blockIdx.z, at.n_rows = call.n_tokens * cut.group;
+    const size_t head = size_t(at.stream) * call.n_kv_heads + at.kv, floats = partial_floats(cut, call.head_size_v);
+    float * const base = cut.partial + head * cut.n_splits * floats;
 
     // A short context of which nothing is packed yet: one block does it all, and nobody has to wait.
     bool alone = false;
@@ -1204,27 +1220,31 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
         const int page = min(int(threadIdx.x & 31), cut.n_pages - 1);
         const size_t i = at.stream * call.page_stride + page;
         alone = __ballot_sync(kWarp, call.key_pages[i].records || call.value_pages[i].records) == 0;
-        if (alone && at.block > 0) return;
     }
-    if (at.block < cut.n_half) {
-        half_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory), base + at.block * floats, alone);
-        if (alone) return;
+    if (alone && at.block > 0) {
+        wait_for_kernel_before();
+    } else if (at.block < cut.n_half) {
+        half_pages<NB, NT>(call, cut, brought, at, rows, reinterpret_cast<uint8_t *>(memory), base + at.block * floats, alone);
     } else {
         packed_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory), base + at.block * floats);
     }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = arrive(call.arrivals + tile) == uint32_t(cut.n_splits - 1);
-        if (is_last) call.arrivals[tile] = 0;
+    if (!alone) {
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            is_last = arrive(call.arrivals + head) == uint32_t(cut.n_splits - 1);
+            if (is_last) call.arrivals[head] = 0;
+        }
+        __syncthreads();
+        if (is_last) join<kRows>(call, cut, at, rows, reinterpret_cast<float *>(memory), base);
     }
-    __syncthreads();
-    if (!is_last) return;
-    join<kRows>(call, cut, at, rows, reinterpret_cast<float *>(memory), base);
+    if (brought.queries.n > 0 && at.block == cut.observer && at.stream == 0) {
+        observe_head(brought, at.kv, call.n_kv_heads, call.head_size_k, call.arrivals + call.n_streams * call.n_kv_heads);
+    }
 }
 
 // --- host -----------------------------------------------------------------------------------------------------
 
-using Kernel = void (*)(Attention, DecodeCut);
+using Kernel = void (*)(Attention, DecodeCut, Brought);
 
 // A kernel, and how many of its blocks an SM holds: asked once per device, pairs and size.
 struct Entry {
@@ -1260,7 +1280,7 @@ struct Plan {
     DecodeCut cut;
     Entry * entry = nullptr;  // nullptr: not served
     int n_pairs, bytes;
-    size_t n_tiles;  // of all KV heads and streams
+    size_t n_heads;  // KV heads of all streams
 };
 
 Plan make_plan(const Attention & c) {
@@ -1279,9 +1299,9 @@ Plan make_plan(const Attention & c) {
 
     Entry & entry = n_rows <= 4 ? entry_of<1>(c.head_size_v) : entry_of<2>(c.head_size_v);
     cut.rows = n_rows <= 4 ? 4 : 8;
-    cut.n_tiles = (n_rows + cut.rows - 1) / cut.rows;
+    cut.n_tiles = 1;
     cut.n_pages = (c.n_kv + kPageCells - 1) / kPageCells;
-    plan.n_tiles = size_t(cut.n_tiles) * c.n_kv_heads * c.n_streams;
+    plan.n_heads = size_t(c.n_kv_heads) * c.n_streams;
 
     int blocks = 0;
     for (int n_pairs = kMostPairs; n_pairs > 0; n_pairs /= 2) {  // as many pairs as an SM can hold
@@ -1300,11 +1320,14 @@ Plan make_plan(const Attention & c) {
 
     // As many splits as fill the GPU once. Short contexts may lie in F16 altogether; in long ones the few such pages take less time than what the other
     // blocks have to do.
-    const int splits = std::max(2, std::min(kMostSplits, int(size_t(n_sms) * blocks / plan.n_tiles)));
-    cut.n_half = std::max(1, std::min({cut.n_pages, cut.n_pages <= 16 ? 16 : cut.n_pages <= 128 ? 4 : cut.n_pages <= 512 ? 2 : 1, splits / 2}));
+    const int splits = std::max(2, std::min(kMostSplits, int(size_t(n_sms) * blocks / plan.n_heads)));
+    cut.n_half = std::max(1, std::min({cut.n_pages, cut.n_pages <= 16 ? 16 : cut.n_pages <= 128 ? 4 : 1, splits / 2}));
     cut.n_splits = cut.n_half + std::max(1, std::min(splits - cut.n_half, (cut.n_pages + plan.n_pairs - 1) / plan.n_pairs));
-    const int n_workers = (cut.n_splits - cut.n_half) * plan.n_pairs;
-    cut.each = cut.n_pages / n_workers, cut.more = cut.n_pages % n_workers;
+    // In long contexts the first page and the last ones are in F16 as a rule: they do not count.
+    cut.front = cut.n_pages > 16 ? 1 : 0, cut.back = 2 * cut.front;
+    const int n_workers = (cut.n_splits - cut.n_half) * plan.n_pairs, n_counted = cut.n_pages - cut.front - cut.back;
+    cut.each = n_counted / n_workers, cut.more = n_counted % n_workers;
+    cut.observer = cut.n_pages > 16 ? 0 : cut.n_splits - 1;
     return plan;
 }
 
@@ -1312,20 +1335,27 @@ Plan make_plan(const Attention & c) {
 
 size_t decode_workspace(const Attention & call) {
     const Plan plan = make_plan(call);
-    return plan.entry ? plan.n_tiles * plan.cut.n_splits * partial_floats(plan.cut, call.head_size_v) : 0;
+    return plan.entry ? plan.n_heads * plan.cut.n_splits * partial_floats(plan.cut, call.head_size_v) : 0;
 }
 
-size_t attention_arrivals(const Attention & call) { return size_t(call.n_streams) * call.n_kv_heads * 2; }
+size_t attention_arrivals(const Attention & call) { return size_t(call.n_streams) * call.n_kv_heads + 1; }
 
-bool decode(Stream stream, const Attention & call) {
+bool decode(Stream stream, const Attention & call, const NewRows * rows) {
     Plan plan = make_plan(call);
     if (!plan.entry) return false;
+    Brought brought = {};
+    if (rows) {
+        const auto serves = [](const RowWrite & w) { return !w.source_is_half && (reinterpret_cast<uintptr_t>(w.source) | w.stride) % 16 == 0; };
+        if (!serves(rows->keys) || !serves(rows->values)) return false;
+        const Observation & o = rows->queries;
+        brought = {rows->keys, rows->values, o.sums, queries_of(o), o.memory};
+    }
     plan.cut.partial = call.workspace;
-    const dim3 grid(plan.cut.n_splits, call.n_kv_heads, call.n_streams * plan.cut.n_tiles);
-    if (call.after_write && can_start_early(plan.entry->kernel)) {
-        launch_early(plan.entry->kernel, grid, 64 * plan.n_pairs, plan.bytes, stream, call, plan.cut);
+    const dim3 grid(plan.cut.n_splits, call.n_kv_heads, call.n_streams);
+    if (rows && can_start_early(plan.entry->kernel)) {
+        launch_early(plan.entry->kernel, grid, 64 * plan.n_pairs, plan.bytes, stream, call, plan.cut, brought);
     } else {
-        launch(plan.entry->kernel, grid, 64 * plan.n_pairs, plan.bytes, stream, call, plan.cut);
+        launch(plan.entry->kernel, grid, 64 * plan.n_pairs, plan.bytes, stream, call, plan.cut, brought);
     }
     return true;
 }

@@ -25,8 +25,7 @@ bool can_start_early(void (*kernel)(Parameters...)) {
     return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
-// The kernel may start while the one before it in the stream still runs, from where that one calls let_next_start(); only for kernels that
-// can_start_early().
+// The kernel may start while the last blocks of the one before it in the stream still run; only for kernels that can_start_early().
 template <class... Parameters, class... Arguments>
 void launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, Stream stream, const Arguments &... arguments) {
     cudaLaunchAttribute early = {};

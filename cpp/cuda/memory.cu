@@ -4,6 +4,9 @@
 #include <cstddef>
 #include <cstring>
 #include <new>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
 
 #include <cuda_runtime.h>
 
@@ -278,6 +281,57 @@ void Queue::trim() {
 
 // --- recordings ----
 
+namespace {
+
+#if CUDART_VERSION >= 13000
+const auto get_edges = cudaGraphGetEdges;
+const auto remove_edges = cudaGraphRemoveDependencies;
+#define MIXKVQ_EDGES 1
+#elif CUDART_VERSION >= 12030
+const auto get_edges = cudaGraphGetEdges_v2;
+const auto remove_edges = cudaGraphRemoveDependencies_v2;
+#define MIXKVQ_EDGES 1
+#endif
+
+// Where streams wait for each other, a node is recorded as one that waits for the last of both, although the one has waited for the other before. A
+// kernel with a single edge starts earlier.
+void remove_implied_edges(cudaGraph_t graph) {
+#ifdef MIXKVQ_EDGES
+    size_t n = 0;
+    if (get_edges(graph, nullptr, nullptr, nullptr, &n) != cudaSuccess) return;
+    std::vector<cudaGraphNode_t> from(n), to(n);
+    std::vector<cudaGraphEdgeData> data(n);
+    if (get_edges(graph, from.data(), to.data(), data.data(), &n) != cudaSuccess) return;
+    std::unordered_map<cudaGraphNode_t, std::vector<size_t>> into;
+    for (size_t i = 0; i < n; ++i) into[to[i]].push_back(i);
+    // Whether `node` comes after `before`.
+    const auto is_after = [&](cudaGraphNode_t node, cudaGraphNode_t before) {
+        std::vector<cudaGraphNode_t> open = {node};
+        std::unordered_set<cudaGraphNode_t> seen;
+        while (!open.empty()) {
+            const cudaGraphNode_t x = open.back();
+            open.pop_back();
+            const auto found = into.find(x);
+            if (found == into.end()) continue;
+            for (const size_t i : found->second) {
+                if (from[i] == before) return true;
+                if (seen.insert(from[i]).second) open.push_back(from[i]);
+            }
+        }
+        return false;
+    };
+    for (const auto & [node, edges] : into) {
+        for (const size_t i : edges) {
+            const bool implied = std::any_of(edges.begin(), edges.end(), [&](size_t other) { return from[other] != from[i] && is_after(from[other], from[i]); });
+            if (implied) remove_edges(graph, &from[i], &to[i], &data[i], 1);
+        }
+    }
+    cudaGetLastError();
+#endif
+}
+
+}  // namespace
+
 Recording::Recording(std::shared_ptr<Queue> queue, size_t n_rows)
     : queue_(std::move(queue)), rows_(n_rows), rows_there_(static_cast<half **>(queue_->allocate(n_rows * sizeof(half *)))) {}
 
@@ -303,7 +357,10 @@ bool Recording::end() {
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t exec = nullptr;
     cudaError_t code = cudaStreamEndCapture(stream_of(queue_->stream()), &graph);
-    if (code == cudaSuccess) code = cudaGraphInstantiate(&exec, graph, 0);
+    if (code == cudaSuccess) {
+        remove_implied_edges(graph);
+        code = cudaGraphInstantiate(&exec, graph, 0);
+    }
     if (graph) cudaGraphDestroy(graph);
     if (code != cudaSuccess) cudaGetLastError();
     graph_ = exec;
@@ -556,8 +613,7 @@ void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, Cu
     cuda::Queue & queue = key_memory.queue();
     const Queries queries = {c.q, c.q_token, c.q_head, c.q_stream, c.n_tokens, c.n_heads, c.n_streams};
     if (writes) {
-        a.after_write = cuda::write_and_observe(queue.stream(), writes[0], writes[1], key_memory.observation(queries));
-        cuda::attention(queue.stream(), a);
+        cuda::attention(queue.stream(), a, {writes[0], writes[1], key_memory.observation(queries)});
     } else if (queue.recording() || c.n_tokens > kFewTokens) {
         // The two need not wait for each other; for a token that is queued by itself the events would take longer.
         key_memory.observe_on(queue.fork(), queries);

@@ -7,6 +7,7 @@
 #include "common.cuh"
 #include "launch.cuh"
 #include "mma.cuh"
+#include "observe.cuh"
 
 namespace mixkvq::cuda {
 namespace {
@@ -522,52 +523,6 @@ constexpr int kObserveRows = kObserveThreads / kObserveChannels;
 constexpr int kFewThreads = 1024;
 constexpr size_t kFew = 1 << 15;  // numbers that one block reads by itself
 
-struct Queries {
-    const float * q;
-    size_t token, head, stream;
-    int n_tokens, group, n;  // n: query vectors per KV head
-};
-
-// The query vectors of a KV head, `step` apart, channel d. Loads run ahead of the sums.
-__device__ void add_queries(const Queries & c, int kv_head, int d, int first, int step, float & abs, float & sqr) {
-    int token = first, head = 0, stream = 0;
-    const float * q = c.q + size_t(kv_head) * c.group * c.head + d;
-    for (int i = first; i < c.n;) {
-        float x[8];
-#pragma unroll
-        for (int k = 0; k < 8; ++k, i += step, token += step) {
-            for (; token >= c.n_tokens && i < c.n; token -= c.n_tokens) {
-                if (++head == c.group) {
-                    head = 0;
-                    ++stream;
-                }
-            }
-            x[k] = i < c.n ? q[token * c.token + head * c.head + stream * c.stream] : 0.0f;
-        }
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            abs += fabsf(x[k]);
-            sqr += x[k] * x[k];
-        }
-    }
-}
-
-// The new count, and by how much sums and count fade.
-struct Fading {
-    float count, factor = 1;
-
-    __device__ Fading(float old, int n, float memory) : count(old + float(n)) {
-        for (; count > memory && memory > 0; count *= 0.5f) factor *= 0.5f;
-    }
-};
-
-__device__ void add_sums(const QuerySums & sums, int at, float abs, float sqr, const Fading & fading) {
-    abs = (sums.abs[at] + abs) * fading.factor;
-    sums.abs[at] = abs;
-    sums.sqr[at] = (sums.sqr[at] + sqr) * fading.factor;
-    sums.importance[at] = abs / fading.count;
-}
-
 __global__ void __launch_bounds__(kObserveThreads) observe_kernel(QuerySums sums, Queries c, int head_size, float memory) {
     __shared__ float abs[kObserveThreads], sqr[kObserveThreads];
     const int chunks = head_size / kObserveChannels, kv_head = blockIdx.x / chunks, i = threadIdx.x;
@@ -606,7 +561,6 @@ __global__ void __launch_bounds__(kFewThreads) observe_few_kernel(QuerySums sums
 // What a token brings to a layer. The last block observes.
 __global__ void __launch_bounds__(kFewThreads)
     token_kernel(const RowWrite keys, const RowWrite values, QuerySums sums, Queries c, int n_kv_heads, int head_size, float memory) {
-    let_next_start();
     const int i = blockIdx.x;
     if (i < keys.n + values.n) {
         write_row_of(keys, values, i);
@@ -615,9 +569,6 @@ __global__ void __launch_bounds__(kFewThreads)
     }
 }
 
-Queries queries_of(const Observation & o) {
-    return {o.q, o.q_token, o.q_head, o.q_stream, o.n_tokens, o.group, o.n_tokens * o.n_streams * o.group};
-}
 bool are_few(const Observation & o, const Queries & queries) { return size_t(queries.n) * o.n_kv_heads * o.head_size <= kFew; }
 
 }  // namespace
@@ -662,15 +613,16 @@ void observe(Stream stream, const Observation & o) {
     }
 }
 
-bool write_and_observe(Stream stream, const RowWrite & keys, const RowWrite & values, const Observation & o) {
+void write_and_observe(Stream stream, const NewRows & rows) {
+    const Observation & o = rows.queries;
     const Queries queries = queries_of(o);
     if (queries.n == 0 || !are_few(o, queries)) {
-        write_rows(stream, keys, values);
+        write_rows(stream, rows.keys, rows.values);
         observe(stream, o);
-        return false;
+    } else {
+        launch(token_kernel, rows.keys.n + rows.values.n + 1, kFewThreads, 0, stream, rows.keys, rows.values, o.sums, queries, o.n_kv_heads, o.head_size,
+               o.memory);
     }
-    launch(token_kernel, keys.n + values.n + 1, kFewThreads, 0, stream, keys, values, o.sums, queries, o.n_kv_heads, o.head_size, o.memory);
-    return true;
 }
 
 }  // namespace mixkvq::cuda

@@ -110,12 +110,7 @@ __device__ __forceinline__ uint32_t arrive(uint32_t * counter) {
     return before;
 }
 
-// Of launch_early(): the next kernel may start; what the kernel before this one does is done and seen.
-__device__ __forceinline__ void let_next_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
+// Of launch_early(): what the kernel before this one does is done and seen.
 __device__ __forceinline__ void wait_for_kernel_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

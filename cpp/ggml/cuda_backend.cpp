@@ -45,6 +45,7 @@ struct Graph {
     std::vector<Kind> kinds;  // by node
     bool any_cache = false;
     size_t n_rows = 0;        // that it writes, if it can be recorded, else 0
+    bool is_batch = false;    // it writes too many
     std::unique_ptr<cuda::Recording> recording;
     uint64_t workspaces = 0;  // of the recording's queue, when it was made
     int n_launches = 0;
@@ -199,8 +200,9 @@ ggml_status Run::flush() {
     const uint64_t most = uint64_t(1) << 20;
     const bool known = graph_->uid && graph_->uid < 4 * most && uint64_t(graph_->n_nodes) < most;
     slice.uid = known ? (graph_->uid * most + first_) * most + end_ : 0;
-    if (books_done_) {
-        // A CUDA graph of its own would not fit into ours. It makes none of a graph that it has not seen: this one begins with another node each time.
+    if (books_done_ || known_->is_batch || (c_.may_record && known_->n_rows > 0)) {
+        // A CUDA graph of its own would not fit into ours, and as soon as it has made some, every kernel of ours starts 0.3 us later. It makes none of a
+        // graph that it has not seen: this one begins with another node each time.
         ++c_.filler.ne[0];
         c_.nodes.assign(1, &c_.filler);
         c_.nodes.insert(c_.nodes.end(), slice.nodes, slice.nodes + slice.n_nodes);
@@ -303,6 +305,7 @@ void Run::attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op) {
     const bool together = n_writes_ == 2 && std::min(written_[0], written_[1]) == std::min(&k, &v) && std::max(written_[0], written_[1]) == std::max(&k, &v);
     if (!together) launch_writes();
     use(k);
+    if (together && written_[0] != &k) std::swap(writes_[0], writes_[1]);
     attention(*k.store, *k.cuda, *v.store, *v.cuda, attention_call(k, op), together ? writes_ : nullptr);
     n_writes_ = 0;
 }
@@ -453,7 +456,8 @@ void Run::classify() {
         known_->any_cache |= kind != Kind::view && kind != Kind::inner;
         if (kind == Kind::write) {
             known_->n_rows += node->src[0]->ne[1];
-            can_record &= is_input(node->src[1]) && node->src[0]->ne[1] <= kRowsOfToken;
+            known_->is_batch |= node->src[0]->ne[1] > kRowsOfToken;
+            can_record &= is_input(node->src[1]) && !known_->is_batch;
         } else {
             can_record &= kind == Kind::view || kind == Kind::attend || (kind == Kind::inner && never_waits(node));
         }

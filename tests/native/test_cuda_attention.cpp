@@ -108,6 +108,89 @@ struct Result {
 double worst_error = 0, worst_share = 0;
 int n_cases = 0;
 
+// The rows of the last tokens, as far as they are in F16 pages, come with the call: the same sums, and the rows and the query statistics are there.
+void check_new_rows(const Case & c, Arena & arena, cuda::Attention call, const std::vector<cuda::PageRef> & key_refs,
+                    const std::vector<cuda::PageRef> & value_refs, const std::vector<float> & k0, const std::vector<float> & v0,
+                    const std::vector<float> & expected) {
+    const int n_heads_kv = call.n_kv_heads, d = call.head_size_k, dv = call.head_size_v, n_pages = (c.n_kv + kPageCells - 1) / kPageCells;
+    const int n_new = std::min(c.n_tokens, c.n_kv), n = n_new * c.n_streams;
+    struct Side {
+        const std::vector<cuda::PageRef> & refs;
+        const std::vector<float> & numbers;
+        int size, row;
+        std::vector<half *> destination;
+        std::vector<float> source;
+        std::vector<half> rows;
+    } sides[2] = {{key_refs, k0, d, call.row_k, {}, {}, {}}, {value_refs, v0, dv, call.row_v, {}, {}, {}}};
+    for (Side & side : sides) {
+        side.source.assign(size_t(n) * (side.row + 4), NAN);
+        side.rows.assign(size_t(n) * side.row, half(0x7e00));
+        for (int i = 0; i < n; ++i) {
+            const int s = i / n_new, cell = c.n_kv - n_new + i % n_new;
+            const half * page = side.refs[s * call.page_stride + cell / kPageCells].rows;
+            side.destination.push_back(page ? const_cast<half *>(page) + size_t(cell % kPageCells) * side.row : nullptr);
+            for (int x = 0; x < n_heads_kv * side.size; ++x) {
+                const float number = side.numbers[((size_t(s) * n_heads_kv + x / side.size) * n_pages * kPageCells + cell) * side.size + x % side.size];
+                side.source[size_t(i) * (side.row + 4) + x] = number;
+                side.rows[size_t(i) * side.row + x] = to_half(number);
+            }
+            for (int x = n_heads_kv * side.size; x < side.row; ++x) {
+                side.source[size_t(i) * (side.row + 4) + x] = 0;
+                side.rows[size_t(i) * side.row + x] = 0;
+            }
+            if (!page) continue;
+            const std::vector<half> stale(n_heads_kv * side.size, half(0x7e00));
+            cudaMemcpy(side.destination[i], stale.data(), stale.size() * sizeof(half), cudaMemcpyHostToDevice);
+        }
+    }
+    auto write_of = [&](Side & side) {
+        return cuda::RowWrite{arena.up(side.source), false, (side.row + 4) * sizeof(float), arena.up(side.destination), n, side.row};
+    };
+    const size_t n_sums = size_t(n_heads_kv) * d;
+    std::vector<float> before(3 * n_sums + 1);
+    for (float & x : before) x = 1 + float(below(1000));
+    auto observation_of = [&](float * sums) {
+        return cuda::Observation{{sums, sums + n_sums, sums + 2 * n_sums, sums + 3 * n_sums}, call.q, call.q_token, call.q_head, call.q_stream, c.n_tokens,
+                                 c.n_streams, n_heads_kv, c.group, d, 500.0f};
+    };
+    float * plain_sums = arena.up(before), * sums = arena.up(before);
+    cuda::observe(nullptr, observation_of(plain_sums));
+    cudaMemset(call.out, 0xff, expected.size() * sizeof(float));
+    cuda::attention(nullptr, call, {write_of(sides[0]), write_of(sides[1]), observation_of(sums)});
+    const cudaError_t error = cudaDeviceSynchronize();
+    CHECK(error == cudaSuccess && cudaGetLastError() == cudaSuccess, "%s, new rows: %s", c.name.c_str(), cudaGetErrorString(error));
+    if (error != cudaSuccess) std::exit(1);
+
+    std::vector<float> got(expected.size());
+    cudaMemcpy(got.data(), call.out, got.size() * sizeof(float), cudaMemcpyDeviceToHost);
+    for (int s = 0; s < c.n_streams; ++s) {
+        for (int t = 0; t < c.n_tokens; ++t) {
+            const size_t at = s * call.out_stream + t * call.out_token;
+            for (size_t i = at; i < at + size_t(call.n_heads) * dv; ++i) {
+                CHECK(got[i] == expected[i], "%s, new rows: stream %d, token %d: %g, not %g", c.name.c_str(), s, t, got[i], expected[i]);
+            }
+        }
+    }
+    for (const Side & side : sides) {
+        for (int i = 0; i < n; ++i) {
+            if (!side.destination[i]) continue;
+            std::vector<half> row(size_t(n_heads_kv) * side.size);
+            cudaMemcpy(row.data(), side.destination[i], row.size() * sizeof(half), cudaMemcpyDeviceToHost);
+            CHECK(std::equal(row.begin(), row.end(), side.rows.begin() + size_t(i) * side.row), "%s, new rows: row %d is another", c.name.c_str(), i);
+        }
+    }
+    std::vector<float> plain_observed(before.size()), observed(before.size());
+    cudaMemcpy(plain_observed.data(), plain_sums, before.size() * sizeof(float), cudaMemcpyDeviceToHost);
+    cudaMemcpy(observed.data(), sums, before.size() * sizeof(float), cudaMemcpyDeviceToHost);
+    CHECK(observed.back() == plain_observed.back(), "%s, new rows: %g queries, not %g", c.name.c_str(), observed.back(), plain_observed.back());
+    for (size_t i = 0; i + 1 < observed.size(); ++i) {
+        CHECK(observed[i] == plain_observed[i], "%s, new rows: sum %zu of queries is %.9g, not %.9g", c.name.c_str(), i, observed[i], plain_observed[i]);
+    }
+    std::vector<uint32_t> arrivals(cuda::attention_arrivals(call));
+    cudaMemcpy(arrivals.data(), call.arrivals, arrivals.size() * 4, cudaMemcpyDeviceToHost);
+    for (uint32_t x : arrivals) CHECK(x == 0, "%s, new rows: %u left in a counter", c.name.c_str(), x);
+}
+
 Result run_case(const Case & c) {
     const Kernels & host = scalar_kernels();
     Arena arena;
@@ -272,6 +355,8 @@ Result run_case(const Case & c) {
     CHECK(guard == 0xffffffffu, "%s: wrote past the workspace", c.name.c_str());
     cudaMemcpy(arrivals.data(), call.arrivals, arrivals.size() * 4, cudaMemcpyDeviceToHost);
     for (uint32_t n : arrivals) CHECK(n == 0, "%s: %u left in a counter", c.name.c_str(), n);
+
+    check_new_rows(c, arena, call, key_refs, value_refs, k0, v0, out);
 
     // The reference: k and v, and, for the size of the quantisation's own noise, k0 and v0.
     double error = 0, noise = 0;

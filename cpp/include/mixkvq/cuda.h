@@ -75,9 +75,13 @@ struct Observation {
     float memory;
 };
 void observe(Stream stream, const Observation & observation);
-// With a write of keys and one of values before it: one launch if the queries are few, and true. Then an attention that is queued next may say
-// `after_write`.
-bool write_and_observe(Stream stream, const RowWrite & keys, const RowWrite & values, const Observation & observation);
+// What the tokens of a batch bring to a layer: as many rows of keys as of values, and their queries.
+struct NewRows {
+    RowWrite keys, values;
+    Observation queries;
+};
+// One launch if the queries are few.
+void write_and_observe(Stream stream, const NewRows & rows);
 
 // Attention of a batch of queries. Strides are in elements. Query head h reads KV head h / (n_heads / n_kv_heads).
 struct Attention {
@@ -107,10 +111,6 @@ struct Attention {
 
     size_t unpacked_bytes;  // room for unpacked pages where there are many queries; 0: 64 MiB. A page of all heads and streams fits in any case.
 
-    // The kernel before this call in the stream writes rows of F16 pages, and nothing else that attention reads: what does not need them may start
-    // while it runs.
-    bool after_write;
-
     float * workspace;    // attention_workspace() floats, 16-byte aligned
     uint32_t * arrivals;  // attention_arrivals() counters, zero before a call and after it
 };
@@ -119,5 +119,8 @@ struct Attention {
 size_t attention_workspace(const Attention & call);
 size_t attention_arrivals(const Attention & call);
 void attention(Stream stream, const Attention & call);
+// The same after write_and_observe(rows), whose pages attention reads. Queries and rows may come from the kernel before this call in the stream, but
+// nothing else: what does not need them may start while that one runs.
+void attention(Stream stream, const Attention & call, const NewRows & rows);
 
 }  // namespace mixkvq::cuda

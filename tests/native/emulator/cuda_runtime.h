@@ -163,6 +163,9 @@ inline uint32_t __float_as_uint(float x) { return bits_of<uint32_t>(x); }
 inline float __int_as_float(int x) { return bits_of<float>(x); }
 inline float __uint_as_float(uint32_t x) { return bits_of<float>(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }

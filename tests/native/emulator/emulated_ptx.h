@@ -62,7 +62,6 @@ void copies_wait() {
 
 inline void pair_sync(int barrier) { emulator::barrier(barrier, 64, false); }
 inline uint32_t arrive(uint32_t * counter) { return (*counter)++; }
-inline void let_next_start() {}
 inline void wait_for_kernel_before() {}
 
 inline uint32_t transpose(uint32_t x) {
