@@ -56,7 +56,7 @@ struct DecodeCut : Cut {
     int n_half;      // the first splits: blocks for pages in F16
     int each, more;  // pages of a pair; the first `more` pairs have one more
     int front, back; // and the first and the last pair these: likely to be in F16
-    int observer;    // the split that has the time to observe queries
+    int observer;    // the block that observes queries: a split that has the time, or one of its own
     DecodeShape shape;
 };
 
@@ -805,6 +805,12 @@ __device__ inline int coded(const uint8_t * codes, int bits, int row, int place)
     return (codes[place / per_byte * row] >> low * (place % per_byte)) & ((1 << low) - 1);
 }
 
+// In one load.
+__device__ __forceinline__ PageRef load_page(const PageRef * at) {
+    const ulonglong2 x = *reinterpret_cast<const ulonglong2 *>(at);
+    return {reinterpret_cast<const uint8_t *>(x.x), reinterpret_cast<const half *>(x.y)};
+}
+
 // The rows of a page of which only the keys, or only the values, are packed: rare, and one code at a time.
 __device__ __noinline__ void unpack_key_rows(const KeyHead & head, const uint8_t * records, __half * rows, int pitch) {
     const KeyPlaces f(head.format);
@@ -849,37 +855,31 @@ __device__ __noinline__ void unpack_value_rows(const ValueHead & head, const uin
     }
 }
 
-// New rows, as a warp sees them: a lane knows where the lane-th goes.
-struct Incoming {
-    const RowWrite & write;
-    half * to;
-
-    __device__ __forceinline__ explicit Incoming(const RowWrite & write) : write(write), to(nullptr) {
-        const int lane = threadIdx.x & 31;
-        if (lane < write.n) to = write.destination[lane];
-    }
-    // Writes a KV head's share of those that are among the 16 from `rows` on, and brings it to shared memory, too: by a whole warp.
-    __device__ __forceinline__ void write_in(const half * rows, int kv, int head_size, __half * shared, int pitch) const {
-        const int lane = threadIdx.x & 31;
+// Writes a KV head's share of new rows that are among the 16 from `rows` on, and brings it to shared memory, too: by a whole warp. `to`: where the row
+// of a lane goes.
+__device__ __forceinline__ void write_new(const RowWrite & write, half * to, half * rows, int kv, int head_size, __half * shared, int pitch) {
+    const int lane = threadIdx.x & 31;
 #pragma unroll 1
-        for (int first = 0; first < write.n; first += 32) {
-            half * const at = first == 0 ? to : first + lane < write.n ? write.destination[first + lane] : nullptr;
-            const bool here = at >= rows && at < rows + 16 * write.row;
+    for (int first = 0; first < write.n; first += 32) {
+        if (first > 0) to = first + lane < write.n ? write.destination[first + lane] : nullptr;
 #pragma unroll 1
-            for (unsigned left = __ballot_sync(kWarp, here); left; left &= left - 1) {
-                const int i = __ffs(left) - 1, t = int(__shfl_sync(kWarp, int(at - rows), i)) / write.row;
-                const float * from = reinterpret_cast<const float *>(static_cast<const uint8_t *>(write.source) + (first + i) * write.stride) + kv * head_size;
+        for (unsigned left = __ballot_sync(kWarp, to >= rows && to < rows + 16 * write.row); left; left &= left - 1) {
+            const int i = __ffs(left) - 1;
+            half * const at = rows + __shfl_sync(kWarp, int(to - rows), i);
+            const int t = __ffs(__ballot_sync(kWarp, rows + lane * write.row == at)) - 1;
+            const float * from = reinterpret_cast<const float *>(static_cast<const uint8_t *>(write.source) + (first + i) * write.stride) + kv * head_size;
 #pragma unroll 1
-                for (int d = 4 * lane; d < head_size; d += 128) {
-                    const float4 x = *reinterpret_cast<const float4 *>(from + d);
-                    const uint2 y = make_uint2(float_to_half(x.x) | uint32_t(float_to_half(x.y)) << 16, float_to_half(x.z) | uint32_t(float_to_half(x.w)) << 16);
-                    *reinterpret_cast<uint2 *>(const_cast<half *>(rows) + size_t(t) * write.row + kv * head_size + d) = y;
-                    *reinterpret_cast<uint2 *>(shared + t * pitch + d) = y;
-                }
+            for (int d = 4 * lane; d < head_size; d += 128) {
+                const float4 x = *reinterpret_cast<const float4 *>(from + d);
+                const uint2 y = make_uint2(float_to_half(x.x) | uint32_t(float_to_half(x.y)) << 16, float_to_half(x.z) | uint32_t(float_to_half(x.w)) << 16);
+                *reinterpret_cast<uint2 *>(at + kv * head_size + d) = y;
+                *reinterpret_cast<uint2 *>(shared + t * pitch + d) = y;
             }
         }
     }
-};
+}
+
+__device__ __noinline__ float capped_apart(float logit2, float softcap) { return softcap * kLog2E * tanhf(logit2 / (softcap * kLog2E)); }
 
 // A warp takes 16 tokens of a page. Queries are rows of its tiles for the scores, columns for the sums; of rows a lane has n8, of columns 2j and 2j + 1.
 // Its tokens are 4j to 4j + 3, as keys 4 (n8 / 2) + n8 % 2 and two more.
@@ -906,19 +906,27 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
     const bool few = n_mine <= kAlonePages;
 
     // Everything but the queries and new rows is there before the kernel before this one is done.
-    const Incoming new_keys(brought.keys), new_values(brought.values);
+    half * const new_key = lane < brought.keys.n ? brought.keys.destination[lane] : nullptr;
+    half * const new_value = lane < brought.values.n ? brought.values.destination[lane] : nullptr;
     const float slope = alibi_slope(call, at.row(cut, row).head) * kLog2E;
     bool ready = false;
     auto prepare = [&] {
         wait_for_kernel_before();
 #pragma unroll 1
         for (int r = warp; r < HalfShape::kRows; r += n_warps) {
-            Query query(call, cut, at, r);
-            const int e = query.exponent(d_k);
+            const float * from = query_of(call, at.stream, at.row(cut, min(r, n_rows - 1))) + 4 * lane;
+            float x[8], top = 0;
+#pragma unroll
+            for (int k = 0; k < 8; ++k) x[k] = 128 * (k / 4) + 4 * lane < d_k ? from[128 * (k / 4) + k % 4] : 0.0f;
+#pragma unroll
+            for (int k = 0; k < 8; ++k) top = fmaxf(top, fabsf(x[k]));
+            const int e = exponent_above(__uint_as_float(warp_max(__float_as_uint(top))));
             const float unit = r < n_rows ? power(-e) * 0x1p14f : 0.0f;
 #pragma unroll
-            for (int k = 0; k < kMaxHeadSize / 32; ++k) {
-                if (lane + 32 * k < shape.query_pitch) queries[r * shape.query_pitch + lane + 32 * k] = __float2half_rn(query.x[k] * unit);
+            for (int k = 0; k < 2; ++k) {
+                const int d = 128 * k + 4 * lane;
+                const uint2 y = make_uint2(pack2(x[4 * k] * unit, x[4 * k + 1] * unit), pack2(x[4 * k + 2] * unit, x[4 * k + 3] * unit));
+                if (d < shape.query_pitch) *reinterpret_cast<uint2 *>(queries + r * shape.query_pitch + d) = y;
             }
             if (lane == 0 && r < kRows) rows.factor[r] = call.scale * kLog2E * power(e) * 0x1p-14f;
         }
@@ -931,7 +939,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
     };
     auto take = [&](int page) {
         const int lane = opaque(threadIdx.x & 31), n8 = lane >> 2, j = lane & 3;
-        const PageRef key = key_pages[page], value = value_pages[page];
+        const PageRef key = load_page(key_pages + page), value = load_page(value_pages + page);
         if (few && !is_half(key, value)) return;
         const int cell0 = page * kPageCells, n_cells = min(call.n_kv - cell0, kPageCells);
         if (!key.rows || !value.rows) {
@@ -946,9 +954,13 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
 #pragma unroll 1
         for (int t0 = 16 * warp; t0 < kPageCells; t0 += 16 * n_warps) {
             const int key_t = t0 + 4 * (n8 >> 1) + (n8 & 1), value_t = t0 + 4 * j;
-            auto stage = [&](const half * rows, int row, int size, __half * to, int pitch) {
-                const half * from = rows + size_t(t0 + (lane >> 3)) * row + at.kv * size;
-                to += (t0 + (lane >> 3)) * pitch;
+#pragma unroll 1
+            for (int side = 0; side < 2; ++side) {
+                const half * from = side ? value.rows : key.rows;
+                const int row = side ? call.row_v : call.row_k, size = side ? d_v : d_k, pitch = side ? shape.value_pitch : shape.key_pitch;
+                if (!from) continue;
+                from += (t0 + (lane >> 3)) * row + at.kv * size;
+                __half * const to = (side ? values : keys) + (t0 + (lane >> 3)) * pitch;
 #pragma unroll 1
                 for (int d = 8 * (lane & 7); d < size; d += 64) {
 #pragma unroll
@@ -956,16 +968,21 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
                         if (t0 + (lane >> 3) + t < n_cells) copy_async(to + t * pitch + d, from + t * row + d);
                     }
                 }
-            };
-            if (key.rows) stage(key.rows, call.row_k, d_k, keys, shape.key_pitch);
-            if (value.rows) stage(value.rows, call.row_v, d_v, values, shape.value_pitch);
+            }
             const uint2 m = masks_of(mask, cell0 + t0 + 4 * j, n_cells - t0 - 4 * j);
             if (!ready) prepare();
             wait_for_copies();
             __syncwarp();
             if (brought.keys.n > 0) {
-                if (key.rows) new_keys.write_in(key.rows + size_t(t0) * call.row_k, at.kv, d_k, keys + t0 * shape.key_pitch, shape.key_pitch);
-                if (value.rows) new_values.write_in(value.rows + size_t(t0) * call.row_v, at.kv, d_v, values + t0 * shape.value_pitch, shape.value_pitch);
+#pragma unroll 1
+                for (int side = 0; side < 2; ++side) {
+                    half * const page_rows = const_cast<half *>(side ? value.rows : key.rows);
+                    const int pitch = side ? shape.value_pitch : shape.key_pitch;
+                    if (page_rows) {
+                        write_new(side ? brought.values : brought.keys, side ? new_value : new_key, page_rows + t0 * (side ? call.row_v : call.row_k), at.kv,
+                                  side ? d_v : d_k, (side ? values : keys) + t0 * pitch, pitch);
+                    }
+                }
                 __syncwarp();
             }
             if (!__any_sync(kWarp, m.x != 0xfc00fc00u || m.y != 0xfc00fc00u)) continue;
@@ -973,7 +990,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
             // --- scores; of keys that are not there they mean nothing
             float s[2][4] = {};
             const __half * const query_at = queries + n8 * shape.query_pitch + 8 * j, * const key_at = keys + key_t * shape.key_pitch + 8 * j;
-#pragma unroll 4
+#pragma unroll 1
             for (int d = 0; d < d_k; d += 32) {
                 const uint4 q = *reinterpret_cast<const uint4 *>(query_at + d);
 #pragma unroll
@@ -990,7 +1007,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 z[i] *= unit;
-                if (call.softcap > 0) z[i] = capped(call, z[i]);
+                if (call.softcap > 0) z[i] = capped_apart(z[i], call.softcap);
                 z[i] = masked(z[i], (i < 2 ? m.x : m.y) >> 16 * (i % 2) & 0xffff, slope);
                 top = fmaxf(top, z[i]);
             }
@@ -1028,10 +1045,10 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
 #pragma unroll 1
     for (int start = 0; start < n_mine; start += 32 * kAhead) {
         unsigned mine = 0;
-#pragma unroll
+#pragma unroll 1
         for (int k = 0; k < kAhead; ++k) {
             const int i = start + 32 * k + lane;
-            if (i < n_mine && (few || is_half(key_pages[at.block + i * n_blocks], value_pages[at.block + i * n_blocks]))) mine |= 1u << k;
+            if (i < n_mine && (few || is_half(load_page(key_pages + at.block + i * n_blocks), load_page(value_pages + at.block + i * n_blocks)))) mine |= 1u << k;
         }
 #pragma unroll 1
         while (const unsigned any = __ballot_sync(kWarp, mine != 0)) {
@@ -1062,30 +1079,33 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
     }
     __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < n_rows * d_v / 4; i += blockDim.x) {
-        const int r = 4 * i / d_v, d = 4 * i % d_v;
-        float top = minus_infinity(), total = 0;
+    for (int r = warp; r < n_rows; r += n_warps) {
+        const float2 end = lane < n_warps ? ends[lane * kRows + r] : make_float2(minus_infinity(), 0);
+        float top = end.x;
+#pragma unroll
+        for (int step = 4; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
+        top = __shfl_sync(kWarp, top, 0);
+        const float weight = exp2_of(end.x - (top == minus_infinity() ? 0.0f : top));
+        float total = weight * end.y;
+#pragma unroll
+        for (int step = 4; step > 0; step /= 2) total += __shfl_xor_sync(kWarp, total, step);
+        total = __shfl_sync(kWarp, total, 0);
+        const RowPlace place = at.row(cut, r);
+        const float scale = alone ? close_softmax(top, total, call.sinks ? call.sinks + place.head : nullptr) : 1.0f;
+        float * to = alone ? call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token : partial + r * d_v;
+#pragma unroll 1
+        for (int d = 4 * lane; d - 4 * lane < d_v; d += 128) {
+            float4 x = make_float4(0, 0, 0, 0);
 #pragma unroll 2
-        for (int w = 0; w < n_warps; ++w) top = fmaxf(top, ends[w * kRows + r].x);
-        const float zero = top == minus_infinity() ? 0.0f : top;
-        float4 x = make_float4(0, 0, 0, 0);
-#pragma unroll 2
-        for (int w = 0; w < n_warps; ++w) {
-            const float2 end = ends[w * kRows + r];
-            const float weight = exp2_of(end.x - zero);
-            const float4 y = *reinterpret_cast<const float4 *>(sums + (w * kRows + r) * shape.sum_pitch + d);
-            total = fmaf(weight, end.y, total);
-            x.x = fmaf(weight, y.x, x.x), x.y = fmaf(weight, y.y, x.y), x.z = fmaf(weight, y.z, x.z), x.w = fmaf(weight, y.w, x.w);
+            for (int w = 0; w < n_warps; ++w) {
+                const float factor = __shfl_sync(kWarp, weight, w);
+                if (d >= d_v) continue;
+                const float4 y = *reinterpret_cast<const float4 *>(sums + (w * kRows + r) * shape.sum_pitch + d);
+                x.x = fmaf(factor, y.x, x.x), x.y = fmaf(factor, y.y, x.y), x.z = fmaf(factor, y.z, x.z), x.w = fmaf(factor, y.w, x.w);
+            }
+            if (d < d_v) to[d] = x.x * scale, to[d + 1] = x.y * scale, to[d + 2] = x.z * scale, to[d + 3] = x.w * scale;
         }
-        if (alone) {
-            const RowPlace place = at.row(cut, r);
-            const float scale = close_softmax(top, total, call.sinks ? call.sinks + place.head : nullptr);
-            float * to = call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token + d;
-            to[0] = x.x * scale, to[1] = x.y * scale, to[2] = x.z * scale, to[3] = x.w * scale;
-            continue;
-        }
-        *reinterpret_cast<float4 *>(partial + 4 * i) = x;
-        if (d == 0) {
+        if (!alone && lane == 0) {
             partial[kRows * d_v + r] = top;
             partial[kRows * d_v + kRows + r] = total;
         }
@@ -1094,21 +1114,25 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
 
 // --- the kernel -----------------------------------------------------------------------------------------------
 
-// What all blocks of a KV head have found, by the last of them.
+// What all blocks of a KV head have found, by the last of them. Where there are more warps than rows, some share the splits of a row.
 template <int kRows>
 __device__ __forceinline__ void join(const Attention & call, const DecodeCut & cut, const Place & at, Rows<kRows> & rows, float * memory, const float * base) {
+    constexpr int kAhead = 8;  // splits that are loaded at once
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
     const int d_v = call.head_size_v, n = at.n_rows * d_v / 4, stride = int(partial_floats(cut, d_v));
-    float2 * const weights = reinterpret_cast<float2 *>(memory);  // [split][row]: maximum, then weight; sum
-    float4 * const parts = reinterpret_cast<float4 *>(weights + cut.n_splits * kRows);  // [packed][way][number]
+    float2 * const weights = reinterpret_cast<float2 *>(memory) + warp * cut.n_splits;  // [split]: maximum, then weight; sum
+    float4 * const parts = reinterpret_cast<float4 *>(memory) + n_warps * ((cut.n_splits + 1) / 2);  // [packed][way][number]
     const float * const maxima = base + kRows * d_v;
+    int way = 0, row = warp, ways = 1;
+    for (; row >= at.n_rows; row -= at.n_rows) ++way;
+    for (; (ways + 1) * at.n_rows <= n_warps; ++ways) {}
 #pragma unroll 1
-    for (int row = warp; row < at.n_rows; row += n_warps) {
+    for (; way < ways && row < at.n_rows; row += n_warps) {
         float top = minus_infinity(), sum = 0;
 #pragma unroll 2
         for (int split = lane; split < cut.n_splits; split += 32) {
             const float max = __ldcg(maxima + split * stride + row), total = __ldcg(maxima + split * stride + kRows + row);
-            weights[split * kRows + row] = make_float2(max, total);
+            weights[split] = make_float2(max, total);
             top = fmaxf(top, max);
         }
 #pragma unroll
@@ -1116,46 +1140,45 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
         const float zero = top == minus_infinity() ? 0.0f : top;
 #pragma unroll 1
         for (int split = lane; split < cut.n_splits; split += 32) {
-            float2 & x = weights[split * kRows + row];
+            float2 & x = weights[split];
             x.x = exp2_of(x.x - zero);
             sum = fmaf(x.x, x.y, sum);
         }
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kWarp, sum, step);
-        if (lane == 0) {
+        if (lane == 0 && way == 0) {
             const int head = at.row(cut, row).head;
             rows.scale[row] = close_softmax(top, sum, call.sinks ? call.sinks + head : nullptr);
         }
-    }
-    __syncthreads();
-
-    // Where there are more threads than numbers, `ways` of them share the splits. Splits of packed pages are in the rotated basis.
-    constexpr int kAhead = 8;  // splits that are loaded at once
-    const int ways = max(1, int(blockDim.x) / n);
+        __syncwarp();
+        // Splits of packed pages are in the rotated basis.
 #pragma unroll 1
-    for (int i = threadIdx.x; i < n * ways; i += blockDim.x) {
-        const int number = i % n, row = 4 * number / d_v;
+        for (int number = lane; number < d_v / 4; number += 32) {
+            const float4 * const from = reinterpret_cast<const float4 *>(base + row * d_v) + number;
+            int split = way;
 #pragma unroll 1
-        for (int packed = 0; packed < 2; ++packed) {
-            const int last = packed ? cut.n_splits : cut.n_half;
-            float4 sum = make_float4(0, 0, 0, 0);
+            for (int packed = 0; packed < 2; ++packed) {
+                const int last = packed ? cut.n_splits : cut.n_half;
+                float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 1
-            for (int first = (packed ? cut.n_half : 0) + i / n; first < last; first += kAhead * ways) {
-                float4 x[kAhead];
+                for (; split < last; split += kAhead * ways) {
+                    float4 x[kAhead];
 #pragma unroll
-                for (int k = 0; k < kAhead; ++k) {
-                    const int split = first + k * ways;
-                    x[k] = split < last ? __ldcg(reinterpret_cast<const float4 *>(base + split * stride) + number) : make_float4(0, 0, 0, 0);
-                }
+                    for (int k = 0; k < kAhead; ++k) {
+                        const int i = split + k * ways;
+                        x[k] = i < last ? __ldcg(from + i * (stride / 4)) : make_float4(0, 0, 0, 0);
+                    }
 #pragma unroll
-                for (int k = 0; k < kAhead; ++k) {
-                    const int split = first + k * ways;
-                    const float weight = split < last ? weights[split * kRows + row].x : 0.0f;
-                    sum.x = fmaf(weight, x[k].x, sum.x), sum.y = fmaf(weight, x[k].y, sum.y);
-                    sum.z = fmaf(weight, x[k].z, sum.z), sum.w = fmaf(weight, x[k].w, sum.w);
+                    for (int k = 0; k < kAhead; ++k) {
+                        const int i = split + k * ways;
+                        const float weight = i < last ? weights[i].x : 0.0f;
+                        sum.x = fmaf(weight, x[k].x, sum.x), sum.y = fmaf(weight, x[k].y, sum.y);
+                        sum.z = fmaf(weight, x[k].z, sum.z), sum.w = fmaf(weight, x[k].w, sum.w);
+                    }
                 }
+                parts[(packed * ways + way) * n + row * (d_v / 4) + number] = sum;
+                split = cut.n_half + way;
             }
-            parts[packed * n * ways + i] = sum;
         }
     }
     __syncthreads();
@@ -1183,7 +1206,7 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
         }
     }
 }
-int join_bytes(const Cut & cut, int d_v, int threads) { return 8 * cut.rows * kMostSplits + 32 * std::max(cut.rows * d_v / 4, threads); }
+int join_bytes(const Cut & cut, int d_v, int n_warps) { return 8 * n_warps * (kMostSplits + 1) + 32 * std::max(cut.rows, n_warps) * d_v / 4; }
 
 // Sums the queries of a KV head up; the last head's block counts them.
 __device__ __forceinline__ void observe_head(const Brought & brought, int kv, int n_kv_heads, int head_size, uint32_t * counter) {
@@ -1201,7 +1224,7 @@ __device__ __forceinline__ void observe_head(const Brought & brought, int kv, in
     }
 }
 
-// grid: splits, KV heads, streams. NB: blocks of 32 value dimensions of a warp, NT: blocks of four rows.
+// grid: splits and perhaps an observer, KV heads, streams. NB: blocks of 32 value dimensions of a warp, NT: blocks of four rows.
 template <int NB, int NT>
 __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     decode_kernel(const __grid_constant__ Attention call, const __grid_constant__ DecodeCut cut, const __grid_constant__ Brought brought) {
@@ -1219,16 +1242,17 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     if (cut.n_pages > 0 && cut.n_pages <= kAlonePages) {
         const int page = min(int(threadIdx.x & 31), cut.n_pages - 1);
         const size_t i = at.stream * call.page_stride + page;
-        alone = __ballot_sync(kWarp, call.key_pages[i].records || call.value_pages[i].records) == 0;
+        const PageRef key = load_page(call.key_pages + i), value = load_page(call.value_pages + i);
+        alone = __ballot_sync(kWarp, key.records || value.records) == 0;
     }
-    if (alone && at.block > 0) {
+    if (at.block == cut.n_splits || (alone && at.block > 0)) {
         wait_for_kernel_before();
     } else if (at.block < cut.n_half) {
         half_pages<NB, NT>(call, cut, brought, at, rows, reinterpret_cast<uint8_t *>(memory), base + at.block * floats, alone);
     } else {
         packed_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory), base + at.block * floats);
     }
-    if (!alone) {
+    if (!alone && at.block < cut.n_splits) {
         __syncthreads();
         if (threadIdx.x == 0) {
             is_last = arrive(call.arrivals + head) == uint32_t(cut.n_splits - 1);
@@ -1307,7 +1331,7 @@ Plan make_plan(const Attention & c) {
     for (int n_pairs = kMostPairs; n_pairs > 0; n_pairs /= 2) {  // as many pairs as an SM can hold
         const DecodeShape shape(cut.rows, n_pairs, c.head_size_k, c.head_size_v, c.most_key_bytes, c.most_value_bytes);
         const int bytes = std::max({shape.bytes, HalfShape(cut.rows, c.head_size_k, c.head_size_v).bytes,
-                                    join_bytes(cut, c.head_size_v, 64 * n_pairs)});
+                                    join_bytes(cut, c.head_size_v, 2 * n_pairs)});
         const int n = bytes > most_bytes ? 0 : entry.blocks_per_sm(device, n_pairs, bytes, most_bytes);
         if (n * n_pairs <= blocks * plan.n_pairs) continue;
         blocks = n;
@@ -1327,7 +1351,7 @@ Plan make_plan(const Attention & c) {
     cut.front = cut.n_pages > 16 ? 1 : 0, cut.back = 2 * cut.front;
     const int n_workers = (cut.n_splits - cut.n_half) * plan.n_pairs, n_counted = cut.n_pages - cut.front - cut.back;
     cut.each = n_counted / n_workers, cut.more = n_counted % n_workers;
-    cut.observer = cut.n_pages > 16 ? 0 : cut.n_splits - 1;
+    cut.observer = cut.n_splits < splits ? cut.n_splits : 0;
     return plan;
 }
 
@@ -1351,7 +1375,7 @@ bool decode(Stream stream, const Attention & call, const NewRows * rows) {
         brought = {rows->keys, rows->values, o.sums, queries_of(o), o.memory};
     }
     plan.cut.partial = call.workspace;
-    const dim3 grid(plan.cut.n_splits, call.n_kv_heads, call.n_streams);
+    const dim3 grid(plan.cut.n_splits + (rows && plan.cut.observer > 0), call.n_kv_heads, call.n_streams);
     if (rows && can_start_early(plan.entry->kernel)) {
         launch_early(plan.entry->kernel, grid, 64 * plan.n_pairs, plan.bytes, stream, call, plan.cut, brought);
     } else {
