@@ -483,7 +483,7 @@ __device__ __forceinline__ void add_values(const uint8_t * codes_at, const Stage
     }
 }
 
-// What a block finds in its packed pages goes to `partial`: in the rotated basis.
+// What a block finds in its packed pages goes to `partial`.
 template <int NB, int NT>
 __device__ __forceinline__ void packed_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory,
                                              float * partial) {
@@ -541,10 +541,6 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     };
     auto stage_values = [&](unsigned pages) { stage(shared + shape.value, value_table, f.value_chunks, refs[2 * (__ffs(pages) - 1) + 1] + f.value_at); };
 
-    // The first page is on its way before the queries are known, and whether anybody sees it.
-    unsigned staged = left;
-    if (left) stage_keys(left), stage_values(left);
-
 #pragma unroll 1
     for (int i = in_pair; i < kRows * 2 * shape.slots; i += 64) folded[i] = 0;
     wait_for_kernel_before();
@@ -560,6 +556,9 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
         }
         if (lane == 0) set_row(rows, call, cut, at, row, e);
     }
+    // The first page is on its way before it is known whether anybody sees it.
+    unsigned staged = left;
+    if (left) stage_keys(left);
     __syncthreads();
 
     const unsigned slots = slot_of(f, lane) | slot_of(f, lane + 32) << 16;
@@ -581,7 +580,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
             pair_sync(pair + 1);
             if (left) stage_keys(left), stage_values(left);
         }
-        bool values_come = true;
+        bool values_come = start > first;  // at the beginning everything comes from memory, and the values are not needed first
         unsigned open;
         left &= look(rows, call.n_kv, start, min(32, last - start), open);
         if (left && __ffs(left) != __ffs(staged)) {
@@ -777,21 +776,30 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     }
     __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < at.n_rows * d_v / 4; i += blockDim.x) {
-        const int row = 4 * i / d_v, d = 4 * i % d_v;
-        float top = minus_infinity(), total = 0;
+    for (int row = warp; row < at.n_rows; row += n_warps) {
+        float top = minus_infinity(), total = 0, x[8] = {};
 #pragma unroll 1
         for (int p = 0; p < n_pairs; ++p) top = fmaxf(top, pair_max[p][row]);
-        float4 x = make_float4(0, 0, 0, 0);
 #pragma unroll 1
         for (int p = 0; p < n_pairs; ++p) {
             const float weight = pair_max[p][row] == minus_infinity() ? 0.0f : exp2_of(pair_max[p][row] - top);
-            const float4 y = *reinterpret_cast<const float4 *>(memory + shape.pairs + p * shape.pair_bytes + 4 * (row * pitch + d));
+            const float * from = reinterpret_cast<const float *>(memory + shape.pairs + p * shape.pair_bytes) + row * pitch + 4 * lane;
             total = fmaf(weight, pair_sum[p][row], total);
-            x.x = fmaf(weight, y.x, x.x), x.y = fmaf(weight, y.y, x.y), x.z = fmaf(weight, y.z, x.z), x.w = fmaf(weight, y.w, x.w);
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                if (128 * k + 4 * lane >= d_v) continue;
+                const float4 y = *reinterpret_cast<const float4 *>(from + 128 * k);
+                x[4 * k] = fmaf(weight, y.x, x[4 * k]), x[4 * k + 1] = fmaf(weight, y.y, x[4 * k + 1]);
+                x[4 * k + 2] = fmaf(weight, y.z, x[4 * k + 2]), x[4 * k + 3] = fmaf(weight, y.w, x[4 * k + 3]);
+            }
         }
-        *reinterpret_cast<float4 *>(partial + 4 * i) = x;
-        if (d == 0) {
+        rotate_row(x, d_v);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int d = 128 * k + 4 * lane;
+            if (d < d_v) *reinterpret_cast<float4 *>(partial + row * d_v + d) = make_float4(x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]);
+        }
+        if (lane == 0) {
             partial[kRows * d_v + row] = top;
             partial[kRows * d_v + kRows + row] = total;
         }
@@ -807,8 +815,10 @@ __device__ inline int coded(const uint8_t * codes, int bits, int row, int place)
 
 // In one load.
 __device__ __forceinline__ PageRef load_page(const PageRef * at) {
-    const ulonglong2 x = *reinterpret_cast<const ulonglong2 *>(at);
-    return {reinterpret_cast<const uint8_t *>(x.x), reinterpret_cast<const half *>(x.y)};
+    const uint4 x = *reinterpret_cast<const uint4 *>(at);
+    PageRef page;
+    memcpy(&page, &x, sizeof page);
+    return page;
 }
 
 // The rows of a page of which only the keys, or only the values, are packed: rare, and one code at a time.
@@ -887,7 +897,8 @@ template <int NB, int NT>
 __device__ __forceinline__ void half_pages(const Attention & call, const DecodeCut & cut, const Brought & brought, const Place & at, Rows<4 * NT> & rows,
                                            uint8_t * memory, float * partial, bool alone) {
     constexpr int kRows = 4 * NT;
-    constexpr int kAhead = 4;  // pages of a lane that are looked for at once
+    constexpr int kRounds = 4;  // pages of a thread that are looked for at once
+    __shared__ unsigned hits[kRounds * 2 * kMostPairs];
     const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
     const int d_k = call.head_size_k, d_v = call.head_size_v, n_rows = at.n_rows;
     const HalfShape shape(kRows, d_k, d_v);
@@ -1043,19 +1054,25 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
     };
 
 #pragma unroll 1
-    for (int start = 0; start < n_mine; start += 32 * kAhead) {
-        unsigned mine = 0;
+    for (int start = 0; start < n_mine; start += kRounds * blockDim.x) {
+        const int n_words = min(kRounds * n_warps, (n_mine - start + 31) / 32);
+        if (!few) {
 #pragma unroll 1
-        for (int k = 0; k < kAhead; ++k) {
-            const int i = start + 32 * k + lane;
-            if (i < n_mine && (few || is_half(load_page(key_pages + at.block + i * n_blocks), load_page(value_pages + at.block + i * n_blocks)))) mine |= 1u << k;
+            for (int word = warp; word < n_words; word += n_warps) {
+                const int i = start + 32 * word + lane, page = at.block + i * n_blocks;
+                const unsigned found = __ballot_sync(kWarp, i < n_mine && is_half(load_page(key_pages + page), load_page(value_pages + page)));
+                if (lane == 0) hits[word] = found;
+            }
+            __syncthreads();
         }
 #pragma unroll 1
-        while (const unsigned any = __ballot_sync(kWarp, mine != 0)) {
-            const int from = __ffs(any) - 1, k = __ffs(__shfl_sync(kWarp, mine, from)) - 1;
-            if (lane == from) mine &= mine - 1;
-            take(at.block + (start + 32 * k + from) * n_blocks);
+        for (int word = 0; word < n_words; ++word) {
+#pragma unroll 1
+            for (unsigned left = few ? (1u << n_mine) - 1 : hits[word]; left; left &= left - 1) {
+                take(at.block + (start + 32 * word + __ffs(left) - 1) * n_blocks);
+            }
         }
+        __syncthreads();
     }
     if (!ready) wait_for_kernel_before();
 
@@ -1121,7 +1138,7 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
     const int d_v = call.head_size_v, n = at.n_rows * d_v / 4, stride = int(partial_floats(cut, d_v));
     float2 * const weights = reinterpret_cast<float2 *>(memory) + warp * cut.n_splits;  // [split]: maximum, then weight; sum
-    float4 * const parts = reinterpret_cast<float4 *>(memory) + n_warps * ((cut.n_splits + 1) / 2);  // [packed][way][number]
+    float4 * const parts = reinterpret_cast<float4 *>(memory) + n_warps * ((cut.n_splits + 1) / 2);  // [way][number]
     const float * const maxima = base + kRows * d_v;
     int way = 0, row = warp, ways = 1;
     for (; row >= at.n_rows; row -= at.n_rows) ++way;
@@ -1151,62 +1168,44 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
             rows.scale[row] = close_softmax(top, sum, call.sinks ? call.sinks + head : nullptr);
         }
         __syncwarp();
-        // Splits of packed pages are in the rotated basis.
 #pragma unroll 1
         for (int number = lane; number < d_v / 4; number += 32) {
             const float4 * const from = reinterpret_cast<const float4 *>(base + row * d_v) + number;
-            int split = way;
+            float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 1
-            for (int packed = 0; packed < 2; ++packed) {
-                const int last = packed ? cut.n_splits : cut.n_half;
-                float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 1
-                for (; split < last; split += kAhead * ways) {
-                    float4 x[kAhead];
+            for (int split = way; split < cut.n_splits; split += kAhead * ways) {
+                float4 x[kAhead];
 #pragma unroll
-                    for (int k = 0; k < kAhead; ++k) {
-                        const int i = split + k * ways;
-                        x[k] = i < last ? __ldcg(from + i * (stride / 4)) : make_float4(0, 0, 0, 0);
-                    }
+                for (int k = 0; k < kAhead; ++k) x[k] = __ldcg(from + min(split + k * ways, cut.n_splits - 1) * (stride / 4));
 #pragma unroll
-                    for (int k = 0; k < kAhead; ++k) {
-                        const int i = split + k * ways;
-                        const float weight = i < last ? weights[i].x : 0.0f;
-                        sum.x = fmaf(weight, x[k].x, sum.x), sum.y = fmaf(weight, x[k].y, sum.y);
-                        sum.z = fmaf(weight, x[k].z, sum.z), sum.w = fmaf(weight, x[k].w, sum.w);
-                    }
+                for (int k = 0; k < kAhead; ++k) {
+                    const float weight = split + k * ways < cut.n_splits ? weights[split + k * ways].x : 0.0f;
+                    sum.x = fmaf(weight, x[k].x, sum.x), sum.y = fmaf(weight, x[k].y, sum.y);
+                    sum.z = fmaf(weight, x[k].z, sum.z), sum.w = fmaf(weight, x[k].w, sum.w);
                 }
-                parts[(packed * ways + way) * n + row * (d_v / 4) + number] = sum;
-                split = cut.n_half + way;
             }
+            parts[way * n + row * (d_v / 4) + number] = sum;
         }
     }
     __syncthreads();
 #pragma unroll 1
     for (int row = warp; row < at.n_rows; row += n_warps) {
-        float plain[8] = {}, x[8] = {};
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            const int d = 128 * k + 4 * lane;
-            if (d >= d_v) continue;
+        const RowPlace place = at.row(cut, row);
+        const float scale = rows.scale[row];
+        float * to = call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
+#pragma unroll 1
+        for (int number = lane; number < d_v / 4; number += 32) {
+            float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 1
             for (int way = 0; way < ways; ++way) {
-                const float4 a = parts[n * way + (row * d_v + d) / 4], b = parts[n * (ways + way) + (row * d_v + d) / 4];
-                plain[4 * k] += a.x, plain[4 * k + 1] += a.y, plain[4 * k + 2] += a.z, plain[4 * k + 3] += a.w;
-                x[4 * k] += b.x, x[4 * k + 1] += b.y, x[4 * k + 2] += b.z, x[4 * k + 3] += b.w;
+                const float4 x = parts[way * n + row * (d_v / 4) + number];
+                sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
             }
-        }
-        rotate_row(x, d_v);
-        const RowPlace place = at.row(cut, row);
-        float * to = call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            const int d = 128 * (k / 4) + 4 * lane + k % 4;
-            if (d < d_v) to[d] = (plain[k] + x[k]) * rows.scale[row];
+            to[4 * number] = sum.x * scale, to[4 * number + 1] = sum.y * scale, to[4 * number + 2] = sum.z * scale, to[4 * number + 3] = sum.w * scale;
         }
     }
 }
-int join_bytes(const Cut & cut, int d_v, int n_warps) { return 8 * n_warps * (kMostSplits + 1) + 32 * std::max(cut.rows, n_warps) * d_v / 4; }
+int join_bytes(const Cut & cut, int d_v, int n_warps) { return 8 * n_warps * (kMostSplits + 1) + 16 * std::max(cut.rows, n_warps) * d_v / 4; }
 
 // Sums the queries of a KV head up; the last head's block counts them.
 __device__ __forceinline__ void observe_head(const Brought & brought, int kv, int n_kv_heads, int head_size, uint32_t * counter) {
@@ -1214,7 +1213,7 @@ __device__ __forceinline__ void observe_head(const Brought & brought, int kv, in
 #pragma unroll 1
     for (int d = threadIdx.x; d < head_size; d += blockDim.x) {
         float abs = 0, sqr = 0;
-        add_queries(brought.queries, kv, d, 0, 1, abs, sqr);
+        add_queries(brought.queries, kv, d, abs, sqr);
         add_sums(brought.sums, kv * head_size + d, abs, sqr, fading);
     }
     __syncthreads();
@@ -1351,7 +1350,7 @@ Plan make_plan(const Attention & c) {
     cut.front = cut.n_pages > 16 ? 1 : 0, cut.back = 2 * cut.front;
     const int n_workers = (cut.n_splits - cut.n_half) * plan.n_pairs, n_counted = cut.n_pages - cut.front - cut.back;
     cut.each = n_counted / n_workers, cut.more = n_counted % n_workers;
-    cut.observer = cut.n_splits < splits ? cut.n_splits : 0;
+    cut.observer = cut.n_splits < splits ? cut.n_splits : cut.n_pages <= 512 ? cut.n_splits - 1 : 0;
     return plan;
 }
 
@@ -1375,7 +1374,7 @@ bool decode(Stream stream, const Attention & call, const NewRows * rows) {
         brought = {rows->keys, rows->values, o.sums, queries_of(o), o.memory};
     }
     plan.cut.partial = call.workspace;
-    const dim3 grid(plan.cut.n_splits + (rows && plan.cut.observer > 0), call.n_kv_heads, call.n_streams);
+    const dim3 grid(plan.cut.n_splits + (rows && plan.cut.observer == plan.cut.n_splits), call.n_kv_heads, call.n_streams);
     if (rows && can_start_early(plan.entry->kernel)) {
         launch_early(plan.entry->kernel, grid, 64 * plan.n_pairs, plan.bytes, stream, call, plan.cut, brought);
     } else {

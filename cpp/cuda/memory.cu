@@ -286,49 +286,56 @@ namespace {
 #if CUDART_VERSION >= 13000
 const auto get_edges = cudaGraphGetEdges;
 const auto remove_edges = cudaGraphRemoveDependencies;
-#define MIXKVQ_EDGES 1
 #elif CUDART_VERSION >= 12030
 const auto get_edges = cudaGraphGetEdges_v2;
 const auto remove_edges = cudaGraphRemoveDependencies_v2;
-#define MIXKVQ_EDGES 1
 #endif
+
+#if CUDART_VERSION >= 12030
+struct Edge {
+    cudaGraphNode_t from, to;
+    cudaGraphEdgeData data;
+};
+using Edges = std::unordered_map<cudaGraphNode_t, std::vector<Edge>>;
+
+// By the node they lead to.
+Edges edges_of(cudaGraph_t graph) {
+    Edges into;
+    size_t n = 0;
+    if (get_edges(graph, nullptr, nullptr, nullptr, &n) != cudaSuccess) return into;
+    std::vector<cudaGraphNode_t> from(n), to(n);
+    std::vector<cudaGraphEdgeData> data(n);
+    if (get_edges(graph, from.data(), to.data(), data.data(), &n) != cudaSuccess) return into;
+    for (size_t i = 0; i < n; ++i) into[to[i]].push_back({from[i], to[i], data[i]});
+    return into;
+}
 
 // Where streams wait for each other, a node is recorded as one that waits for the last of both, although the one has waited for the other before. A
 // kernel with a single edge starts earlier.
 void remove_implied_edges(cudaGraph_t graph) {
-#ifdef MIXKVQ_EDGES
-    size_t n = 0;
-    if (get_edges(graph, nullptr, nullptr, nullptr, &n) != cudaSuccess) return;
-    std::vector<cudaGraphNode_t> from(n), to(n);
-    std::vector<cudaGraphEdgeData> data(n);
-    if (get_edges(graph, from.data(), to.data(), data.data(), &n) != cudaSuccess) return;
-    std::unordered_map<cudaGraphNode_t, std::vector<size_t>> into;
-    for (size_t i = 0; i < n; ++i) into[to[i]].push_back(i);
-    // Whether `node` comes after `before`.
+    const Edges into = edges_of(graph);
     const auto is_after = [&](cudaGraphNode_t node, cudaGraphNode_t before) {
         std::vector<cudaGraphNode_t> open = {node};
         std::unordered_set<cudaGraphNode_t> seen;
         while (!open.empty()) {
-            const cudaGraphNode_t x = open.back();
+            const auto found = into.find(open.back());
             open.pop_back();
-            const auto found = into.find(x);
             if (found == into.end()) continue;
-            for (const size_t i : found->second) {
-                if (from[i] == before) return true;
-                if (seen.insert(from[i]).second) open.push_back(from[i]);
+            for (const Edge & edge : found->second) {
+                if (edge.from == before) return true;
+                if (seen.insert(edge.from).second) open.push_back(edge.from);
             }
         }
         return false;
     };
     for (const auto & [node, edges] : into) {
-        for (const size_t i : edges) {
-            const bool implied = std::any_of(edges.begin(), edges.end(), [&](size_t other) { return from[other] != from[i] && is_after(from[other], from[i]); });
-            if (implied) remove_edges(graph, &from[i], &to[i], &data[i], 1);
+        for (const Edge & edge : edges) {
+            const bool implied = std::any_of(edges.begin(), edges.end(), [&](const Edge & e) { return e.from != edge.from && is_after(e.from, edge.from); });
+            if (implied) remove_edges(graph, &edge.from, &edge.to, &edge.data, 1);
         }
     }
-    cudaGetLastError();
-#endif
 }
+#endif
 
 }  // namespace
 
@@ -358,7 +365,10 @@ bool Recording::end() {
     cudaGraphExec_t exec = nullptr;
     cudaError_t code = cudaStreamEndCapture(stream_of(queue_->stream()), &graph);
     if (code == cudaSuccess) {
+#if CUDART_VERSION >= 12030
         remove_implied_edges(graph);
+        cudaGetLastError();  // with all of them it is only slower
+#endif
         code = cudaGraphInstantiate(&exec, graph, 0);
     }
     if (graph) cudaGraphDestroy(graph);
