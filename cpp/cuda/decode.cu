@@ -186,31 +186,6 @@ __device__ __forceinline__ unsigned look(const Rows<kRows> & rows, int n_kv, int
     return all_seen;
 }
 
-// A query of a warp; lane + 32 k is a lane's k-th channel. The first 128 channels are loaded well before they are used.
-struct Query {
-    static constexpr int kFirst = 4, kAll = kMaxHeadSize / 32;
-    const float * from;
-    float x[kAll];
-
-    __device__ __forceinline__ Query(const Attention & call, const DecodeCut & cut, const Place & at, int row)
-        : from(query_of(call, at.stream, at.row(cut, min(row, at.n_rows - 1))) + (threadIdx.x & 31)) {
-        load(0, kFirst, call.head_size_k);
-    }
-    __device__ __forceinline__ void load(int first, int last, int d_k) {
-        const int lane = threadIdx.x & 31;
-#pragma unroll
-        for (int k = first; k < last; ++k) x[k] = lane + 32 * k < d_k ? from[32 * k] : 0.0f;
-    }
-    // Loads the rest; the power of two that all of it is below.
-    __device__ __forceinline__ int exponent(int d_k) {
-        load(kFirst, kAll, d_k);
-        float top = 0;
-#pragma unroll
-        for (int k = 0; k < kAll; ++k) top = fmaxf(top, fabsf(x[k]));
-        return exponent_above(__uint_as_float(warp_max(__float_as_uint(top))));
-    }
-};
-
 template <int kRows>
 __device__ __forceinline__ void set_row(Rows<kRows> & rows, const Attention & call, const DecodeCut & cut, const Place & at, int row, int exponent) {
     const RowPlace place = at.row(cut, min(row, at.n_rows - 1));
@@ -546,14 +521,20 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     wait_for_kernel_before();
 #pragma unroll 1
     for (int row = warp; row < kRows; row += n_warps) {
-        Query query(call, cut, at, row);
-        const int e = query.exponent(d_k);
-        const float unit = power(-e);
-        float * to = reinterpret_cast<float *>(queries + (row >> 1) * d_k) + (row & 1);
+        const float * const from = query_of(call, at.stream, at.row(cut, min(row, at.n_rows - 1))) + lane;
+        float * const to = reinterpret_cast<float *>(queries + (row >> 1) * d_k + lane) + (row & 1);
+        float x[4], top = 0;
+#pragma unroll 1
+        for (int first = 0; first < d_k; first += 128) {
 #pragma unroll
-        for (int k = 0; k < kMaxHeadSize / 32; ++k) {
-            if (lane + 32 * k < d_k) to[2 * (lane + 32 * k)] = query.x[k] * unit;
+            for (int k = 0; k < 4; ++k) x[k] = first + 32 * k + lane < d_k ? from[first + 32 * k] : 0.0f;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) top = fmaxf(top, fabsf(x[k]));
         }
+        const int e = exponent_above(__uint_as_float(warp_max(__float_as_uint(top))));
+        const float unit = power(-e);
+#pragma unroll 1
+        for (int d = 0; d + lane < d_k; d += 32) to[2 * d] = from[d] * unit;
         if (lane == 0) set_row(rows, call, cut, at, row, e);
     }
     // The first page is on its way before it is known whether anybody sees it.

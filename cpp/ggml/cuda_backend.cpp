@@ -3,6 +3,7 @@
 // backend does in between, and then costs one launch.
 
 #include <algorithm>
+#include <climits>
 #include <cstdlib>
 #include <list>
 #include <new>
@@ -138,6 +139,7 @@ class Run {
     Graph * known_ = nullptr;
     bool is_again_ = false;                // the graph is the same as the last time
     bool books_done_ = false;              // what is queued changes no page store, because that has been done beforehand
+    bool together_ = true;                 // attention may write the rows that have been put off
     size_t n_written_ = 0;                 // rows, since then
     CacheTensor * written_[2] = {};        // what is put off until attention comes: one launch does both
     cuda::RowWrite writes_[2] = {};
@@ -302,7 +304,7 @@ void Run::launch_writes() {
 }
 
 void Run::attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op) {
-    const bool together = n_writes_ == 2 && std::min(written_[0], written_[1]) == std::min(&k, &v) && std::max(written_[0], written_[1]) == std::max(&k, &v);
+    const bool together = together_ && n_writes_ == 2 && std::min(written_[0], written_[1]) == std::min(&k, &v) && std::max(written_[0], written_[1]) == std::max(&k, &v);
     if (!together) launch_writes();
     use(k);
     if (together && written_[0] != &k) std::swap(writes_[0], writes_[1]);
@@ -529,6 +531,11 @@ ggml_status Run::replay() {
 
     bool is_right = true;
     half ** rows = recording->rows();
+    struct Reach {
+        const CacheTensor * cache;
+        int first_stream, last_stream, last_cell;
+    };
+    std::vector<Reach> reaches;  // of the writes
     each(Kind::write, [&](ggml_tensor * node) {
         CacheTensor & t = *cache_of(node);
         is_right = is_right && t.store->settle(1) && find_cells(t, node, indices_of(node->src[1], queue));
@@ -536,6 +543,11 @@ ggml_status Run::replay() {
         const CudaMemory::Diversion diversion(*t.cuda, rows);
         t.store->write(c_.cells.data(), int(c_.cells.size()), rows_of(node));
         rows += c_.cells.size();
+        Reach reach = {&t, INT_MAX, 0, 0};
+        for (const PageStore::Cell & c : c_.cells) {
+            reach = {&t, std::min(reach.first_stream, c.stream), std::max(reach.last_stream, c.stream), std::max(reach.last_cell, c.cell)};
+        }
+        reaches.push_back(reach);
     });
     if (!is_right) return GGML_STATUS_FAILED;
     const auto count_workspaces = [&] {
@@ -548,6 +560,12 @@ ggml_status Run::replay() {
         v->cuda->table_of(*v->store);
         if (!is_recorded) prepare_attention(*k->store, *k->cuda, *v->store, *v->cuda, attention_call(*k, node));
         attended_.insert(attended_.end(), {k, v});
+        // Attention writes what it sees.
+        const AttentionCall call = attention_call(*k, node);
+        together_ = together_ && std::all_of(reaches.begin(), reaches.end(), [&](const Reach & r) {
+            return (r.cache != k && r.cache != v) ||
+                   (r.first_stream >= call.first_stream && r.last_stream < call.first_stream + call.n_streams && r.last_cell < call.n_kv);
+        });
     });
     recording->send();
     for (const auto & other : used_) {
@@ -556,12 +574,12 @@ ggml_status Run::replay() {
     after_inner(queue);
 
     books_done_ = true;
-    if (is_recorded || record()) {
+    if (together_ && (is_recorded || record())) {
         known_->workspaces = count_workspaces();
         recording->launch();
         ++known_->n_launches;
     } else {
-        c_.may_record = false;  // whatever the reason is, the next graph will have it too
+        c_.may_record = c_.may_record && !together_;  // whatever the reason is, the next graph will have it too
         const ggml_status status = enqueue();
         if (status != GGML_STATUS_SUCCESS) return status;
         after_inner(queue);
