@@ -5,11 +5,11 @@
 #include <cstring>
 #include <new>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 #include <cuda_runtime.h>
 
+#include "implied_edges.h"
 #include "launch.cuh"
 #include "mixkvq/cuda_memory.h"
 
@@ -283,59 +283,31 @@ void Queue::trim() {
 
 namespace {
 
-#if CUDART_VERSION >= 13000
-const auto get_edges = cudaGraphGetEdges;
-const auto remove_edges = cudaGraphRemoveDependencies;
-#elif CUDART_VERSION >= 12030
-const auto get_edges = cudaGraphGetEdges_v2;
-const auto remove_edges = cudaGraphRemoveDependencies_v2;
-#endif
-
+// Where streams wait for each other, a node is recorded as one that waits for the last of both, although the one has waited for the other before. A
+// kernel with a single edge starts earlier. Where this fails the graph is only slower.
+void remove_implied_edges(cudaGraph_t graph) {
 #if CUDART_VERSION >= 12030
-struct Edge {
-    cudaGraphNode_t from, to;
-    cudaGraphEdgeData data;
-};
-using Edges = std::unordered_map<cudaGraphNode_t, std::vector<Edge>>;
-
-// By the node they lead to.
-Edges edges_of(cudaGraph_t graph) {
-    Edges into;
+#if CUDART_VERSION >= 13000
+    const auto get_edges = cudaGraphGetEdges;
+    const auto remove_edges = cudaGraphRemoveDependencies;
+#else
+    const auto get_edges = cudaGraphGetEdges_v2;
+    const auto remove_edges = cudaGraphRemoveDependencies_v2;
+#endif
     size_t n = 0;
-    if (get_edges(graph, nullptr, nullptr, nullptr, &n) != cudaSuccess) return into;
+    get_edges(graph, nullptr, nullptr, nullptr, &n);
     std::vector<cudaGraphNode_t> from(n), to(n);
     std::vector<cudaGraphEdgeData> data(n);
-    if (get_edges(graph, from.data(), to.data(), data.data(), &n) != cudaSuccess) return into;
-    for (size_t i = 0; i < n; ++i) into[to[i]].push_back({from[i], to[i], data[i]});
-    return into;
-}
-
-// Where streams wait for each other, a node is recorded as one that waits for the last of both, although the one has waited for the other before. A
-// kernel with a single edge starts earlier.
-void remove_implied_edges(cudaGraph_t graph) {
-    const Edges into = edges_of(graph);
-    const auto is_after = [&](cudaGraphNode_t node, cudaGraphNode_t before) {
-        std::vector<cudaGraphNode_t> open = {node};
-        std::unordered_set<cudaGraphNode_t> seen;
-        while (!open.empty()) {
-            const auto found = into.find(open.back());
-            open.pop_back();
-            if (found == into.end()) continue;
-            for (const Edge & edge : found->second) {
-                if (edge.from == before) return true;
-                if (seen.insert(edge.from).second) open.push_back(edge.from);
-            }
-        }
-        return false;
-    };
-    for (const auto & [node, edges] : into) {
-        for (const Edge & edge : edges) {
-            const bool implied = std::any_of(edges.begin(), edges.end(), [&](const Edge & e) { return e.from != edge.from && is_after(e.from, edge.from); });
-            if (implied) remove_edges(graph, &edge.from, &edge.to, &edge.data, 1);
-        }
+    if (get_edges(graph, from.data(), to.data(), data.data(), &n) == cudaSuccess) {
+        std::unordered_map<cudaGraphNode_t, int> numbers;
+        const auto number_of = [&](cudaGraphNode_t node) { return numbers.emplace(node, int(numbers.size())).first->second; };
+        std::vector<Edge> edges;
+        for (size_t i = 0; i < n; ++i) edges.push_back({number_of(from[i]), number_of(to[i])});
+        for (const size_t i : implied_edges(int(numbers.size()), edges)) remove_edges(graph, &from[i], &to[i], &data[i], 1);
     }
-}
+    cudaGetLastError();
 #endif
+}
 
 }  // namespace
 
@@ -365,10 +337,7 @@ bool Recording::end() {
     cudaGraphExec_t exec = nullptr;
     cudaError_t code = cudaStreamEndCapture(stream_of(queue_->stream()), &graph);
     if (code == cudaSuccess) {
-#if CUDART_VERSION >= 12030
         remove_implied_edges(graph);
-        cudaGetLastError();  // with all of them it is only slower
-#endif
         code = cudaGraphInstantiate(&exec, graph, 0);
     }
     if (graph) cudaGraphDestroy(graph);
