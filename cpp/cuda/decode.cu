@@ -1322,16 +1322,22 @@ Plan make_plan(const Attention & c) {
     }
     if (!plan.entry) return plan;
 
-    // As many splits as fill the GPU once. Short contexts may lie in F16 altogether; in long ones the few such pages take less time than what the other
-    // blocks have to do.
+    // As many splits as fill the GPU once. In long contexts the first page and the last ones are in F16 as a rule: they are no work for pairs.
     const int splits = std::max(2, std::min(kMostSplits, int(size_t(n_sms) * blocks / plan.n_heads)));
-    cut.n_half = std::max(1, std::min({cut.n_pages, cut.n_pages <= 16 ? 16 : cut.n_pages <= 128 ? 4 : 1, splits / 2}));
-    cut.n_splits = cut.n_half + std::max(1, std::min(splits - cut.n_half, (cut.n_pages + plan.n_pairs - 1) / plan.n_pairs));
-    // In long contexts the first page and the last ones are in F16 as a rule: they do not count.
     cut.front = cut.n_pages > 16 ? 1 : 0, cut.back = 2 * cut.front;
-    const int n_workers = (cut.n_splits - cut.n_half) * plan.n_pairs, n_counted = cut.n_pages - cut.front - cut.back;
-    cut.each = n_counted / n_workers, cut.more = n_counted % n_workers;
-    cut.observer = cut.n_splits < splits ? cut.n_splits : cut.n_pages <= 512 ? cut.n_splits - 1 : 0;
+    const int n_counted = cut.n_pages - cut.front - cut.back;
+    const auto ceil_of = [](int a, int b) { return (a + b - 1) / b; };
+    const auto n_workers = [&](int n_half) { return plan.n_pairs * std::max(1, std::min(splits - n_half, ceil_of(cut.n_pages, plan.n_pairs))); };
+    // Short contexts may lie in F16 altogether. In others blocks for four such pages and pairs should be done at the same time: in a model, thousands of
+    // cycles of an H200 until the first page is done, and for every other one.
+    const auto time = [&](int n_half) { return std::max(12 + 7 * ceil_of(n_counted, n_workers(n_half)), 19 + 8 * (ceil_of(4, n_half) - 1)); };
+    cut.n_half = std::max(1, std::min(cut.n_pages <= 16 ? cut.n_pages : 4, splits / 2));
+    for (int n : {2, 1}) {
+        if (cut.n_pages > 16 && n < cut.n_half && time(n) < time(cut.n_half)) cut.n_half = n;
+    }
+    cut.n_splits = cut.n_half + n_workers(cut.n_half) / plan.n_pairs;
+    cut.each = n_counted / n_workers(cut.n_half), cut.more = n_counted % n_workers(cut.n_half);
+    cut.observer = cut.n_splits < splits ? cut.n_splits : cut.n_half > 1 || cut.n_pages > 512 ? 0 : cut.n_splits - 1;
     return plan;
 }
 
