@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import _common
+import cuda_trace
 import llama_bench
 import numpy as np
 import plot
@@ -254,6 +255,35 @@ def test_llama_bench_that_did_something_else_is_not_measured(run_llama_bench, va
 def test_llama_bench_says_a_mistake_before_anything_runs(run_llama_bench):
     done, result = run_llama_bench(kv="f16,blanced")
     assert done.exit_code == 1 and "There is no preset 'blanced'" in done.output and "round 1" not in done.output and result is None
+
+
+def test_cuda_trace(tmp_path):
+    """Kernels that overlap count once, by their ends; layers unlike the others, and the first ones, do not count."""
+    lines, at = [], 1000
+
+    def add(name, start, duration):
+        lines.append(f"{at + start}\t{at + start + duration}\t8\t{name}")
+
+    for layer in range(9):
+        if layer == 5:  # a longer one
+            add("void other<float>(int)", 0, 50000)
+            at += 50000
+        add("void mul<(kind)8, 1>(void const*)", 0, 4000)
+        add("quantize(float const*)", 3000, 2000)  # starts early: adds 1000
+        add("void ours::(anonymous namespace)::decode_kernel<2, 1>(ours::Call)", 5500, 2500)  # adds 3000, the wait before it included
+        at += 8000
+    trace = tmp_path / "trace.tsv"
+    trace.write_text("\n".join(reversed(lines)) + "\n")
+    layers = cuda_trace.layers_of(cuda_trace.read_trace(trace), "decode_kernel")
+    assert len(layers) == 9 - 1 - 1 - cuda_trace.SKIPPED
+    assert all(layer == {"mul": (1, 4000), "quantize": (1, 1000), "decode_kernel": (1, 3000)} for layer in layers)
+    shown = CliRunner().invoke(cuda_trace.main, [str(trace)])
+    assert shown.exit_code == 0 and "8.0" in shown.output
+
+    for text, words in (("no trace\n", "line 1"), ("1\t2\t3\tother()\n", "--attention")):
+        trace.write_text(text)
+        said = CliRunner().invoke(cuda_trace.main, [str(trace)])
+        assert said.exit_code == 1 and words in said.output
 
 
 def test_plot(saved, tmp_path):
