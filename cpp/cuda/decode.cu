@@ -54,9 +54,9 @@ struct DecodeShape {
 struct DecodeCut : Cut {
     float group_inverse;
     int n_half;      // the first splits: blocks for pages in F16
-    int each, more;  // pages of a pair; the first `more` pairs have one more
-    int front, back; // and the first and the last pair these: likely to be in F16
-    int observer;    // the block that observes queries: a split that has the time, or one of its own
+    int each, more;   // pages of a pair; the first `more` pairs have one more
+    int front, back;  // and the first and the last pair these: likely to be in F16
+    int observer;     // the block that observes queries: a split that has the time, or one of its own
     DecodeShape shape;
 };
 
@@ -68,12 +68,11 @@ struct Brought {
     float memory;
 };
 
-// The same of a block for pages in F16.
+// Sections of shared memory of a block for pages in F16, in bytes.
 struct HalfShape {
-    static constexpr int kRows = 8;             // of a tile of tensor cores that are used
-    int query_pitch, key_pitch, value_pitch;    // halves
-    int sum_pitch;                              // floats
-    int values, keys, ends, sums, bytes;        // keys: unpacked ones; ends and sums: in the place of the others
+    static constexpr int kRows = 8;  // of a tile of tensor cores that are used
+    int query_pitch, key_pitch, value_pitch, sum_pitch;  // halves; of sums floats
+    int values, keys, ends, sums, bytes;  // queries come first; in the end `ends` and `sums` take their place
 
     __host__ __device__ HalfShape(int rows, int d_k, int d_v) {
         query_pitch = (d_k + 63) / 64 * 64 + 32;
@@ -91,7 +90,7 @@ struct HalfShape {
 // What every block knows of its rows.
 template <int kRows>
 struct Rows {
-    float factor[kRows], slope[kRows];  // of scores of queries scaled to below 1; of the mask
+    float factor[kRows], slope[kRows];  // of scores of queries scaled to below 1 (for pages in F16, to below 2^14); of the mask
     const __half * mask[kRows];         // by row
     const __half * looks[kRows];        // those that differ
     int n_looks;
