@@ -306,7 +306,8 @@ void Run::launch_writes() {
 void Run::attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op) {
     // A mask that the graph computes may come from the kernel just before, which attention with rows does not wait for in everything.
     const bool is_mask_there = !op->src[3] || is_input(op->src[3]);
-    const bool together = together_ && is_mask_there && n_writes_ == 2 && std::min(written_[0], written_[1]) == std::min(&k, &v) && std::max(written_[0], written_[1]) == std::max(&k, &v);
+    const bool are_ours = n_writes_ == 2 && std::min(written_[0], written_[1]) == std::min(&k, &v) && std::max(written_[0], written_[1]) == std::max(&k, &v);
+    const bool together = together_ && is_mask_there && are_ours;
     if (!together) launch_writes();
     use(k);
     if (together && written_[0] != &k) std::swap(writes_[0], writes_[1]);
