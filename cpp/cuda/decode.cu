@@ -1166,6 +1166,7 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
             }
             parts[way * n + row * (d_v / 4) + number] = sum;
         }
+        __syncwarp();  // the weights are not needed any more
     }
     __syncthreads();
 #pragma unroll 1
