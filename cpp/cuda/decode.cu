@@ -24,14 +24,16 @@ constexpr int kMostRows = 8;    // query vectors of a KV head that are served; f
 constexpr int kMostPairs = 4;   // in a block
 constexpr int kMostSplits = 512, kAlonePages = 4;
 constexpr float kLargest = 32512, kUnit = 1 / kLargest;  // of the 16-bit numbers: 127 * 256
+constexpr int kMostSteps8 = 3;  // steps of channels at 8 bits up to which the sums of 256 channels fit into 32 bits; beyond, queries have 14 bits
 constexpr float kRound = 12582912.0f + 128;  // x + kRound has the bits of rint(x) + 128 below
 
 // Sections of shared memory, in bytes.
+constexpr int kStagedBytes = 784;
 struct DecodeShape {
     DecodeShape() = default;
 
     int slots;                                             // quads of folded queries: every tier is filled up to four
-    int value, scales, folded, weights, ends, pair_bytes;  // of a pair; its keys come first
+    int value, scales, folded, weights, ends, pair_bytes;  // of a pair; its keys come first, and before them `Staged`
     int key_table, value_table, queries, refs, pairs, bytes;  // of a block
 
     // key_bytes, value_bytes: of the largest records
@@ -42,13 +44,13 @@ struct DecodeShape {
         folded = scales + kPageCells;
         weights = folded + rows * 8 * slots;
         ends = weights + 256 * rows;
-        pair_bytes = std::max(ends + 5 * 4 * rows, 4 * rows * (d_v + 8));
+        pair_bytes = kStagedBytes + std::max(ends + 5 * 4 * rows, 4 * rows * (d_v + 8));
         key_table = 0;
         value_table = key_bytes / 8;
         queries = (value_table + value_bytes / 8 + 15) / 16 * 16;
         refs = queries + 4 * rows * d_k;
-        pairs = refs + n_pairs * 32 * 16;
-        bytes = pairs + n_pairs * pair_bytes;
+        pairs = refs + n_pairs * 32 * 16 + kStagedBytes;
+        bytes = pairs - kStagedBytes + n_pairs * pair_bytes;
     }
 };
 struct DecodeCut : Cut {
@@ -232,76 +234,102 @@ __device__ __forceinline__ void rotate_row(float (&x)[8], int d_v) {
 
 // --- packed pages ---------------------------------------------------------------------------------------------
 
-// The records of a head in shared memory: as in global memory, but with gaps, so that the 16 bytes that eight lanes read lie in different banks.
-struct Staged {
-    int n_quads, groups;
-    int quads[4], tier[4], slot[4];  // of 8, 4, 3, 2 bits
+// The records of a head in shared memory: as in global memory, but with gaps, so that the 16 bytes that eight lanes read lie in different banks. Every
+// pair has its own copy of this, next to its pages: an address less to be computed.
+struct alignas(16) Staged {
+    int n_quads, groups, steps;  // steps: a byte for each of 8, 4, 3, 2 bits; four quads a step
+    int quads[4], slot[4];
     int scale, min, order, key_chunks;
     int bits, run, top, top_run, mean, value_chunks;  // run: from the codes of tokens 32j to those of 32j + 32
     uint32_t key_at, value_at, value_scale;
+    uint32_t key_table, value_table;  // in shared memory: where each 16 bytes of a record go
+    float largest, unit;              // of the folded queries
+    float factor[kMostRows];          // of Rows
+    // Where the threads of a pair find their first codes of 8, 4, 3 and 2 bits, then the top bits of those of 3.
+    uint16_t lanes[5 * 64];
 
-    // By a whole block. The tables say where each 16 bytes of a record go.
-    __device__ void set(const KeyHead & k, const ValueHead & v, uint16_t * key_table, uint16_t * value_table) {
+    __device__ static void set_tables(const KeyHead & k, const ValueHead & v, uint16_t * key_table, uint16_t * value_table) {  // by a whole block
         const KeyPlaces f(k.format);
         const ValuePlaces g(v.format);
         const int sizes[4] = {8, 4, 3, 2}, counts[4] = {f.q8, f.q4, f.q3, f.q2}, starts[4] = {int(f.at8), int(f.at4), int(f.at3), int(f.at2)};
         const int row = 4 * v.format.head_size, length = v.format.bits == 3 ? 2 * row : v.format.bits * row;
-        const int gap = (32 - length) & 127, top_gap = v.format.bits == 3 ? (32 - row) & 127 : 0;
-        const int n_key = f.bytes / 16, n_value = (g.mean + v.format.head_size + 15) / 16;
+        const int gap = gap_of(length), top_gap = v.format.bits == 3 ? gap_of(row) : 0;
 #pragma unroll 1
-        for (int c = threadIdx.x; c < n_key; c += blockDim.x) {
+        for (int c = threadIdx.x; c < f.bytes / 16; c += blockDim.x) {
             int before = 0;
 #pragma unroll
             for (int t = 0; t < 4; ++t) before += max(0, ::min(counts[t], (16 * c - starts[t]) / (64 * sizes[t])));
             key_table[c] = uint16_t(16 * c + 32 * before);
         }
 #pragma unroll 1
-        for (int c = threadIdx.x; c < n_value; c += blockDim.x) {
+        for (int c = threadIdx.x; c < chunks_of(v, g); c += blockDim.x) {
             int at = 16 * c;
 #pragma unroll
             for (int k = 1; k <= 4; ++k) at += (16 * c >= k * length ? gap : 0) + (16 * c >= 4 * length + k * row ? top_gap : 0);
             value_table[c] = uint16_t(at);
         }
-        if (threadIdx.x != 0) return;
-        n_quads = f.coded();
-        groups = f.groups;
-        int before = 0, slots = 0;
+    }
+
+    __device__ void set(const KeyHead & k, const ValueHead & v, const uint16_t * keys, const uint16_t * values) {  // by a pair
+        const KeyPlaces f(k.format);
+        const ValuePlaces g(v.format);
+        const int sizes[4] = {8, 4, 3, 2}, counts[4] = {f.q8, f.q4, f.q3, f.q2}, starts[4] = {int(f.at8), int(f.at4), int(f.at3), int(f.at2)};
+        const int in_pair = threadIdx.x & 63, n8 = in_pair >> 2 & 7, j = in_pair & 3, half = in_pair >> 5;
+        const int row = 4 * v.format.head_size, length = v.format.bits == 3 ? 2 * row : v.format.bits * row;
+        const int gap = gap_of(length), top_gap = v.format.bits == 3 ? gap_of(row) : 0;
+        int before = 0, slots = 0, all_steps = 0;
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
-            quads[t] = counts[t];
-            tier[t] = starts[t] + 32 * before;
-            slot[t] = slots;
+            const int bits = sizes[t], chunk = key_chunk(bits, n8, bits == 8 ? 2 * half : bits == 4 ? half : 0);
+            const int at = starts[t] + 32 * before + (64 * bits + 32) * j;
+            lanes[64 * t + in_pair] = uint16_t(at + 16 * chunk);
+            if (bits == 3) lanes[64 * 4 + in_pair] = uint16_t(at + 16 * key_chunk(3, n8, 1));
+            if (in_pair == 0) quads[t] = counts[t], slot[t] = slots;
             before += counts[t];
             slots += (counts[t] + 3) / 4 * 4;
+            all_steps |= (counts[t] + 3) / 4 << 8 * t;
         }
+        if (in_pair != 0) return;
+        n_quads = f.coded();
+        groups = f.groups;
+        steps = all_steps;
+        largest = (all_steps & 255) > kMostSteps8 ? kLargest / 4 : kLargest;
+        unit = 1 / largest;
         scale = f.scale + 32 * n_quads;
         min = f.min + 32 * n_quads;
         order = f.order + 32 * n_quads;
-        key_chunks = n_key;
+        key_chunks = f.bytes / 16;
         bits = v.format.bits;
         run = length + gap;
         top = 4 * run;
         top_run = row + top_gap;
         mean = g.mean + 4 * (gap + top_gap);
-        value_chunks = n_value;
+        value_chunks = chunks_of(v, g);
         key_at = k.record_offset;
         value_at = v.record_offset;
         value_scale = g.scale;
+        key_table = static_cast<uint32_t>(__cvta_generic_to_shared(keys));
+        value_table = static_cast<uint32_t>(__cvta_generic_to_shared(values));
     }
+
+  private:
+    __device__ static int gap_of(int length) { return (32 - length) & 127; }
+    __device__ static int chunks_of(const ValueHead & v, const ValuePlaces & g) { return (g.mean + v.format.head_size + 15) / 16; }
 };
+static_assert(sizeof(Staged) == kStagedBytes);
 
 // Adds a tier's share of the scores of a warp's half of the tokens. s[i]: rows n8 and n8 + 8 are tokens key_token(n8, i, 2 half) and (.., 2 half + 1),
-// the latter times kTimes. Where a page has several groups of tokens, lanes that are not `mine` add nothing.
+// the latter times kTimes. lanes: as Staged::set() wrote them, from this thread's on; folded: of the next tier afterwards. Where a page has several
+// groups of tokens, lanes that are not `mine` add nothing.
 template <int bits, bool grouped, int NT>
-__device__ __forceinline__ void add_tier(const uint8_t * tier, int n_quads, const uint32_t * folded, int pitch, bool mine, int half, int n8, int j,
-                                         int (&s)[4][NT][4]) {
-    constexpr int kLoads = bits == 8 || bits == 3 ? 2 : 1;
-    const uint8_t * at = tier + (64 * bits + 32) * j + 16 * key_chunk(bits, n8, bits == 8 ? 2 * half : bits == 4 ? half : 0);
-    const uint8_t * top = tier + (64 * bits + 32) * j + 16 * key_chunk(bits, n8, 1);
-    const int shift = 4 * half, top_shift = key_top_shift(n8) + 2 * half;
-    folded += 8 * j + n8;
+__device__ __forceinline__ void add_tier(const uint8_t * key, const uint16_t * lanes, int steps, const uint32_t *& folded, int pitch, bool mine, int half,
+                                         int n8, int (&s)[4][NT][4]) {
+    constexpr int kLoads = bits == 8 || bits == 3 ? 2 : 1, kTier = bits == 8 ? 0 : bits == 4 ? 1 : bits == 3 ? 2 : 3;
+    if (steps == 0) return;
+    const uint8_t * at = key + lanes[64 * kTier], * top = bits == 3 ? key + lanes[64 * 4] : nullptr;
+    const int shift = 4 * half, top_turn = (2 - 2 * half - key_top_shift(n8)) & 31;
 #pragma unroll 1
-    for (int quad = 0; quad < n_quads; quad += 4) {
+    for (int n = steps; n > 0; --n) {
         uint4 x[kLoads];
         x[0] = *reinterpret_cast<const uint4 *>(at);
         if (kLoads == 2) x[kLoads - 1] = *reinterpret_cast<const uint4 *>(bits == 8 ? at + 32 : top);
@@ -311,11 +339,16 @@ __device__ __forceinline__ void add_tier(const uint8_t * tier, int n_quads, cons
         for (int nt = 0; nt < NT; ++nt) b[nt] = folded[nt * pitch];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            Codes<bits> codes;
-            codes.word[0] = bits <= 3 ? part(x[0], i) >> shift : part(x[0], i);
-            if (bits == 8) codes.word[kLoads - 1] = part(x[kLoads - 1], i);
-            if (bits == 3) codes.word[kLoads - 1] = part(x[kLoads - 1], i) >> top_shift;
-            const uint32_t a0 = codes.bytes(0), a1 = codes.bytes(1);
+            uint32_t a0, a1;
+            if (bits == 3) {
+                const uint32_t low = part(x[0], i) >> shift, turned = __funnelshift_l(part(x[kLoads - 1], i), part(x[kLoads - 1], i), top_turn);
+                a0 = with_top(low, turned, 0), a1 = with_top(low, turned << 1, 2);
+            } else {
+                Codes<bits> codes;
+                codes.word[0] = bits == 2 ? part(x[0], i) >> shift : part(x[0], i);
+                if (bits == 8) codes.word[kLoads - 1] = part(x[kLoads - 1], i);
+                a0 = codes.bytes(0), a1 = codes.bytes(1);
+            }
 #pragma unroll
             for (int nt = 0; nt < NT; ++nt) mma_bytes(s[i][nt], a0, a1, b[nt]);
         }
@@ -323,18 +356,19 @@ __device__ __forceinline__ void add_tier(const uint8_t * tier, int n_quads, cons
         top += 4 * (64 * bits + 32);
         folded += 32;
     }
-    if (bits == 8 && n_quads > 0 && (!grouped || mine)) {  // as the other tiers
+    if (bits == 8 && (!grouped || mine)) {  // as the other tiers
 #pragma unroll
         for (int k = 0; k < 8 * NT; ++k) s[k / (2 * NT)][k / 2 % NT][2 + k % 2] *= Codes<4>::kTimes;
     }
 }
 template <bool grouped, int NT>
-__device__ __forceinline__ void add_tiers(const Staged & f, const uint8_t * key, const uint32_t * folded, int pitch, bool mine, int half, int n8, int j,
-                                          int (&s)[4][NT][4]) {
-    add_tier<8, grouped, NT>(key + f.tier[0], f.quads[0], folded + 8 * f.slot[0], pitch, mine, half, n8, j, s);
-    add_tier<4, grouped, NT>(key + f.tier[1], f.quads[1], folded + 8 * f.slot[1], pitch, mine, half, n8, j, s);
-    add_tier<3, grouped, NT>(key + f.tier[2], f.quads[2], folded + 8 * f.slot[2], pitch, mine, half, n8, j, s);
-    add_tier<2, grouped, NT>(key + f.tier[3], f.quads[3], folded + 8 * f.slot[3], pitch, mine, half, n8, j, s);
+__device__ __forceinline__ void add_tiers(const Staged & f, const uint8_t * key, const uint16_t * lanes, const uint32_t * folded, int pitch, bool mine, int half,
+                                          int n8, int (&s)[4][NT][4]) {
+    const int steps = f.steps;
+    add_tier<8, grouped, NT>(key, lanes, steps & 255, folded, pitch, mine, half, n8, s);
+    add_tier<4, grouped, NT>(key, lanes, steps >> 8 & 255, folded, pitch, mine, half, n8, s);
+    add_tier<3, grouped, NT>(key, lanes, steps >> 16 & 255, folded, pitch, mine, half, n8, s);
+    add_tier<2, grouped, NT>(key, lanes, steps >> 24 & 255, folded, pitch, mine, half, n8, s);
 }
 
 // Sums of n numbers over a warp, n a power of two: a lane gets that of number lane % n.
@@ -376,7 +410,7 @@ __device__ __forceinline__ float fold_queries(const Staged & f, const uint8_t * 
         top = __vmaxu2(top, __vmaxu2(s.x, s.y));
     }
     top = warp_max(::max(top & 0xffff, top >> 16));
-    const float most = top ? __half2float(__ushort_as_half(top)) : 1.0f, grow = __fdividef(kLargest, most);
+    const float most = top ? __half2float(__ushort_as_half(top)) : 1.0f, grow = f.largest * reciprocal(most);
     float sums[2 * NT] = {};
 #pragma unroll 1
     for (int u = lane; u < n_quads; u += 32, slots >>= 16) {
@@ -443,10 +477,10 @@ __device__ __forceinline__ void add_values(const uint8_t * codes_at, const Stage
             }
             int sum[NT][4] = {};
 #pragma unroll
-            for (int s = 0; s < 4; s += 2) {
-                const uint32_t a0 = codes[0].bytes(s), a1 = codes[1].bytes(s), a2 = codes[0].bytes(s + 1), a3 = codes[1].bytes(s + 1);
+            for (int s = 0; s < 2; ++s) {
+                const uint32_t a0 = codes[0].bytes(s), a1 = codes[1].bytes(s), a2 = codes[0].bytes(s + 2), a3 = codes[1].bytes(s + 2);
 #pragma unroll
-                for (int nt = 0; nt < NT; ++nt) mma_bytes(sum[nt], a0, a1, a2, a3, s == 0 ? w[nt][0].x : w[nt][0].y, s == 0 ? w[nt][1].x : w[nt][1].y);
+                for (int nt = 0; nt < NT; ++nt) mma_bytes(sum[nt], a0, a1, a2, a3, w[nt][s].x, w[nt][s].y);
             }
 #pragma unroll
             for (int nt = 0; nt < NT; ++nt) {
@@ -462,7 +496,6 @@ template <int NB, int NT>
 __device__ __forceinline__ void packed_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory,
                                              float * partial) {
     constexpr int kRows = 4 * NT, NQ = NT < 2 ? NT : 2;  // scores of NQ blocks of four rows at a time
-    __shared__ Staged f;
     const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, pair = warp >> 1, half = warp & 1, in_pair = threadIdx.x & 63;
     const int n_warps = blockDim.x >> 5, n_pairs = n_warps / 2, d_k = call.head_size_k, d_v = call.head_size_v;
     const DecodeShape & shape = cut.shape;
@@ -471,6 +504,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     float2 * const queries = reinterpret_cast<float2 *>(memory + shape.queries);  // [two rows][channel], each row scaled by a power of two to below 1
     const uint8_t ** const refs = reinterpret_cast<const uint8_t **>(memory + shape.refs + 512 * pair);  // [page][key, value]
     uint8_t * const mine = memory + shape.pairs + pair * shape.pair_bytes;
+    Staged & f = *(reinterpret_cast<Staged *>(mine) - 1);
     uint32_t * const folded = reinterpret_cast<uint32_t *>(mine + shape.folded);
     float * const bias = reinterpret_cast<float *>(mine + shape.ends), * const tops = bias + kRows, * const sums = tops + 2 * kRows;
     const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
@@ -490,30 +524,29 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     };
     unsigned left = find(first);
 
+    Staged::set_tables(call.key_heads[at.kv], call.value_heads[at.kv], key_table, value_table);
     f.set(call.key_heads[at.kv], call.value_heads[at.kv], key_table, value_table);
     __syncthreads();
 
-    auto stage = [&](uint32_t to, const uint16_t * table, int n, const uint8_t * from) {
-        int c = in_pair;
-        from += 16 * c;
-        table += c;
+    auto stage = [&](uint32_t to, uint32_t table, int n, const uint8_t * from) {
+        from += 16 * in_pair + 2048;  // a copy adds between -2048 and 2047 by itself
+        table += 2 * in_pair;
 #pragma unroll 1
-        for (; c + 192 < n; c += 256, from += 4096, table += 256) {
-            copy_async<0>(to + table[0], from, true);
-            copy_async<1024>(to + table[64], from, true);
-            copy_async<2048>(to + table[128], from, true);
-            copy_async<3072>(to + table[192], from, true);
+        for (n -= in_pair; n > 0; n -= 256, from = opaque(from + 4096), table += 512) {
+            const uint32_t at[4] = {load_shared<0>(table), load_shared<128>(table), load_shared<256>(table), load_shared<384>(table)};
+            copy_async<-2048>(to + at[0], from, true);
+            copy_async<-1024>(to + at[1], from, n > 64);
+            copy_async<0>(to + at[2], from, n > 128);
+            copy_async<1024>(to + at[3], from, n > 192);
         }
-#pragma unroll 1
-        for (; c < n; c += 64, from += 1024, table += 64) copy_async<0>(to + table[0], from, true);
     };
     auto stage_keys = [&](unsigned pages) {
         const int page = __ffs(pages) - 1;
-        stage(shared, key_table, f.key_chunks, refs[2 * page] + f.key_at);
+        stage(shared, f.key_table, f.key_chunks, refs[2 * page] + f.key_at);
         // The values' scales are needed with the keys.
         copy_async<0>(shared + shape.scales + 16 * in_pair, refs[2 * page + 1] + f.value_at + f.value_scale + 16 * in_pair, in_pair < kPageCells / 16);
     };
-    auto stage_values = [&](unsigned pages) { stage(shared + shape.value, value_table, f.value_chunks, refs[2 * (__ffs(pages) - 1) + 1] + f.value_at); };
+    auto stage_values = [&](unsigned pages) { stage(shared + shape.value, f.value_table, f.value_chunks, refs[2 * (__ffs(pages) - 1) + 1] + f.value_at); };
 
 #pragma unroll 1
     for (int i = in_pair; i < kRows * 2 * shape.slots; i += 64) folded[i] = 0;
@@ -534,10 +567,13 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
         const float unit = power(-e);
 #pragma unroll 1
         for (int d = 0; d + lane < d_k; d += 32) to[2 * d] = from[d] * unit;
-        if (lane == 0) set_row(rows, call, cut, at, row, e);
+        if (lane == 0) {
+            set_row(rows, call, cut, at, row, e);
+            for (int p = 0; p < n_pairs; ++p) reinterpret_cast<Staged *>(memory + shape.pairs + p * shape.pair_bytes)[-1].factor[row] = rows.factor[row];
+        }
     }
     // The first page is on its way before it is known whether anybody sees it.
-    unsigned staged = left;
+    const unsigned staged = left;
     if (left) stage_keys(left);
     __syncthreads();
 
@@ -554,28 +590,22 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
 #pragma unroll 1
     for (int start = first; start < last; start += 32) {
         if (start > first) {
-            wait_for_copies();
             pair_sync(pair + 1);
-            staged = left = find(start);
-            pair_sync(pair + 1);
-            if (left) stage_keys(left), stage_values(left);
+            left = find(start);
         }
-        bool values_come = start > first;  // at the beginning everything comes from memory, and the values are not needed first
         unsigned open;
         left &= look(rows, call.n_kv, start, min(32, last - start), open);
-        if (left && __ffs(left) != __ffs(staged)) {
+        if (start > first || (left && __ffs(left) != __ffs(staged))) {
             wait_for_copies();
             pair_sync(pair + 1);
-            stage_keys(left);
-            values_come = false;
+            if (left) stage_keys(left);
         }
 #pragma unroll 1
         for (; left; left &= left - 1) {
             const int lane = opaque(threadIdx.x & 31), n8 = lane >> 2, j = lane & 3;
             wait_for_copies();
             pair_sync(pair + 1);  // the keys are there, the values of the page before not needed any more
-            if (!values_come) stage_values(left);
-            values_come = false;
+            stage_values(left);
 
             const uint8_t * const scales = mine + shape.scales;
             float most_scale;
@@ -592,9 +622,9 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
                 // --- scores
                 int s[4][NQ][4] = {};
                 float offset[NQ];
-                const uint32_t * const folded_q = folded + q * 8 * shape.slots;
+                const uint32_t * const folded_q = folded + q * 8 * shape.slots + 8 * j + n8;
                 if (f.groups == 1) {
-                    add_tiers<false, NQ>(f, mine, folded_q, 8 * shape.slots, true, half, n8, j, s);
+                    add_tiers<false, NQ>(f, mine, f.lanes + in_pair, folded_q, 8 * shape.slots, true, half, n8, s);
 #pragma unroll
                     for (int nt = 0; nt < NQ; ++nt) offset[nt] = bias[4 * (q + nt) + j];
                 } else {
@@ -606,7 +636,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
                             pair_sync(pair + 1);
                         }
                         const bool here = n8 * f.groups / 8 == g;
-                        add_tiers<true, NQ>(f, mine, folded_q, 8 * shape.slots, here, half, n8, j, s);
+                        add_tiers<true, NQ>(f, mine, f.lanes + in_pair, folded_q, 8 * shape.slots, here, half, n8, s);
 #pragma unroll
                         for (int nt = 0; nt < NQ; ++nt) offset[nt] = here ? bias[4 * (q + nt) + j] : offset[nt];
                     }
@@ -615,7 +645,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
                 // --- weights: of the query 4 nt + j, relative to the largest in this half of the page, times the tokens' scales
                 float token_scale[2][4];
                 {
-                    const float grow = __fdividef(kLargest, most_scale), factor = n8 % 2 == 0 || f.bits == 8 ? grow : grow / Codes<4>::kTimes;  // odd places
+                    const float grow = kLargest * reciprocal(most_scale), factor = n8 % 2 == 0 || f.bits == 8 ? grow : grow / Codes<4>::kTimes;  // odd places
 #pragma unroll
                     for (int p = 0; p < 2; ++p) {
                         const uint32_t y = *reinterpret_cast<const uint32_t *>(scales + key_token(n8, 0, 2 * half + p));
@@ -626,13 +656,13 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
 #pragma unroll
                 for (int nt = 0; nt < NQ; ++nt) {
                     const int row = 4 * (q + nt) + j;
-                    const float factor = rows.factor[row], unit = most * kUnit * factor, add = offset[nt] * factor;
+                    const float factor = f.factor[row], unit = most * f.unit * factor, add = offset[nt] * factor;
                     float z[2][4], top = minus_infinity(), total = 0;
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
 #pragma unroll
                         for (int p = 0; p < 2; ++p) {
-                            const float x = fmaf(float(s[i][nt][2 * p]), 256.0f, float(s[i][nt][2 * p + 1]));
+                            const float x = float(s[i][nt][2 * p] * 256 + s[i][nt][2 * p + 1]);
                             z[p][i] = fmaf(x, p == 0 ? unit : unit / Codes<4>::kTimes, add);
                         }
                     }
@@ -718,8 +748,8 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
 #pragma unroll
                     for (int odd = 0; odd < 2; ++odd) w[nt][odd] = *reinterpret_cast<const uint2 *>(from + 16 * weight_run_read(n8, j, odd));
                     int total[4] = {};
-                    mma_bytes(total, one, one, odd_one, odd_one, w[nt][0].x, w[nt][1].x);
-                    mma_bytes(total, one, one, odd_one, odd_one, w[nt][0].y, w[nt][1].y);
+                    mma_bytes(total, one, one, one, one, w[nt][0].x, w[nt][0].y);
+                    mma_bytes(total, odd_one, odd_one, odd_one, odd_one, w[nt][1].x, w[nt][1].y);
                     ones[nt] = fmaf(float(total[0] * 256 + total[1]), unit[nt], ones[nt]);
                 }
                 switch (f.bits) {

@@ -16,6 +16,11 @@
 
 namespace mixkvq::cuda {
 
+// Four codes of three bits, a byte each: the lower two bits at `shift`, the top bit above them in `top`.
+MIXKVQ_BOTH uint32_t with_top(uint32_t low, uint32_t top, int shift) {
+    return ((low & 0x03030303u << shift) | (top & ~(0x03030303u << shift))) & 0x07070707u << shift;
+}
+
 // 16 codes that lie together: four bytes (channels of a quad, or tokens of a quad) at four places s.
 template <int bits>
 struct Codes {
@@ -31,7 +36,7 @@ struct Codes {
         const uint32_t low = s < 2 ? word[0] : word[0] >> 4, shift = s % 2 ? 2 : 0;
         if (bits == 2) return low & 0x03030303u << shift;
         const uint32_t top = s == 2 ? word[kWords - 1] : s == 0 ? word[kWords - 1] << 2 : s == 1 ? word[kWords - 1] << 3 : word[kWords - 1] << 1;
-        return ((low & 0x03030303u << shift) | (top & ~(0x03030303u << shift))) & 0x07070707u << shift;
+        return with_top(low, top, shift);
     }
     // Bytes 0 and 2, and 1 and 3, as halves: a code is the mantissa of a subnormal, code * 2^-24, which tensor cores multiply exactly (up to 2047 the
     // bits of a half count in units of 2^-24).

@@ -29,6 +29,10 @@ __device__ __forceinline__ int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+__device__ __forceinline__ const uint8_t * opaque(const uint8_t * x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
 
 __device__ __forceinline__ __half2 as_half2(uint32_t x) {
     __half2 h;

@@ -16,6 +16,13 @@ __device__ __forceinline__ float exp2_of(float x) {
     return y;
 }
 
+// 1 / x of a number that is neither very large nor very small.
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // c += a b, 16 x 8 x 16, halves into floats.
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -71,6 +78,13 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const uint8_t * from
 __device__ __forceinline__ void store_shared(void * to, const uint4 & x) {
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+// 16 bits of it.
+template <int offset>
+__device__ __forceinline__ uint32_t load_shared(uint32_t shared) {
+    uint16_t x;
+    asm volatile("ld.shared.u16 %0, [%1 + %2];" : "=h"(x) : "r"(shared), "n"(offset) : "memory");
+    return x;
 }
 __device__ __forceinline__ void wait_for_copies() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800

@@ -56,6 +56,7 @@ struct CudaContext {
     ggml_backend_t inner = nullptr;
     ggml_backend_event_t inner_done = nullptr;
     ggml_backend_event queue_done = {};
+    bool inner_has_more = true;  // work that no queue of ours waits for
     std::vector<std::weak_ptr<cuda::Queue>> queues;  // that graphs have used
     std::vector<PageStore::Cell> cells;              // of a write
     std::vector<Indices> indices;
@@ -574,14 +575,16 @@ ggml_status Run::replay() {
     for (const auto & other : used_) {
         if (other.get() != &queue) queue.wait_for(other->mark());
     }
-    after_inner(queue);
+    if (std::exchange(c_.inner_has_more, false)) after_inner(queue);
 
     books_done_ = true;
     if (together_ && (is_recorded || record())) {
         known_->workspaces = count_workspaces();
+        c_.inner_has_more = !is_recorded;
         recording->launch();
         ++known_->n_launches;
     } else {
+        c_.inner_has_more = true;
         c_.may_record = c_.may_record && !together_;  // whatever the reason is, the next graph will have it too
         const ggml_status status = enqueue();
         if (status != GGML_STATUS_SUCCESS) return status;
@@ -613,10 +616,12 @@ bool Run::record() {
 
 ggml_status Run::operator()() {
     classify();
+    const bool recorded = known_->any_cache && is_worth_recording();
+    c_.inner_has_more |= !recorded;
     if (!known_->any_cache) return ggml_backend_graph_compute_async(c_.inner, graph_);
 
     fetch_inputs();
-    ggml_status status = is_worth_recording() ? replay() : enqueue();
+    ggml_status status = recorded ? replay() : enqueue();
     if (!settle()) status = GGML_STATUS_FAILED;
     for (Buffer * buffer : buffers_) buffer->memory->trim();
     for (const auto & queue : used_) {
@@ -637,7 +642,7 @@ void synchronize(ggml_backend_t backend) {
     for (const auto & weak : get(backend).queues) {
         if (const auto queue = weak.lock()) queue->synchronize();
     }
-    ggml_backend_synchronize(get(backend).inner);
+    if (std::exchange(get(backend).inner_has_more, false)) ggml_backend_synchronize(get(backend).inner);
 }
 
 void free_backend(ggml_backend_t backend) {
@@ -672,7 +677,10 @@ void graph_optimize(ggml_backend_t backend, ggml_cgraph * graph, ggml_backend_gr
 }
 
 void event_record(ggml_backend_t backend, ggml_backend_event_t event) { ggml_backend_event_record(event, get(backend).inner); }
-void event_wait(ggml_backend_t backend, ggml_backend_event_t event) { ggml_backend_event_wait(get(backend).inner, event); }
+void event_wait(ggml_backend_t backend, ggml_backend_event_t event) {
+    get(backend).inner_has_more = true;
+    ggml_backend_event_wait(get(backend).inner, event);
+}
 
 }  // namespace
 

@@ -646,6 +646,19 @@ std::vector<Case> all_cases() {
             add(c, "long");
         }
     }
+#ifndef MIXKVQ_EMULATED
+    // Several pages for every pair of warps, on a large GPU too; emulated they would take minutes.
+    for (int d : {128, 64}) {
+        for (Pages pages : {Pages::packed, Pages::mixed}) {
+            Case c = base(d, d);
+            c.group = 4;
+            c.n_kv = 20011;
+            c.n_streams = 8;
+            c.pages = pages;
+            add(c, "long streams");
+        }
+    }
+#endif
     return list;
 }
 

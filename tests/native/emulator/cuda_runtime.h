@@ -175,6 +175,7 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     for (int i = 0; i < 4; ++i) y |= uint32_t(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
     return y;
 }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t n) { return uint32_t(((uint64_t(high) << 32 | low) << n % 32) >> 32); }
 inline uint32_t __vmaxu2(uint32_t a, uint32_t b) { return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16; }
 inline uint32_t __vmaxu4(uint32_t a, uint32_t b) {
     uint32_t y = 0;
