@@ -28,37 +28,45 @@ constexpr int kMostSteps8 = 3;  // steps of channels at 8 bits up to which the s
 constexpr float kRound = 12582912.0f + 128;  // x + kRound has the bits of rint(x) + 128 below
 
 // Sections of shared memory, in bytes.
-constexpr int kStagedBytes = 784;
+constexpr int kStagedBytes = 128;
+constexpr int kTableStep = 256;  // copies of 16 bytes, four of each thread of a pair, whose places lie together
 struct DecodeShape {
     DecodeShape() = default;
 
     int slots;                                             // quads of folded queries: every tier is filled up to four
     int value, scales, folded, weights, ends, pair_bytes;  // of a pair; its keys come first, and before them `Staged`
     int key_table, value_table, queries, refs, pairs, bytes;  // of a block
+    uint32_t ahead;  // what four copies of a pair advance: were it a constant, the compiler would add it to every address by itself
 
-    // key_bytes, value_bytes: of the largest records
+    // key_bytes, value_bytes: of the largest records. Copies write whole lines: so their sections begin with one.
     DecodeShape(int rows, int n_pairs, int d_k, int d_v, int key_bytes, int value_bytes) {
         slots = d_k / 4 + 12;
-        value = key_bytes + 8 * d_k;                // 32 bytes between quads
-        scales = value + value_bytes + 8 * 96 + 16;  // up to 96 between runs of 32 tokens
+        value = lines(key_bytes + 8 * d_k);    // 32 bytes between quads
+        scales = value + value_bytes + 8 * 96;  // up to 96 between runs of 32 tokens
         folded = scales + kPageCells;
         weights = folded + rows * 8 * slots;
         ends = weights + 256 * rows;
-        pair_bytes = kStagedBytes + std::max(ends + 5 * 4 * rows, 4 * rows * (d_v + 8));
+        pair_bytes = kStagedBytes + lines(std::max(ends + 5 * 4 * rows, 4 * rows * (d_v + 8)));
         key_table = 0;
-        value_table = key_bytes / 8;
-        queries = (value_table + value_bytes / 8 + 15) / 16 * 16;
+        value_table = table_bytes(key_bytes);
+        queries = value_table + table_bytes(value_bytes);
         refs = queries + 4 * rows * d_k;
-        pairs = refs + n_pairs * 32 * 16 + kStagedBytes;
+        pairs = lines(refs + n_pairs * 32 * 16) + kStagedBytes;
         bytes = pairs - kStagedBytes + n_pairs * pair_bytes;
+        ahead = 4 * 64 * 16;
     }
+
+  private:
+    static int lines(int bytes) { return (bytes + 127) / 128 * 128; }
+    static int table_bytes(int record_bytes) { return (record_bytes / 16 + kTableStep - 1) / kTableStep * kTableStep * 4; }
 };
 struct DecodeCut : Cut {
     float group_inverse;
-    int n_half;      // the first splits: blocks for pages in F16
-    int each, more;   // pages of a pair; the first `more` pairs have one more
-    int front, back;  // and the first and the last pair these: likely to be in F16
-    int observer;     // the block that observes queries: a split that has the time, or one of its own
+    int n_half;             // the first splits: blocks for pages in F16
+    int each;               // pages of a pair
+    int more, more_blocks;  // pairs of a block that have one more; in the first `more_blocks` it is one pair more
+    int front, back;        // and the first and the last pair of all have these: likely to be in F16
+    int observer;           // the block that observes queries: a split that has the time, or one of its own
     DecodeShape shape;
 };
 
@@ -199,16 +207,17 @@ __device__ __forceinline__ void set_row(Rows<kRows> & rows, const Attention & ca
     if (row == at.n_rows - 1) rows.n_looks = n;
 }
 
-// The rotation of a row, of which a lane has the numbers 4 lane to 4 lane + 3 and, 128 further, four more.
-__device__ __forceinline__ void rotate_row(float (&x)[8], int d_v) {
+// The rotation of a row, of which a lane has the numbers 4 lane to 4 lane + 3 and, if n is 8, four more, 128 further.
+template <int n>
+__device__ __forceinline__ void rotate_row(float (&x)[n], int d_v) {
     const int lane = threadIdx.x & 31, block = d_v & -d_v;
     const float norm = rsqrtf(float(block));
 #pragma unroll
-    for (int k = 0; k < 8; ++k) x[k] *= norm;
+    for (int k = 0; k < n; ++k) x[k] *= norm;
 #pragma unroll
     for (int step = 1; step <= 2; step *= 2) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
+        for (int k = 0; k < n; ++k) {
             if (k & step) continue;
             const float a = x[k], b = x[k + step];
             x[k] = a + b;
@@ -218,17 +227,19 @@ __device__ __forceinline__ void rotate_row(float (&x)[8], int d_v) {
 #pragma unroll 1
     for (int step = 1; step <= 16 && 4 * step < block; step *= 2) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
+        for (int k = 0; k < n; ++k) {
             const float other = __shfl_xor_sync(kWarp, x[k], step);
             x[k] = lane & step ? other - x[k] : x[k] + other;
         }
     }
-    if (block <= 128) return;
+    if constexpr (n == 8) {
+        if (block <= 128) return;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        const float a = x[k], b = x[k + 4];
-        x[k] = a + b;
-        x[k + 4] = a - b;
+        for (int k = 0; k < 4; ++k) {
+            const float a = x[k], b = x[k + 4];
+            x[k] = a + b;
+            x[k + 4] = a - b;
+        }
     }
 }
 
@@ -241,14 +252,12 @@ struct alignas(16) Staged {
     int quads[4], slot[4];
     int scale, min, order, key_chunks;
     int bits, run, top, top_run, mean, value_chunks;  // run: from the codes of tokens 32j to those of 32j + 32
-    uint32_t key_at, value_at, value_scale;
-    uint32_t key_table, value_table;  // in shared memory: where each 16 bytes of a record go
-    float largest, unit;              // of the folded queries
-    float factor[kMostRows];          // of Rows
-    // Where the threads of a pair find their first codes of 8, 4, 3 and 2 bits, then the top bits of those of 3.
-    uint16_t lanes[5 * 64];
+    uint32_t value_scale;
+    float largest, unit;      // of the folded queries
+    float factor[kMostRows];  // of Rows
 
-    __device__ static void set_tables(const KeyHead & k, const ValueHead & v, uint16_t * key_table, uint16_t * value_table) {  // by a whole block
+    // Where each 16 bytes of a record go.
+    __device__ static void set_tables(const KeyHead & k, const ValueHead & v, uint32_t * key_table, uint32_t * value_table) {  // by a whole block
         const KeyPlaces f(k.format);
         const ValuePlaces g(v.format);
         const int sizes[4] = {8, 4, 3, 2}, counts[4] = {f.q8, f.q4, f.q3, f.q2}, starts[4] = {int(f.at8), int(f.at4), int(f.at3), int(f.at2)};
@@ -259,18 +268,19 @@ struct alignas(16) Staged {
             int before = 0;
 #pragma unroll
             for (int t = 0; t < 4; ++t) before += max(0, ::min(counts[t], (16 * c - starts[t]) / (64 * sizes[t])));
-            key_table[c] = uint16_t(16 * c + 32 * before);
+            key_table[place(c)] = 16 * c + 32 * before;
         }
 #pragma unroll 1
         for (int c = threadIdx.x; c < chunks_of(v, g); c += blockDim.x) {
             int at = 16 * c;
 #pragma unroll
             for (int k = 1; k <= 4; ++k) at += (16 * c >= k * length ? gap : 0) + (16 * c >= 4 * length + k * row ? top_gap : 0);
-            value_table[c] = uint16_t(at);
+            value_table[place(c)] = at;
         }
     }
 
-    __device__ void set(const KeyHead & k, const ValueHead & v, const uint16_t * keys, const uint16_t * values) {  // by a pair
+    // By a pair. lanes: where this thread finds its first codes of 8, 4, 3 and 2 bits, then the top bits of those of 3.
+    __device__ void set(const KeyHead & k, const ValueHead & v, uint32_t (&lanes)[5]) {
         const KeyPlaces f(k.format);
         const ValuePlaces g(v.format);
         const int sizes[4] = {8, 4, 3, 2}, counts[4] = {f.q8, f.q4, f.q3, f.q2}, starts[4] = {int(f.at8), int(f.at4), int(f.at3), int(f.at2)};
@@ -282,8 +292,8 @@ struct alignas(16) Staged {
         for (int t = 0; t < 4; ++t) {
             const int bits = sizes[t], chunk = key_chunk(bits, n8, bits == 8 ? 2 * half : bits == 4 ? half : 0);
             const int at = starts[t] + 32 * before + (64 * bits + 32) * j;
-            lanes[64 * t + in_pair] = uint16_t(at + 16 * chunk);
-            if (bits == 3) lanes[64 * 4 + in_pair] = uint16_t(at + 16 * key_chunk(3, n8, 1));
+            lanes[t] = at + 16 * chunk;
+            if (bits == 3) lanes[4] = at + 16 * key_chunk(3, n8, 1);
             if (in_pair == 0) quads[t] = counts[t], slot[t] = slots;
             before += counts[t];
             slots += (counts[t] + 3) / 4 * 4;
@@ -305,55 +315,75 @@ struct alignas(16) Staged {
         top_run = row + top_gap;
         mean = g.mean + 4 * (gap + top_gap);
         value_chunks = chunks_of(v, g);
-        key_at = k.record_offset;
-        value_at = v.record_offset;
         value_scale = g.scale;
-        key_table = static_cast<uint32_t>(__cvta_generic_to_shared(keys));
-        value_table = static_cast<uint32_t>(__cvta_generic_to_shared(values));
     }
 
   private:
+    __device__ static int place(int c) { return c / kTableStep * kTableStep + c % 64 * 4 + c / 64 % 4; }
     __device__ static int gap_of(int length) { return (32 - length) & 127; }
     __device__ static int chunks_of(const ValueHead & v, const ValuePlaces & g) { return (g.mean + v.format.head_size + 15) / 16; }
 };
 static_assert(sizeof(Staged) == kStagedBytes);
 
 // Adds a tier's share of the scores of a warp's half of the tokens. s[i]: rows n8 and n8 + 8 are tokens key_token(n8, i, 2 half) and (.., 2 half + 1),
-// the latter times kTimes. lanes: as Staged::set() wrote them, from this thread's on; folded: of the next tier afterwards. Where a page has several
+// the latter times kTimes. lanes: as Staged::set() found them; folded: of the next tier afterwards. Where a page has several
 // groups of tokens, lanes that are not `mine` add nothing.
 template <int bits, bool grouped, int NT>
-__device__ __forceinline__ void add_tier(const uint8_t * key, const uint16_t * lanes, int steps, const uint32_t *& folded, int pitch, bool mine, int half,
+__device__ __forceinline__ void add_tier(const uint8_t * key, const uint32_t (&lanes)[5], int steps, const uint32_t *& folded, int pitch, bool mine, int half,
                                          int n8, int (&s)[4][NT][4]) {
     constexpr int kLoads = bits == 8 || bits == 3 ? 2 : 1, kTier = bits == 8 ? 0 : bits == 4 ? 1 : bits == 3 ? 2 : 3;
     if (steps == 0) return;
-    const uint8_t * at = key + lanes[64 * kTier], * top = bits == 3 ? key + lanes[64 * 4] : nullptr;
+    const uint8_t * at = key + lanes[kTier], * top = bits == 3 ? key + lanes[4] : nullptr;
     const int shift = 4 * half, top_turn = (2 - 2 * half - key_top_shift(n8)) & 31;
-#pragma unroll 1
-    for (int n = steps; n > 0; --n) {
-        uint4 x[kLoads];
-        x[0] = *reinterpret_cast<const uint4 *>(at);
-        if (kLoads == 2) x[kLoads - 1] = *reinterpret_cast<const uint4 *>(bits == 8 ? at + 32 : top);
+    constexpr int kPitch = 4 * (64 * bits + 32);
+    auto load = [&](uint4 (&x)[kLoads], uint32_t (&b)[NT], int ahead) {
+        x[0] = *reinterpret_cast<const uint4 *>(at + ahead * kPitch);
+        if (kLoads == 2) x[kLoads - 1] = *reinterpret_cast<const uint4 *>((bits == 8 ? at + 32 : top) + ahead * kPitch);
         if (grouped && !mine) x[0] = x[kLoads - 1] = make_uint4(0, 0, 0, 0);
-        uint32_t b[NT];
 #pragma unroll
-        for (int nt = 0; nt < NT; ++nt) b[nt] = folded[nt * pitch];
+        for (int nt = 0; nt < NT; ++nt) b[nt] = folded[nt * pitch + 32 * ahead];
+    };
+    auto bytes = [&](const uint4 (&x)[kLoads], int i, uint32_t & a0, uint32_t & a1) {
+        if (bits == 3) {
+            const uint32_t low = part(x[0], i) >> shift, turned = __funnelshift_l(part(x[kLoads - 1], i), part(x[kLoads - 1], i), top_turn);
+            a0 = with_top(low, turned, 0), a1 = with_top(low, turned << 1, 2);
+        } else {
+            Codes<bits> codes;
+            codes.word[0] = bits == 2 ? part(x[0], i) >> shift : part(x[0], i);
+            if (bits == 8) codes.word[kLoads - 1] = part(x[kLoads - 1], i);
+            a0 = codes.bytes(0), a1 = codes.bytes(1);
+        }
+    };
+    int n = steps;
+#pragma unroll 1
+    for (; n >= 2; n -= 2) {
+        uint4 x[2][kLoads];
+        uint32_t b[2][NT];
+        load(x[0], b[0], 0);
+        load(x[1], b[1], 1);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            uint32_t a[4];
+            bytes(x[0], i, a[0], a[1]);
+            bytes(x[1], i, a[2], a[3]);
+#pragma unroll
+            for (int nt = 0; nt < NT; ++nt) mma_bytes(s[i][nt], a[0], a[1], a[2], a[3], b[0][nt], b[1][nt]);
+        }
+        at += 2 * kPitch;
+        top += 2 * kPitch;
+        folded += 64;
+    }
+    if (n > 0) {
+        uint4 x[kLoads];
+        uint32_t b[NT];
+        load(x, b, 0);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             uint32_t a0, a1;
-            if (bits == 3) {
-                const uint32_t low = part(x[0], i) >> shift, turned = __funnelshift_l(part(x[kLoads - 1], i), part(x[kLoads - 1], i), top_turn);
-                a0 = with_top(low, turned, 0), a1 = with_top(low, turned << 1, 2);
-            } else {
-                Codes<bits> codes;
-                codes.word[0] = bits == 2 ? part(x[0], i) >> shift : part(x[0], i);
-                if (bits == 8) codes.word[kLoads - 1] = part(x[kLoads - 1], i);
-                a0 = codes.bytes(0), a1 = codes.bytes(1);
-            }
+            bytes(x, i, a0, a1);
 #pragma unroll
             for (int nt = 0; nt < NT; ++nt) mma_bytes(s[i][nt], a0, a1, b[nt]);
         }
-        at += 4 * (64 * bits + 32);
-        top += 4 * (64 * bits + 32);
         folded += 32;
     }
     if (bits == 8 && (!grouped || mine)) {  // as the other tiers
@@ -362,8 +392,8 @@ __device__ __forceinline__ void add_tier(const uint8_t * key, const uint16_t * l
     }
 }
 template <bool grouped, int NT>
-__device__ __forceinline__ void add_tiers(const Staged & f, const uint8_t * key, const uint16_t * lanes, const uint32_t * folded, int pitch, bool mine, int half,
-                                          int n8, int (&s)[4][NT][4]) {
+__device__ __forceinline__ void add_tiers(const Staged & f, const uint8_t * key, const uint32_t (&lanes)[5], const uint32_t * folded, int pitch, bool mine,
+                                          int half, int n8, int (&s)[4][NT][4]) {
     const int steps = f.steps;
     add_tier<8, grouped, NT>(key, lanes, steps & 255, folded, pitch, mine, half, n8, s);
     add_tier<4, grouped, NT>(key, lanes, steps >> 8 & 255, folded, pitch, mine, half, n8, s);
@@ -397,20 +427,24 @@ __device__ __forceinline__ int slot_of(const Staged & f, int u) {
     return slot;
 }
 
-// Folds the scales of a page's group g into half of the queries, and sums the minima; returns the largest scale of the page. slots: of quads lane and
-// lane + 32, 16 bits each.
-template <int NT>
-__device__ __forceinline__ float fold_queries(const Staged & f, const uint8_t * key, const float2 * queries, int d_k, uint32_t * folded, int pitch,
-                                              float * bias, unsigned slots, int g, int half, int lane) {
-    const int n_quads = f.n_quads, groups = f.groups;
+// The largest scale of this lane's part of a page's channels.
+__device__ __forceinline__ unsigned largest_scale(const Staged & f, const uint8_t * key, int lane) {
     unsigned top = 0;
 #pragma unroll 1
-    for (int u = lane; u < n_quads * groups; u += 32) {
+    for (int u = lane; u < f.n_quads * f.groups; u += 32) {
         const uint2 s = *reinterpret_cast<const uint2 *>(key + f.scale + 8 * u);
         top = __vmaxu2(top, __vmaxu2(s.x, s.y));
     }
-    top = warp_max(::max(top & 0xffff, top >> 16));
-    const float most = top ? __half2float(__ushort_as_half(top)) : 1.0f, grow = f.largest * reciprocal(most);
+    return ::max(top & 0xffff, top >> 16);
+}
+
+// Folds the scales of a page's group g, the largest of which is `most`, into half of the queries, and sums the minima. slots: of quads lane and
+// lane + 32, 16 bits each.
+template <int NT>
+__device__ __forceinline__ void fold_queries(const Staged & f, const uint8_t * key, const float2 * queries, int d_k, uint32_t * folded, int pitch,
+                                              float * bias, unsigned slots, float most, int g, int half, int lane) {
+    const int n_quads = f.n_quads, groups = f.groups;
+    const float grow = f.largest * reciprocal(most);
     float sums[2 * NT] = {};
 #pragma unroll 1
     for (int u = lane; u < n_quads; u += 32, slots >>= 16) {
@@ -448,44 +482,51 @@ __device__ __forceinline__ float fold_queries(const Staged & f, const uint8_t * 
     }
     const float sum = sum_of(sums, lane);
     if (lane < 2 * NT) bias[2 * NT * half + lane] = sum;
-    return most;
 }
 
-// acc[k][i]: value_dim(n8, half + 2 k, i). Adds the sums of codes and weights w, worth `unit`, of the tokens value_token(j, c, ..).
+// acc[k][i]: value_dim(n8, half + 2 k, i). Adds the sums of codes and of weights, of half c worth units[..][c], of the tokens value_token(j, c, ..).
 template <int bits, int NB, int NT>
-__device__ __forceinline__ void add_values(const uint8_t * codes_at, const Staged & f, int d_v, int c, const uint2 (&w)[NT][2], const float (&unit)[NT],
-                                           int half, int n8, int j, float (&acc)[NB][4][NT]) {
+__device__ __forceinline__ void add_values(const uint8_t * codes_at, const Staged & f, int d_v, const uint8_t * weights, const float (&units)[NT][2], int half,
+                                           int n8, int j, float (&acc)[NB][4][NT]) {
     constexpr int kLoads = bits == 8 ? 4 : bits == 4 ? 2 : 1;
-    const uint8_t * const low_at = codes_at + f.run * j + 4 * d_v * value_row(bits, 0, c, 0), * const top_at = codes_at + f.top + f.top_run * j;
-    const int shift = 4 * c;
+    const uint8_t * const low_at = codes_at + f.run * j + 4 * value_dim(n8, half, 0), * const top_at = codes_at + f.top + f.top_run * j + 4 * value_dim(n8, half, 0);
+    uint4 w[NT][2];  // of both halves
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) w[nt][odd] = *reinterpret_cast<const uint4 *>(weights + 1024 * nt + 16 * weight_run_read(n8, j, odd));
+    }
 #pragma unroll
     for (int k = 0; k < NB; ++k) {
         if (32 * (half + 2 * k) >= d_v) continue;
-        const int d = value_dim(n8, half + 2 * k, 0);
-        uint4 x[kLoads], top = make_uint4(0, 0, 0, 0);
+        uint4 top = make_uint4(0, 0, 0, 0);
+        if (bits == 3) top = *reinterpret_cast<const uint4 *>(top_at + 256 * k);
 #pragma unroll
-        for (int l = 0; l < kLoads; ++l) x[l] = *reinterpret_cast<const uint4 *>(low_at + 4 * d_v * l + 4 * d);
-        if (bits == 3) top = *reinterpret_cast<const uint4 *>(top_at + 4 * d);
+        for (int c = 0; c < 2; ++c) {
+            uint4 x[kLoads];
 #pragma unroll
-        for (int ip = 0; ip < 2; ++ip) {
-            Codes<bits> codes[2];
+            for (int l = 0; l < kLoads; ++l) x[l] = *reinterpret_cast<const uint4 *>(low_at + 4 * d_v * value_row(bits, 0, c, l) + 256 * k);
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
+            for (int ip = 0; ip < 2; ++ip) {
+                Codes<bits> codes[2];
 #pragma unroll
-                for (int l = 0; l < kLoads; ++l) codes[h].word[l] = part(x[l], 2 * ip + h);
-                if (bits == 3) codes[h].word[Codes<bits>::kWords - 1] = part(top, 2 * ip + h) >> shift;
-            }
-            int sum[NT][4] = {};
+                for (int h = 0; h < 2; ++h) {
 #pragma unroll
-            for (int s = 0; s < 2; ++s) {
-                const uint32_t a0 = codes[0].bytes(s), a1 = codes[1].bytes(s), a2 = codes[0].bytes(s + 2), a3 = codes[1].bytes(s + 2);
+                    for (int l = 0; l < kLoads; ++l) codes[h].word[l] = part(x[l], 2 * ip + h);
+                    if (bits == 3) codes[h].word[Codes<bits>::kWords - 1] = part(top, 2 * ip + h) >> 4 * c;
+                }
+                int sum[NT][4] = {};
 #pragma unroll
-                for (int nt = 0; nt < NT; ++nt) mma_bytes(sum[nt], a0, a1, a2, a3, w[nt][s].x, w[nt][s].y);
-            }
+                for (int s = 0; s < 2; ++s) {
+                    const uint32_t a0 = codes[0].bytes(s), a1 = codes[1].bytes(s), a2 = codes[0].bytes(s + 2), a3 = codes[1].bytes(s + 2);
 #pragma unroll
-            for (int nt = 0; nt < NT; ++nt) {
-                acc[k][2 * ip][nt] = fmaf(float(sum[nt][0] * 256 + sum[nt][1]), unit[nt], acc[k][2 * ip][nt]);
-                acc[k][2 * ip + 1][nt] = fmaf(float(sum[nt][2] * 256 + sum[nt][3]), unit[nt], acc[k][2 * ip + 1][nt]);
+                    for (int nt = 0; nt < NT; ++nt) mma_bytes(sum[nt], a0, a1, a2, a3, part(w[nt][s], 2 * c), part(w[nt][s], 2 * c + 1));
+                }
+#pragma unroll
+                for (int nt = 0; nt < NT; ++nt) {
+                    acc[k][2 * ip][nt] = fmaf(float(sum[nt][0] * 256 + sum[nt][1]), units[nt][c], acc[k][2 * ip][nt]);
+                    acc[k][2 * ip + 1][nt] = fmaf(float(sum[nt][2] * 256 + sum[nt][3]), units[nt][c], acc[k][2 * ip + 1][nt]);
+                }
             }
         }
     }
@@ -499,8 +540,8 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, pair = warp >> 1, half = warp & 1, in_pair = threadIdx.x & 63;
     const int n_warps = blockDim.x >> 5, n_pairs = n_warps / 2, d_k = call.head_size_k, d_v = call.head_size_v;
     const DecodeShape & shape = cut.shape;
-    uint16_t * const key_table = reinterpret_cast<uint16_t *>(memory + shape.key_table);
-    uint16_t * const value_table = reinterpret_cast<uint16_t *>(memory + shape.value_table);
+    uint32_t * const key_table = reinterpret_cast<uint32_t *>(memory + shape.key_table);
+    uint32_t * const value_table = reinterpret_cast<uint32_t *>(memory + shape.value_table);
     float2 * const queries = reinterpret_cast<float2 *>(memory + shape.queries);  // [two rows][channel], each row scaled by a power of two to below 1
     const uint8_t ** const refs = reinterpret_cast<const uint8_t **>(memory + shape.refs + 512 * pair);  // [page][key, value]
     uint8_t * const mine = memory + shape.pairs + pair * shape.pair_bytes;
@@ -512,41 +553,53 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     const PageRef * const key_pages = call.key_pages + at.stream * call.page_stride, * const value_pages = call.value_pages + at.stream * call.page_stride;
     const int worker = (at.block - cut.n_half) * n_pairs + pair;
     const bool is_first = worker == 0, is_last = worker == (cut.n_splits - cut.n_half) * n_pairs - 1;
-    const int begin = cut.front + worker * cut.each + min(worker, cut.more);
-    const int first = is_first ? 0 : begin, last = is_last ? cut.n_pages : begin + cut.each + (worker < cut.more);
+    const int block = at.block - cut.n_half, more = cut.more + (block < cut.more_blocks);
+    const int begin = cut.front + worker * cut.each + block * cut.more + min(block, cut.more_blocks) + min(pair, more);
+    const int first = is_first ? 0 : begin, last = is_last ? cut.n_pages : begin + cut.each + (pair < more);
 
-    // Which of up to 32 pages are packed; their records.
+    // Which of up to 32 pages are packed; their records of this head.
+    const KeyHead & key_head = call.key_heads[at.kv];
+    const ValueHead & value_head = call.value_heads[at.kv];
     auto find = [&](int start) {
         const uint8_t * key = nullptr, * value = nullptr;
         if (start + lane < last) key = key_pages[start + lane].records, value = value_pages[start + lane].records;
-        if (half == 0) refs[2 * lane] = key, refs[2 * lane + 1] = value;
-        return __ballot_sync(kWarp, key && value);
+        const bool packed = key && value;
+        if (half == 0 && packed) refs[2 * lane] = key + key_head.record_offset, refs[2 * lane + 1] = value + value_head.record_offset;
+        return __ballot_sync(kWarp, packed);
     };
     unsigned left = find(first);
 
-    Staged::set_tables(call.key_heads[at.kv], call.value_heads[at.kv], key_table, value_table);
-    f.set(call.key_heads[at.kv], call.value_heads[at.kv], key_table, value_table);
+    Staged::set_tables(key_head, value_head, key_table, value_table);
+    uint32_t lanes[5];
+    f.set(key_head, value_head, lanes);
     __syncthreads();
 
-    auto stage = [&](uint32_t to, uint32_t table, int n, const uint8_t * from) {
+    const int n_key = f.key_chunks - in_pair, n_value = f.value_chunks - in_pair;
+    auto stage = [&](uint32_t to, const uint32_t * to_table, int n, const uint8_t * from) {
+        const uint4 * table = reinterpret_cast<const uint4 *>(to_table) + in_pair;
         from += 16 * in_pair + 2048;  // a copy adds between -2048 and 2047 by itself
-        table += 2 * in_pair;
 #pragma unroll 1
-        for (n -= in_pair; n > 0; n -= 256, from = opaque(from + 4096), table += 512) {
-            const uint32_t at[4] = {load_shared<0>(table), load_shared<128>(table), load_shared<256>(table), load_shared<384>(table)};
-            copy_async<-2048>(to + at[0], from, true);
-            copy_async<-1024>(to + at[1], from, n > 64);
-            copy_async<0>(to + at[2], from, n > 128);
-            copy_async<1024>(to + at[3], from, n > 192);
+        for (; n > 0; n -= 2 * kTableStep, table += 2 * kTableStep / 4) {
+            const uint4 a = table[0], b = table[kTableStep / 4];  // b: of places that there may not be
+            copy_async<-2048>(to + a.x, from, true);
+            copy_async<-1024>(to + a.y, from, n > 64);
+            copy_async<0>(to + a.z, from, n > 128);
+            copy_async<1024>(to + a.w, from, n > 192);
+            from += shape.ahead;
+            copy_async<-2048>(to + b.x, from, n > 256);
+            copy_async<-1024>(to + b.y, from, n > 320);
+            copy_async<0>(to + b.z, from, n > 384);
+            copy_async<1024>(to + b.w, from, n > 448);
+            from += shape.ahead;
         }
     };
     auto stage_keys = [&](unsigned pages) {
         const int page = __ffs(pages) - 1;
-        stage(shared, f.key_table, f.key_chunks, refs[2 * page] + f.key_at);
+        stage(shared, key_table, n_key, refs[2 * page]);
         // The values' scales are needed with the keys.
-        copy_async<0>(shared + shape.scales + 16 * in_pair, refs[2 * page + 1] + f.value_at + f.value_scale + 16 * in_pair, in_pair < kPageCells / 16);
+        copy_async<0>(shared + shape.scales + 16 * in_pair, refs[2 * page + 1] + f.value_scale + 16 * in_pair, in_pair < kPageCells / 16);
     };
-    auto stage_values = [&](unsigned pages) { stage(shared + shape.value, f.value_table, f.value_chunks, refs[2 * (__ffs(pages) - 1) + 1] + f.value_at); };
+    auto stage_values = [&](unsigned pages) { stage(shared + shape.value, value_table, n_value, refs[2 * (__ffs(pages) - 1) + 1]); };
 
 #pragma unroll 1
     for (int i = in_pair; i < kRows * 2 * shape.slots; i += 64) folded[i] = 0;
@@ -578,7 +631,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     __syncthreads();
 
     const unsigned slots = slot_of(f, lane) | slot_of(f, lane + 32) << 16;
-    float acc[NB][4][NT], ones[NT], max_[NT], sum[NT];
+    float acc[NB][4][NT], ones[NT], max_[NT], sum[NT];  // ones: weights times scales, of this lane's tokens
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
         ones[nt] = sum[nt] = 0;
@@ -608,14 +661,16 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
             stage_values(left);
 
             const uint8_t * const scales = mine + shape.scales;
-            float most_scale;
+            float most, most_scale;  // of the keys' scales, of the values'
             {
-                const uint32_t x = reinterpret_cast<const uint32_t *>(scales)[lane];
-                const uint32_t top = __vmaxu2(x & 0x00ff00ff, (x >> 8) & 0x00ff00ff);
-                most_scale = __half2float(__ushort_as_half(::max(1u, warp_max(::max(top & 0xffff, top >> 16))) << 7));
+                const uint32_t x = reinterpret_cast<const uint32_t *>(scales)[lane], of_values = __vmaxu2(x & 0x00ff00ff, (x >> 8) & 0x00ff00ff);
+                const unsigned of_keys = largest_scale(f, mine, lane), top = warp_max(of_keys), top_value = warp_max(::max(of_values & 0xffff, of_values >> 16));
+                most = top ? __half2float(__ushort_as_half(top)) : 1.0f;
+                most_scale = __half2float(__ushort_as_half(::max(1u, top_value) << 7));
             }
-            const float most = fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, slots, 0, half, lane);
+            fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, slots, most, 0, half, lane);
             pair_sync(pair + 1);
+            float scaled[NT];  // sums of this lane's weights times the tokens' scales
 
 #pragma unroll 1
             for (int q = 0; q < NT; q += NQ) {
@@ -624,7 +679,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
                 float offset[NQ];
                 const uint32_t * const folded_q = folded + q * 8 * shape.slots + 8 * j + n8;
                 if (f.groups == 1) {
-                    add_tiers<false, NQ>(f, mine, f.lanes + in_pair, folded_q, 8 * shape.slots, true, half, n8, s);
+                    add_tiers<false, NQ>(f, mine, lanes, folded_q, 8 * shape.slots, true, half, n8, s);
 #pragma unroll
                     for (int nt = 0; nt < NQ; ++nt) offset[nt] = bias[4 * (q + nt) + j];
                 } else {
@@ -632,11 +687,11 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
                     for (int g = 0; g < f.groups; ++g) {
                         if (g + q > 0) {
                             pair_sync(pair + 1);
-                            fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, slots, g, half, lane);
+                            fold_queries<NT>(f, mine, queries, d_k, folded, 8 * shape.slots, bias, slots, most, g, half, lane);
                             pair_sync(pair + 1);
                         }
                         const bool here = n8 * f.groups / 8 == g;
-                        add_tiers<true, NQ>(f, mine, f.lanes + in_pair, folded_q, 8 * shape.slots, here, half, n8, s);
+                        add_tiers<true, NQ>(f, mine, lanes, folded_q, 8 * shape.slots, here, half, n8, s);
 #pragma unroll
                         for (int nt = 0; nt < NQ; ++nt) offset[nt] = here ? bias[4 * (q + nt) + j] : offset[nt];
                     }
@@ -644,8 +699,9 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
 
                 // --- weights: of the query 4 nt + j, relative to the largest in this half of the page, times the tokens' scales
                 float token_scale[2][4];
+                const float odd_times = n8 % 2 == 0 || f.bits == 8 ? 1.0f : Codes<4>::kTimes;  // of codes at odd places
                 {
-                    const float grow = kLargest * reciprocal(most_scale), factor = n8 % 2 == 0 || f.bits == 8 ? grow : grow / Codes<4>::kTimes;  // odd places
+                    const float factor = kLargest * reciprocal(most_scale * odd_times);
 #pragma unroll
                     for (int p = 0; p < 2; ++p) {
                         const uint32_t y = *reinterpret_cast<const uint32_t *>(scales + key_token(n8, 0, 2 * half + p));
@@ -657,7 +713,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
                 for (int nt = 0; nt < NQ; ++nt) {
                     const int row = 4 * (q + nt) + j;
                     const float factor = f.factor[row], unit = most * f.unit * factor, add = offset[nt] * factor;
-                    float z[2][4], top = minus_infinity(), total = 0;
+                    float z[2][4], top = minus_infinity(), total = 0, with_scales = 0;
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -690,10 +746,12 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
                         for (int i = 0; i < 4; ++i) {
                             const float x = exp2_of(z[p][i] - zero);
                             total += x;
+                            with_scales = fmaf(x, token_scale[p][i], with_scales);
                             y[i] = __float_as_uint(fmaf(x, token_scale[p][i], kRound));
                         }
                         split_bytes(y, high[p], low[p]);
                     }
+                    scaled[q + nt] = with_scales * odd_times;
                     uint8_t * to = mine + shape.weights + 1024 * (q + nt) + 8 * half;
                     *reinterpret_cast<uint2 *>(to + 16 * weight_run_written(n8, j, 0)) = make_uint2(high[0], high[1]);
                     *reinterpret_cast<uint2 *>(to + 16 * weight_run_written(n8, j, 1)) = make_uint2(low[0], low[1]);
@@ -710,16 +768,17 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
             if (left & (left - 1)) stage_keys(left & (left - 1));
 
             // --- values
-            float page_sum[NT];
+            float page_sum[NT], units[NT][2];  // of half c: what 1 of its weights is worth
 #pragma unroll
             for (int nt = 0; nt < NT; ++nt) {
                 const int row = 4 * nt + j;
                 const float top0 = tops[row], top1 = tops[kRows + row], top = fmaxf(max_[nt], fmaxf(top0, top1)), zero = top == minus_infinity() ? 0.0f : top;
-                const float lower = exp2_of(max_[nt] - zero);
+                const float lower = exp2_of(max_[nt] - zero), more0 = exp2_of(top0 - zero), more1 = exp2_of(top1 - zero);
                 max_[nt] = top;
-                page_sum[nt] = fmaf(sums[row], exp2_of(top0 - zero), sums[kRows + row] * exp2_of(top1 - zero));
+                page_sum[nt] = fmaf(sums[row], more0, sums[kRows + row] * more1);
                 sum[nt] = fmaf(sum[nt], lower, page_sum[nt]);
-                ones[nt] *= lower;
+                units[nt][0] = more0 * (most_scale * kUnit), units[nt][1] = more1 * (most_scale * kUnit);
+                ones[nt] = fmaf(ones[nt], lower, scaled[nt] * (half ? units[nt][1] : units[nt][0]));
 #pragma unroll
                 for (int k = 0; k < 4 * NB; ++k) acc[k / 4][k % 4][nt] *= lower;
             }
@@ -736,28 +795,12 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
                     acc[k][3][nt] = fmaf(page_sum[nt], m23.y, acc[k][3][nt]);
                 }
             }
-            const uint32_t one = 0x01010101, odd_one = f.bits == 8 ? one : one * Codes<4>::kTimes;
-#pragma unroll 1
-            for (int c = 0; c < 2; ++c) {
-                float unit[NT];
-                uint2 w[NT][2];
-#pragma unroll
-                for (int nt = 0; nt < NT; ++nt) {
-                    unit[nt] = exp2_of(tops[c * kRows + 4 * nt + j] - (max_[nt] == minus_infinity() ? 0.0f : max_[nt])) * (most_scale * kUnit);
-                    const uint8_t * from = mine + shape.weights + 1024 * nt + 8 * c;
-#pragma unroll
-                    for (int odd = 0; odd < 2; ++odd) w[nt][odd] = *reinterpret_cast<const uint2 *>(from + 16 * weight_run_read(n8, j, odd));
-                    int total[4] = {};
-                    mma_bytes(total, one, one, one, one, w[nt][0].x, w[nt][0].y);
-                    mma_bytes(total, odd_one, odd_one, odd_one, odd_one, w[nt][1].x, w[nt][1].y);
-                    ones[nt] = fmaf(float(total[0] * 256 + total[1]), unit[nt], ones[nt]);
-                }
-                switch (f.bits) {
-                    case 2: add_values<2, NB, NT>(codes, f, d_v, c, w, unit, half, n8, j, acc); break;
-                    case 3: add_values<3, NB, NT>(codes, f, d_v, c, w, unit, half, n8, j, acc); break;
-                    case 4: add_values<4, NB, NT>(codes, f, d_v, c, w, unit, half, n8, j, acc); break;
-                    default: add_values<8, NB, NT>(codes, f, d_v, c, w, unit, half, n8, j, acc); break;
-                }
+            const uint8_t * const weights = mine + shape.weights;
+            switch (f.bits) {
+                case 2: add_values<2, NB, NT>(codes, f, d_v, weights, units, half, n8, j, acc); break;
+                case 3: add_values<3, NB, NT>(codes, f, d_v, weights, units, half, n8, j, acc); break;
+                case 4: add_values<4, NB, NT>(codes, f, d_v, weights, units, half, n8, j, acc); break;
+                default: add_values<8, NB, NT>(codes, f, d_v, weights, units, half, n8, j, acc); break;
             }
         }
     }
@@ -765,6 +808,15 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     // --- joins the pairs
     wait_for_copies();  // of a page that nobody sees
     __shared__ float pair_max[kMostPairs][kRows], pair_sum[kMostPairs][kRows];
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+        for (int step = 4; step <= 16; step *= 2) ones[nt] += __shfl_xor_sync(kWarp, ones[nt], step);
+        if (n8 == 0) reinterpret_cast<float *>(folded)[half * kRows + 4 * nt + j] = ones[nt];
+    }
+    pair_sync(pair + 1);
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) ones[nt] += reinterpret_cast<float *>(folded)[(1 - half) * kRows + 4 * nt + j];
     pair_sync(pair + 1);
     const int pitch = d_v + 8;
     const float middle = 0.5f - float(1 << (f.bits - 1));
@@ -787,7 +839,8 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     __syncthreads();
 #pragma unroll 1
     for (int row = warp; row < at.n_rows; row += n_warps) {
-        float top = minus_infinity(), total = 0, x[8] = {};
+        constexpr int kFours = NB <= 2 ? 1 : 2;
+        float top = minus_infinity(), total = 0, x[4 * kFours] = {};
 #pragma unroll 1
         for (int p = 0; p < n_pairs; ++p) top = fmaxf(top, pair_max[p][row]);
 #pragma unroll 1
@@ -796,7 +849,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
             const float * from = reinterpret_cast<const float *>(memory + shape.pairs + p * shape.pair_bytes) + row * pitch + 4 * lane;
             total = fmaf(weight, pair_sum[p][row], total);
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
+            for (int k = 0; k < kFours; ++k) {
                 if (128 * k + 4 * lane >= d_v) continue;
                 const float4 y = *reinterpret_cast<const float4 *>(from + 128 * k);
                 x[4 * k] = fmaf(weight, y.x, x[4 * k]), x[4 * k + 1] = fmaf(weight, y.y, x[4 * k + 1]);
@@ -805,7 +858,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
         }
         rotate_row(x, d_v);
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
+        for (int k = 0; k < kFours; ++k) {
             const int d = 128 * k + 4 * lane;
             if (d < d_v) *reinterpret_cast<float4 *>(partial + row * d_v + d) = make_float4(x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]);
         }
@@ -1144,7 +1197,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
 // What all blocks of a KV head have found, by the last of them. Where there are more warps than rows, some share the splits of a row.
 template <int kRows>
 __device__ __forceinline__ void join(const Attention & call, const DecodeCut & cut, const Place & at, Rows<kRows> & rows, float * memory, const float * base) {
-    constexpr int kAhead = 8;  // splits that are loaded at once
+    constexpr int kAhead = 9;  // splits that are loaded at once
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
     const int d_v = call.head_size_v, n = at.n_rows * d_v / 4, stride = int(partial_floats(cut, d_v));
     float2 * const weights = reinterpret_cast<float2 *>(memory) + warp * cut.n_splits;  // [split]: maximum, then weight; sum
@@ -1155,6 +1208,13 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
     for (; (ways + 1) * at.n_rows <= n_warps; ++ways) {}
 #pragma unroll 1
     for (; way < ways && row < at.n_rows; row += n_warps) {
+        const float4 * from = reinterpret_cast<const float4 *>(base + row * d_v) + lane;
+        float4 x[kAhead];
+        auto load = [&](int split) {
+#pragma unroll
+            for (int k = 0; k < kAhead; ++k) x[k] = __ldcg(from + min(split + k * ways, cut.n_splits - 1) * (stride / 4));
+        };
+        if (lane < d_v / 4) load(way);  // before it is known what they weigh
         float top = minus_infinity(), sum = 0;
 #pragma unroll 2
         for (int split = lane; split < cut.n_splits; split += 32) {
@@ -1179,20 +1239,20 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
         }
         __syncwarp();
 #pragma unroll 1
-        for (int number = lane; number < d_v / 4; number += 32) {
-            const float4 * const from = reinterpret_cast<const float4 *>(base + row * d_v) + number;
+        for (int number = lane; number < d_v / 4; number += 32, from += 32) {
+            if (number > lane) load(way);
             float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 1
-            for (int split = way; split < cut.n_splits; split += kAhead * ways) {
-                float4 x[kAhead];
-#pragma unroll
-                for (int k = 0; k < kAhead; ++k) x[k] = __ldcg(from + min(split + k * ways, cut.n_splits - 1) * (stride / 4));
+            for (int split = way;;) {
 #pragma unroll
                 for (int k = 0; k < kAhead; ++k) {
                     const float weight = split + k * ways < cut.n_splits ? weights[split + k * ways].x : 0.0f;
                     sum.x = fmaf(weight, x[k].x, sum.x), sum.y = fmaf(weight, x[k].y, sum.y);
                     sum.z = fmaf(weight, x[k].z, sum.z), sum.w = fmaf(weight, x[k].w, sum.w);
                 }
+                split += kAhead * ways;
+                if (split >= cut.n_splits) break;
+                load(split);
             }
             parts[way * n + row * (d_v / 4) + number] = sum;
         }
@@ -1366,7 +1426,8 @@ Plan make_plan(const Attention & c) {
         if (cut.n_pages > 16 && n < cut.n_half && time(n) < time(cut.n_half)) cut.n_half = n;
     }
     cut.n_splits = cut.n_half + n_workers(cut.n_half) / plan.n_pairs;
-    cut.each = n_counted / n_workers(cut.n_half), cut.more = n_counted % n_workers(cut.n_half);
+    const int workers = n_workers(cut.n_half), n_blocks = cut.n_splits - cut.n_half;
+    cut.each = n_counted / workers, cut.more = n_counted % workers / n_blocks, cut.more_blocks = n_counted % workers % n_blocks;
     cut.observer = cut.n_splits < splits ? cut.n_splits : cut.n_half > 1 || cut.n_pages > 512 ? 0 : cut.n_splits - 1;
     return plan;
 }

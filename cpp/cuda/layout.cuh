@@ -100,10 +100,10 @@ MIXKVQ_BOTH int value_row(int bits, int j, int c, int w) {
 // --- decoding, what goes from scores to weights ---------------------------------------------------------------
 // A number x of 16 bits is two signed bytes, 256 high + low, in columns 2q and 2q + 1 of B: query q's. A lane has scores of query j; it writes the
 // weights of four tokens key_token(n8, 0..3, s) as a word of high and a word of low bytes, and reads word s of the run of 16 bytes that has
-// its column n8 of tokens value_token(j, s >> 1, 2 * (s & 1) + odd, 0..3).
+// its column n8 of tokens value_token(j, s >> 1, 2 * (s & 1) + odd, 0..3). Runs are exchanged within 128 bytes for the sake of the banks.
 
-MIXKVQ_BOTH int weight_run_written(int n8, int j, int low) { return (8 * n8 + 2 * j + low) ^ (n8 & ~1); }
-MIXKVQ_BOTH int weight_run_read(int n8, int j, int odd) { return (16 * j + 8 * odd + n8) ^ (2 * j); }
+MIXKVQ_BOTH int weight_run_written(int n8, int j, int low) { return (8 * n8 + 2 * j + low) ^ n8; }
+MIXKVQ_BOTH int weight_run_read(int n8, int j, int odd) { return (16 * j + 8 * odd + n8) ^ (2 * j + odd); }
 
 // --- tiles of 64 tokens, prefill ------------------------------------------------------------------------------
 // Keys and values stand in shared memory dimension by dimension; tokens in an order in which four that come from one word are neighbours.

@@ -61,11 +61,11 @@ __device__ __forceinline__ void mma_bytes(int (&c)[4], uint32_t a0, uint32_t a1,
 #endif
 }
 
-// 16 bytes from global to shared memory, not waited for.
+// 16 bytes from global to shared memory, not waited for; the rest of their line will be wanted, too.
 template <int offset>
 __device__ __forceinline__ void copy_async(uint32_t shared, const uint8_t * from, bool wanted) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1 + %3], 16;}" ::"r"(shared),
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global.L2::128B [%0], [%1 + %3], 16;}" ::"r"(shared),
                  "l"(__cvta_generic_to_global(from)), "r"(int(wanted)), "n"(offset)
                  : "memory");
 #else
@@ -78,13 +78,6 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const uint8_t * from
 __device__ __forceinline__ void store_shared(void * to, const uint4 & x) {
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-}
-// 16 bits of it.
-template <int offset>
-__device__ __forceinline__ uint32_t load_shared(uint32_t shared) {
-    uint16_t x;
-    asm volatile("ld.shared.u16 %0, [%1 + %2];" : "=h"(x) : "r"(shared), "n"(offset) : "memory");
-    return x;
 }
 __device__ __forceinline__ void wait_for_copies() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
