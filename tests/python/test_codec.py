@@ -78,16 +78,22 @@ def greedy(llama, n):
 
 
 def test_identity_on_the_built_in_model():
-    """The same cells in other pages of memory: logits and greedy tokens are those of an F16 cache, whichever pages the codec has had."""
+    """The same cells in other pages of memory: logits are those of an F16 cache, whichever pages the codec has had. llama.cpp's own F16 cache, whose
+    attention rounds otherwise on every processor, goes on with the same tokens, unless it hesitates."""
     codec = Recorder()
     ours, exact, stock = load(codec, kv=Kv(window=128, sinks=0)), load(kv=Kv(sinks=1 << 20)), load(stock="f16")
     tokens = ours.tokenize(TEXT)[:600]
     answers = []
-    for llama in (ours, exact, stock):
+    for llama in (ours, exact):
         llama.eval(tokens)
         answers.append(greedy(llama, 40))
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[1]
     np.testing.assert_array_equal(ours.scores[:640], exact.scores[:640])
+    stock.eval(tokens + answers[0])
+    logits = np.array(stock.scores[599:639])
+    second, first = np.sort(logits)[:, -2:].T
+    sure = first - second > 1
+    assert sure.sum() > 10 and (logits.argmax(1) == answers[0])[sure].all()
     assert codec.cells(9, True) == [0, 128, 256, 384] and len(codec.pages) == 10 * 2 * 4
     for llama in (ours, exact, stock):
         llama.close()
