@@ -6,8 +6,8 @@
 // tokens. What is the same for all codes (minima, means, the middle of the code range) is added in F32. The warps of a pair share the tokens of the
 // keys, half a run of 32 each, and the dimensions of the values.
 //
-// Pages in F16 are few: blocks of their own look for them, all warps on one page. What new tokens bring is written by them, too. The last block of a KV
-// head joins what all have found.
+// Pages in F16 are few: blocks of their own look for them, all warps on one page. What new tokens bring is written by them, too. For every row the last
+// warp that has written its part joins what all have found.
 #include "attention_common.cuh"
 #include "common.cuh"
 #include "decode.cuh"
@@ -104,7 +104,6 @@ struct Rows {
     const __half * mask[kRows];         // by row
     const __half * looks[kRows];        // those that differ
     int n_looks;
-    float scale[kRows];
 };
 
 // The work of a block.
@@ -196,9 +195,8 @@ __device__ __forceinline__ unsigned look(const Rows<kRows> & rows, int n_kv, int
 }
 
 template <int kRows>
-__device__ __forceinline__ void set_row(Rows<kRows> & rows, const Attention & call, const DecodeCut & cut, const Place & at, int row, int exponent) {
+__device__ __forceinline__ void set_row(Rows<kRows> & rows, const Attention & call, const DecodeCut & cut, const Place & at, int row) {
     const RowPlace place = at.row(cut, min(row, at.n_rows - 1));
-    rows.factor[row] = call.scale * kLog2E * power(exponent);
     rows.slope[row] = alibi_slope(call, place.head) * kLog2E;
     rows.mask[row] = call.mask ? mask_of(call, at.stream, place) : nullptr;
     if (row >= at.n_rows) return;
@@ -532,10 +530,14 @@ __device__ __forceinline__ void add_values(const uint8_t * codes_at, const Stage
     }
 }
 
-// What a block finds in its packed pages goes to `partial`.
+// What a block finds goes here. Worked out when it is needed, for registers are few.
+__device__ __forceinline__ float * part_of(const Attention & call, const DecodeCut & cut, int block) {
+    const int head = opaque(int(blockIdx.z)) * call.n_kv_heads + opaque(int(blockIdx.y));
+    return cut.partial + (size_t(head) * cut.n_splits + block) * partial_floats(cut, call.head_size_v);
+}
+
 template <int NB, int NT>
-__device__ __forceinline__ void packed_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory,
-                                             float * partial) {
+__device__ __forceinline__ void packed_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory) {
     constexpr int kRows = 4 * NT, NQ = NT < 2 ? NT : 2;  // scores of NQ blocks of four rows at a time
     const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, pair = warp >> 1, half = warp & 1, in_pair = threadIdx.x & 63;
     const int n_warps = blockDim.x >> 5, n_pairs = n_warps / 2, d_k = call.head_size_k, d_v = call.head_size_v;
@@ -569,6 +571,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     };
     unsigned left = find(first);
 
+    if (threadIdx.x < kRows) set_row(rows, call, cut, at, threadIdx.x);
     Staged::set_tables(key_head, value_head, key_table, value_table);
     uint32_t lanes[5];
     f.set(key_head, value_head, lanes);
@@ -603,30 +606,27 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
 
 #pragma unroll 1
     for (int i = in_pair; i < kRows * 2 * shape.slots; i += 64) folded[i] = 0;
+    // Masks are there already, queries perhaps not yet. Were the first page asked for before them, they would come after it.
+    unsigned open = 0;
+    if (first < last) left &= look(rows, call.n_kv, first, min(32, last - first), open);
     wait_for_kernel_before();
 #pragma unroll 1
-    for (int row = warp; row < kRows; row += n_warps) {
-        const float * const from = query_of(call, at.stream, at.row(cut, min(row, at.n_rows - 1))) + lane;
-        float * const to = reinterpret_cast<float *>(queries + (row >> 1) * d_k + lane) + (row & 1);
-        float x[4], top = 0;
-#pragma unroll 1
-        for (int first = 0; first < d_k; first += 128) {
+    for (int i = warp; i < kRows; i += n_warps) {
+        const float * const from = query_of(call, at.stream, at.row(cut, min(i, at.n_rows - 1))) + lane;
+        float * const to = reinterpret_cast<float *>(queries + (i >> 1) * d_k + lane) + (i & 1);
+        float x[8], top = 0;
 #pragma unroll
-            for (int k = 0; k < 4; ++k) x[k] = first + 32 * k + lane < d_k ? from[first + 32 * k] : 0.0f;
+        for (int k = 0; k < 8; ++k) x[k] = 32 * k + lane < d_k ? from[32 * k] : 0.0f;
 #pragma unroll
-            for (int k = 0; k < 4; ++k) top = fmaxf(top, fabsf(x[k]));
-        }
+        for (int k = 0; k < 8; ++k) top = fmaxf(top, fabsf(x[k]));
         const int e = exponent_above(__uint_as_float(warp_max(__float_as_uint(top))));
         const float unit = power(-e);
-#pragma unroll 1
-        for (int d = 0; d + lane < d_k; d += 32) to[2 * d] = from[d] * unit;
-        if (lane == 0) {
-            set_row(rows, call, cut, at, row, e);
-            for (int p = 0; p < n_pairs; ++p) reinterpret_cast<Staged *>(memory + shape.pairs + p * shape.pair_bytes)[-1].factor[row] = rows.factor[row];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            if (32 * k + lane < d_k) to[64 * k] = x[k] * unit;
         }
+        if (lane < n_pairs) reinterpret_cast<Staged *>(memory + shape.pairs + lane * shape.pair_bytes)[-1].factor[i] = call.scale * kLog2E * power(e);
     }
-    // The first page is on its way before it is known whether anybody sees it.
-    const unsigned staged = left;
     if (left) stage_keys(left);
     __syncthreads();
 
@@ -645,10 +645,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
         if (start > first) {
             pair_sync(pair + 1);
             left = find(start);
-        }
-        unsigned open;
-        left &= look(rows, call.n_kv, start, min(32, last - start), open);
-        if (start > first || (left && __ffs(left) != __ffs(staged))) {
+            left &= look(rows, call.n_kv, start, min(32, last - start), open);
             wait_for_copies();
             pair_sync(pair + 1);
             if (left) stage_keys(left);
@@ -806,54 +803,52 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     }
 
     // --- joins the pairs
-    wait_for_copies();  // of a page that nobody sees
-    __shared__ float pair_max[kMostPairs][kRows], pair_sum[kMostPairs][kRows];
-#pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-#pragma unroll
-        for (int step = 4; step <= 16; step *= 2) ones[nt] += __shfl_xor_sync(kWarp, ones[nt], step);
-        if (n8 == 0) reinterpret_cast<float *>(folded)[half * kRows + 4 * nt + j] = ones[nt];
-    }
-    pair_sync(pair + 1);
-#pragma unroll
-    for (int nt = 0; nt < NT; ++nt) ones[nt] += reinterpret_cast<float *>(folded)[(1 - half) * kRows + 4 * nt + j];
-    pair_sync(pair + 1);
+    wait_for_copies();
+    pair_sync(pair + 1);  // sums take the place of keys and values
+    __shared__ float pair_max[kMostPairs][kRows], pair_sum[kMostPairs][kRows], pair_ones[2][kMostPairs][kRows];
     const int pitch = d_v + 8;
+    float * const partial = part_of(call, cut, opaque(int(blockIdx.x)));
     const float middle = 0.5f - float(1 << (f.bits - 1));
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
         const int row = 4 * nt + j;
-        if (half == 0 && n8 == 0) {
-            pair_max[pair][row] = max_[nt];
-            pair_sum[pair][row] = sum[nt];
+#pragma unroll
+        for (int step = 4; step <= 16; step *= 2) ones[nt] += __shfl_xor_sync(kWarp, ones[nt], step);
+        if (n8 == 0) {
+            pair_ones[half][pair][row] = middle * ones[nt];
+            if (half == 0) pair_max[pair][row] = max_[nt], pair_sum[pair][row] = sum[nt];
         }
 #pragma unroll
         for (int k = 0; k < NB; ++k) {
             const int d = value_dim(n8, half + 2 * k, 0);
             if (d >= d_v) continue;
-            *reinterpret_cast<float4 *>(reinterpret_cast<float *>(mine) + row * pitch + d) =
-                make_float4(fmaf(middle, ones[nt], acc[k][0][nt]), fmaf(middle, ones[nt], acc[k][1][nt]), fmaf(middle, ones[nt], acc[k][2][nt]),
-                            fmaf(middle, ones[nt], acc[k][3][nt]));
+            *reinterpret_cast<float4 *>(reinterpret_cast<float *>(mine) + row * pitch + d) = make_float4(acc[k][0][nt], acc[k][1][nt], acc[k][2][nt], acc[k][3][nt]);
         }
     }
     __syncthreads();
 #pragma unroll 1
     for (int row = warp; row < at.n_rows; row += n_warps) {
         constexpr int kFours = NB <= 2 ? 1 : 2;
-        float top = minus_infinity(), total = 0, x[4 * kFours] = {};
-#pragma unroll 1
-        for (int p = 0; p < n_pairs; ++p) top = fmaxf(top, pair_max[p][row]);
+        const bool is_pair = lane < n_pairs;  // a lane for each of them
+        const float max = is_pair ? pair_max[lane][row] : minus_infinity(), middles = is_pair ? pair_ones[0][lane][row] + pair_ones[1][lane][row] : 0.0f;
+        float top = max;
+#pragma unroll
+        for (int step = 1; step < kMostPairs; step *= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
+        top = __shfl_sync(kWarp, top, 0);
+        const float weight = max == minus_infinity() ? 0.0f : exp2_of(max - top);
+        float total = is_pair ? weight * pair_sum[lane][row] : 0.0f, x[4 * kFours] = {};
+#pragma unroll
+        for (int step = 1; step < kMostPairs; step *= 2) total += __shfl_xor_sync(kWarp, total, step);
 #pragma unroll 1
         for (int p = 0; p < n_pairs; ++p) {
-            const float weight = pair_max[p][row] == minus_infinity() ? 0.0f : exp2_of(pair_max[p][row] - top);
+            const float factor = __shfl_sync(kWarp, weight, p), add = factor * __shfl_sync(kWarp, middles, p);
             const float * from = reinterpret_cast<const float *>(memory + shape.pairs + p * shape.pair_bytes) + row * pitch + 4 * lane;
-            total = fmaf(weight, pair_sum[p][row], total);
 #pragma unroll
             for (int k = 0; k < kFours; ++k) {
                 if (128 * k + 4 * lane >= d_v) continue;
                 const float4 y = *reinterpret_cast<const float4 *>(from + 128 * k);
-                x[4 * k] = fmaf(weight, y.x, x[4 * k]), x[4 * k + 1] = fmaf(weight, y.y, x[4 * k + 1]);
-                x[4 * k + 2] = fmaf(weight, y.z, x[4 * k + 2]), x[4 * k + 3] = fmaf(weight, y.w, x[4 * k + 3]);
+                x[4 * k] += fmaf(factor, y.x, add), x[4 * k + 1] += fmaf(factor, y.y, add);
+                x[4 * k + 2] += fmaf(factor, y.z, add), x[4 * k + 3] += fmaf(factor, y.w, add);
             }
         }
         rotate_row(x, d_v);
@@ -958,7 +953,7 @@ __device__ __noinline__ float capped_apart(float logit2, float softcap) { return
 // Its tokens are 4j to 4j + 3, as keys 4 (n8 / 2) + n8 % 2 and two more.
 template <int NB, int NT>
 __device__ __forceinline__ void half_pages(const Attention & call, const DecodeCut & cut, const Brought & brought, const Place & at, Rows<4 * NT> & rows,
-                                           uint8_t * memory, float * partial, bool alone) {
+                                           uint8_t * memory, bool alone) {
     constexpr int kRows = 4 * NT;
     constexpr int kRounds = 4;  // pages of a thread that are looked for at once
     __shared__ unsigned hits[kRounds * 2 * kMostPairs];
@@ -1141,6 +1136,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
 
     // --- joins the warps
     __syncthreads();
+    float * const partial = part_of(call, cut, at.block);
     float2 * const ends = reinterpret_cast<float2 *>(memory + shape.ends);  // [warp][row]: maximum, sum
     float * const sums = reinterpret_cast<float *>(memory + shape.sums);    // [warp][row][dimension]
     sum += __shfl_xor_sync(kWarp, sum, 1);
@@ -1194,89 +1190,61 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
 
 // --- the kernel -----------------------------------------------------------------------------------------------
 
-// What all blocks of a KV head have found, by the last of them. Where there are more warps than rows, some share the splits of a row.
-template <int kRows>
-__device__ __forceinline__ void join(const Attention & call, const DecodeCut & cut, const Place & at, Rows<kRows> & rows, float * memory, const float * base) {
-    constexpr int kAhead = 9;  // splits that are loaded at once
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
-    const int d_v = call.head_size_v, n = at.n_rows * d_v / 4, stride = int(partial_floats(cut, d_v));
-    float2 * const weights = reinterpret_cast<float2 *>(memory) + warp * cut.n_splits;  // [split]: maximum, then weight; sum
-    float4 * const parts = reinterpret_cast<float4 *>(memory) + n_warps * ((cut.n_splits + 1) / 2);  // [way][number]
-    const float * const maxima = base + kRows * d_v;
-    int way = 0, row = warp, ways = 1;
-    for (; row >= at.n_rows; row -= at.n_rows) ++way;
-    for (; (ways + 1) * at.n_rows <= n_warps; ++ways) {}
-#pragma unroll 1
-    for (; way < ways && row < at.n_rows; row += n_warps) {
-        const float4 * from = reinterpret_cast<const float4 *>(base + row * d_v) + lane;
-        float4 x[kAhead];
-        auto load = [&](int split) {
+// What all blocks of a KV head have found for a row, by the warp that was the last to write its part of it.
+__device__ __forceinline__ void join(const Attention & call, const DecodeCut & cut, const Place & at, int row, float2 * weights, const float * base) {
+    constexpr int kAhead = 11;  // splits that are loaded at once
+    const int lane = threadIdx.x & 31, d_v = call.head_size_v, n_splits = cut.n_splits, stride = int(partial_floats(cut, d_v));
+    const float * from = base + row * d_v + 4 * lane;  // weights: [split], in shared memory: maximum, then weight; sum
+    float4 x[kAhead];
+    auto load = [&](int first) {
 #pragma unroll
-            for (int k = 0; k < kAhead; ++k) x[k] = __ldcg(from + min(split + k * ways, cut.n_splits - 1) * (stride / 4));
-        };
-        if (lane < d_v / 4) load(way);  // before it is known what they weigh
-        float top = minus_infinity(), sum = 0;
+        for (int i = 0; i < kAhead; ++i) x[i] = __ldcg(reinterpret_cast<const float4 *>(from + min(first + i, n_splits - 1) * stride));
+    };
+    if (4 * lane < d_v) load(0);  // before it is known what they weigh
+
+    const float * const maxima = base + cut.rows * d_v + row;
+    float top = minus_infinity(), total = 0;
 #pragma unroll 2
-        for (int split = lane; split < cut.n_splits; split += 32) {
-            const float max = __ldcg(maxima + split * stride + row), total = __ldcg(maxima + split * stride + kRows + row);
-            weights[split] = make_float2(max, total);
-            top = fmaxf(top, max);
-        }
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
-        const float zero = top == minus_infinity() ? 0.0f : top;
-#pragma unroll 1
-        for (int split = lane; split < cut.n_splits; split += 32) {
-            float2 & x = weights[split];
-            x.x = exp2_of(x.x - zero);
-            sum = fmaf(x.x, x.y, sum);
-        }
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kWarp, sum, step);
-        if (lane == 0 && way == 0) {
-            const int head = at.row(cut, row).head;
-            rows.scale[row] = close_softmax(top, sum, call.sinks ? call.sinks + head : nullptr);
-        }
-        __syncwarp();
-#pragma unroll 1
-        for (int number = lane; number < d_v / 4; number += 32, from += 32) {
-            if (number > lane) load(way);
-            float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 1
-            for (int split = way;;) {
-#pragma unroll
-                for (int k = 0; k < kAhead; ++k) {
-                    const float weight = split + k * ways < cut.n_splits ? weights[split + k * ways].x : 0.0f;
-                    sum.x = fmaf(weight, x[k].x, sum.x), sum.y = fmaf(weight, x[k].y, sum.y);
-                    sum.z = fmaf(weight, x[k].z, sum.z), sum.w = fmaf(weight, x[k].w, sum.w);
-                }
-                split += kAhead * ways;
-                if (split >= cut.n_splits) break;
-                load(split);
-            }
-            parts[way * n + row * (d_v / 4) + number] = sum;
-        }
-        __syncwarp();  // the weights are not needed any more
+    for (int split = lane; split < n_splits; split += 32) {
+        const float max = __ldcg(maxima + split * stride), sum = __ldcg(maxima + split * stride + cut.rows);
+        weights[split] = make_float2(max, sum);
+        top = fmaxf(top, max);
     }
-    __syncthreads();
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
+    const float zero = top == minus_infinity() ? 0.0f : top;
 #pragma unroll 1
-    for (int row = warp; row < at.n_rows; row += n_warps) {
-        const RowPlace place = at.row(cut, row);
-        const float scale = rows.scale[row];
-        float * to = call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
-#pragma unroll 1
-        for (int number = lane; number < d_v / 4; number += 32) {
-            float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 1
-            for (int way = 0; way < ways; ++way) {
-                const float4 x = parts[way * n + row * (d_v / 4) + number];
-                sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-            }
-            to[4 * number] = sum.x * scale, to[4 * number + 1] = sum.y * scale, to[4 * number + 2] = sum.z * scale, to[4 * number + 3] = sum.w * scale;
-        }
+    for (int split = lane; split < n_splits; split += 32) {
+        float2 & x = weights[split];
+        x.x = exp2_of(x.x - zero);
+        total = fmaf(x.x, x.y, total);
     }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(kWarp, total, step);
+    __syncwarp();
+
+    const RowPlace place = at.row(cut, row);
+    const float scale = close_softmax(top, total, call.sinks ? call.sinks + place.head : nullptr);
+    float * to = call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
+#pragma unroll 1
+    for (int d = 4 * lane; d < d_v; d += 128, from += 128) {
+        if (d >= 128) load(0);
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+        for (int first = 0;;) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const float weight = first + i < n_splits ? weights[first + i].x : 0.0f;
+                sum.x = fmaf(weight, x[i].x, sum.x), sum.y = fmaf(weight, x[i].y, sum.y), sum.z = fmaf(weight, x[i].z, sum.z), sum.w = fmaf(weight, x[i].w, sum.w);
+            }
+            first += kAhead;
+            if (first >= n_splits) break;
+            load(first);
+        }
+        to[d] = sum.x * scale, to[d + 1] = sum.y * scale, to[d + 2] = sum.z * scale, to[d + 3] = sum.w * scale;
+    }
+    __syncwarp();  // the weights are not needed any more
 }
-int join_bytes(const Cut & cut, int d_v, int n_warps) { return 8 * n_warps * (kMostSplits + 1) + 16 * std::max(cut.rows, n_warps) * d_v / 4; }
 
 // Sums the queries of a KV head up; the last head's block counts them.
 __device__ __forceinline__ void observe_head(const Brought & brought, int kv, int n_kv_heads, int head_size, uint32_t * counter) {
@@ -1299,13 +1267,10 @@ template <int NB, int NT>
 __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     decode_kernel(const __grid_constant__ Attention call, const __grid_constant__ DecodeCut cut, const __grid_constant__ Brought brought) {
     constexpr int kRows = 4 * NT;
-    MIXKVQ_DYNAMIC_SHARED(memory, 16);
+    MIXKVQ_DYNAMIC_SHARED(memory, 128);  // as DecodeShape's lines
     __shared__ Rows<kRows> rows;
-    __shared__ bool is_last;
     Place at;
     at.block = blockIdx.x, at.kv = blockIdx.y, at.stream = blockIdx.z, at.n_rows = call.n_tokens * cut.group;
-    const size_t head = size_t(at.stream) * call.n_kv_heads + at.kv, floats = partial_floats(cut, call.head_size_v);
-    float * const base = cut.partial + head * cut.n_splits * floats;
 
     // A short context of which nothing is packed yet: one block does it all, and nobody has to wait.
     bool alone = false;
@@ -1318,21 +1283,26 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     if (at.block == cut.n_splits || (alone && at.block > 0)) {
         wait_for_kernel_before();
     } else if (at.block < cut.n_half) {
-        half_pages<NB, NT>(call, cut, brought, at, rows, reinterpret_cast<uint8_t *>(memory), base + at.block * floats, alone);
+        half_pages<NB, NT>(call, cut, brought, at, rows, reinterpret_cast<uint8_t *>(memory), alone);
     } else {
-        packed_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory), base + at.block * floats);
+        packed_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory));
     }
     if (!alone && at.block < cut.n_splits) {
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            is_last = arrive(call.arrivals + head) == uint32_t(cut.n_splits - 1);
-            if (is_last) call.arrivals[head] = 0;
+        const int warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
+        __syncthreads();  // of the shared memory nothing is needed any more
+#pragma unroll 1
+        for (int row = warp; row < at.n_rows; row += n_warps) {  // whose part this warp has written
+            uint32_t * const counter = call.arrivals + (opaque(int(blockIdx.z)) * call.n_kv_heads + opaque(int(blockIdx.y))) * kMostRows + row;
+            uint32_t before = 0;
+            if ((threadIdx.x & 31) == 0) before = arrive(counter);
+            if (__shfl_sync(kWarp, before, 0) != uint32_t(cut.n_splits - 1)) continue;
+            if ((threadIdx.x & 31) == 0) *counter = 0;
+            __syncwarp();  // what the first lane has seen to be there is there for all
+            join(call, cut, at, row, reinterpret_cast<float2 *>(memory) + warp * cut.n_splits, part_of(call, cut, 0));
         }
-        __syncthreads();
-        if (is_last) join<kRows>(call, cut, at, rows, reinterpret_cast<float *>(memory), base);
     }
     if (brought.queries.n > 0 && at.block == cut.observer && at.stream == 0) {
-        observe_head(brought, at.kv, call.n_kv_heads, call.head_size_k, call.arrivals + call.n_streams * call.n_kv_heads);
+        observe_head(brought, at.kv, call.n_kv_heads, call.head_size_k, call.arrivals + call.n_streams * call.n_kv_heads * kMostRows);
     }
 }
 
@@ -1401,7 +1371,7 @@ Plan make_plan(const Attention & c) {
     for (int n_pairs = kMostPairs; n_pairs > 0; n_pairs /= 2) {  // as many pairs as an SM can hold
         const DecodeShape shape(cut.rows, n_pairs, c.head_size_k, c.head_size_v, c.most_key_bytes, c.most_value_bytes);
         const int bytes = std::max({shape.bytes, HalfShape(cut.rows, c.head_size_k, c.head_size_v).bytes,
-                                    join_bytes(cut, c.head_size_v, 2 * n_pairs)});
+                                    std::min(2 * n_pairs, cut.rows) * 8 * kMostSplits});
         const int n = bytes > most_bytes ? 0 : entry.blocks_per_sm(device, n_pairs, bytes, most_bytes);
         if (n * n_pairs <= blocks * plan.n_pairs) continue;
         blocks = n;
@@ -1439,7 +1409,7 @@ size_t decode_workspace(const Attention & call) {
     return plan.entry ? plan.n_heads * plan.cut.n_splits * partial_floats(plan.cut, call.head_size_v) : 0;
 }
 
-size_t attention_arrivals(const Attention & call) { return size_t(call.n_streams) * call.n_kv_heads + 1; }
+size_t attention_arrivals(const Attention & call) { return size_t(call.n_streams) * call.n_kv_heads * kMostRows + 1; }
 
 bool decode(Stream stream, const Attention & call, const NewRows * rows) {
     Plan plan = make_plan(call);
