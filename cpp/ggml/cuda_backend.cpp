@@ -639,10 +639,27 @@ ggml_guid guid = {0x6d, 0x69, 0x78, 0x6b, 0x76, 0x71, 0x2d, 0x63, 0x75, 0x64, 0x
 const char * get_name(ggml_backend_t backend) { return ggml_backend_dev_name(backend->device); }
 
 void synchronize(ggml_backend_t backend) {
+    if (std::exchange(get(backend).inner_has_more, false)) ggml_backend_synchronize(get(backend).inner);
     for (const auto & weak : get(backend).queues) {
         if (const auto queue = weak.lock()) queue->synchronize();
     }
-    if (std::exchange(get(backend).inner_has_more, false)) ggml_backend_synchronize(get(backend).inner);
+}
+
+// Behind the graph, for which the inner backend waits: the program need not be there when it is done.
+void get_tensor_async(ggml_backend_t backend, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+    CudaContext & c = get(backend);
+    const ggml_tensor * root = root_of(t);
+    ggml_tensor plain = *t;
+    plain.view_src = nullptr;
+    plain.buffer = root->buffer;
+    if (const Buffer * ours = buffer_of(t)) plain.buffer = inner_buffer(*ours);
+    if (cache_of(t) || !plain.buffer || plain.buffer->buft != ggml_backend_dev_buffer_type(c.inner->device) || !c.inner->iface.get_tensor_async) {
+        synchronize(backend);
+        root->buffer->iface.get_tensor(root->buffer, t, data, offset, size);
+        return;
+    }
+    c.inner->iface.get_tensor_async(c.inner, &plain, data, offset, size);
+    c.inner_has_more = true;
 }
 
 void free_backend(ggml_backend_t backend) {
@@ -702,6 +719,7 @@ ggml_backend_t make_cuda_backend(ggml_backend_dev_t device) {
     backend->guid = &guid;
     backend->iface.get_name = get_name;
     backend->iface.free = free_backend;
+    backend->iface.get_tensor_async = get_tensor_async;
     backend->iface.synchronize = synchronize;
     backend->iface.graph_compute = graph_compute;
     backend->iface.event_record = event_record;
