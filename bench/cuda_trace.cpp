@@ -1,10 +1,10 @@
-// When every kernel of a program ran on an NVIDIA GPU, those in CUDA graphs too. CUDA 13 loads it into any program; no profiler is needed:
+// When every kernel of a program ran on an NVIDIA GPU, those in CUDA graphs too, and every copy. CUDA 13 loads it into any program; no profiler is needed:
 //
 //     g++ -shared -fPIC -I$CUDA/include -I$CUDA/extras/CUPTI/include bench/cuda_trace.cpp -o cuda_trace.so -L$CUDA/extras/CUPTI/lib64 -lcupti
 //     CUDA_INJECTION64_PATH=$PWD/cuda_trace.so CUDA_TRACE=trace.tsv llama-bench -m model.gguf -p 0 -n 48 -r 1 -d 32768
 //     python bench/cuda_trace.py trace.tsv
 //
-// A line per kernel: start and end in nanoseconds, blocks, name.
+// A line per kernel: start and end in nanoseconds, blocks, name. A line per copy between host and GPU: start, end, bytes, `[to GPU]` or `[to host]`.
 #include <cupti.h>
 #include <cxxabi.h>
 
@@ -24,6 +24,14 @@ void give_buffer(uint8_t ** buffer, size_t * bytes, size_t * most_records) {
 void take_buffer(CUcontext, uint32_t, uint8_t * buffer, size_t, size_t valid_bytes) {
     CUpti_Activity * record = nullptr;
     while (cuptiActivityGetNextRecord(buffer, valid_bytes, &record) == CUPTI_SUCCESS) {
+        if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY) {
+            const auto * copy = reinterpret_cast<const CUpti_ActivityMemcpy6 *>(record);
+            const bool to_gpu = copy->copyKind == CUPTI_ACTIVITY_MEMCPY_KIND_HTOD, to_host = copy->copyKind == CUPTI_ACTIVITY_MEMCPY_KIND_DTOH;
+            if (!to_gpu && !to_host) continue;
+            std::fprintf(out, "%llu\t%llu\t%llu\t%s\n", static_cast<unsigned long long>(copy->start), static_cast<unsigned long long>(copy->end),
+                         static_cast<unsigned long long>(copy->bytes), to_gpu ? "[to GPU]" : "[to host]");
+            continue;
+        }
         if (record->kind != CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) continue;
         const auto * kernel = reinterpret_cast<const CUpti_ActivityKernel10 *>(record);
         char * const plain = kernel->name ? abi::__cxa_demangle(kernel->name, nullptr, nullptr, nullptr) : nullptr;
@@ -49,6 +57,7 @@ extern "C" int InitializeInjection() {
         return 1;
     }
     cuptiActivityRegisterCallbacks(give_buffer, take_buffer);
+    cuptiActivityEnable(CUPTI_ACTIVITY_KIND_MEMCPY);
     if (cuptiActivityEnable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) != CUPTI_SUCCESS) std::fprintf(stderr, "cuda_trace: CUPTI gives no kernels here\n");
     std::atexit(finish);
     return 1;

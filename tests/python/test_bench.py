@@ -278,7 +278,20 @@ def test_cuda_trace(tmp_path):
     assert len(layers) == 9 - 1 - 1 - cuda_trace.SKIPPED
     assert all(layer == {"mul": (1, 4000), "quantize": (1, 1000), "decode_kernel": (1, 3000)} for layer in layers)
     shown = CliRunner().invoke(cuda_trace.main, [str(trace)])
-    assert shown.exit_code == 0 and "8.0" in shown.output
+    assert shown.exit_code == 0 and "8.0" in shown.output and "A token" not in shown.output
+
+    at = 1_000_000
+    for token in range(6):  # an input, two kernels, a result; then a copy of the state, without kernels
+        copies = [(f"{at + 700}\t{at + 800}\t4\t[to GPU]"), f"{at + 7000}\t{at + 7100}\t4\t[to host]", f"{at + 7200}\t{at + 7300}\t4\t[to host]"]
+        lines += copies if token != 2 else copies[1:]  # one that had no input
+        add("decode_kernel<2, 1>(Call)", 1000, 2500)
+        add("other()", 3000, 3000)
+        at += 10000
+    trace.write_text("\n".join(lines) + "\n")
+    tokens = cuda_trace.tokens_of(cuda_trace.read_trace(trace))
+    assert [list(token.values()) for token in tokens] == [[3400, 300, 5000, 1100, 9800]] * (6 - 1 - 1 - cuda_trace.SKIPPED)
+    shown = CliRunner().invoke(cuda_trace.main, [str(trace)])
+    assert shown.exit_code == 0 and "A token, medians of 1" in shown.output and "9.8" in shown.output
 
     for text, words in (("no trace\n", "line 1"), ("1\t2\t3\tother()\n", "--attention")):
         trace.write_text(text)
