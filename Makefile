@@ -33,6 +33,9 @@ export CUDAARCHS ?= $(if $(GPUS),$(GPUS),75-virtual;90a-virtual)
 # Where there is a GPU and its compiler, llama.cpp is built for it as well; CUDA=OFF leaves it out.
 CUDA ?= $(if $(and $(GPUS),$(shell command -v nvcc)),ON,OFF)
 
+# On a processor with AMX: whether the compiler's ldtilecfg reads 8 of the 64 bytes of a configuration, so that llama.cpp's is thrown away as unused.
+AMX_LOST := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && printf '\043include <immintrin.h>' | $${CXX:-c++} -mamx-tile -E -x c++ - 2>/dev/null | grep -q 'ldtilecfg.*%X0' && echo yes)
+
 .PHONY: run test sanitize neon bench lint clean
 .DELETE_ON_ERROR:
 
@@ -104,7 +107,11 @@ clean:
 ifeq ($(CUDA),ON)
 	@echo "   With CUDA it takes several times as long; make CUDA=OFF leaves the GPU out."
 endif
-	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA)" $(PIP) install --quiet $(if $(filter ON,$(CUDA)),--no-cache-dir) \
+ifneq ($(AMX_LOST),)
+	@echo "   Without AMX: as this compiler builds it, llama.cpp's code for it crashes (llama.cpp's issue 20824)."
+endif
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA) $(if $(AMX_LOST),-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__)" \
+	    $(PIP) install --quiet $(if $(filter ON,$(CUDA))$(AMX_LOST),--no-cache-dir) \
 	    --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
 	@touch $@
 
