@@ -23,6 +23,7 @@ namespace {
 constexpr int kMostRows = 8;    // query vectors of a KV head that are served; from there on attention_decode.cuh is faster
 constexpr int kMostPairs = 4;   // in a block
 constexpr int kMostSplits = 512, kAlonePages = 4;
+constexpr int kAhead = 11;  // parts of a row that a warp loads at once to join them
 constexpr float kLargest = 32512, kUnit = 1 / kLargest;  // of the 16-bit numbers: 127 * 256
 constexpr int kMostSteps8 = 3;  // steps of channels at 8 bits up to which the sums of 256 channels fit into 32 bits; beyond, queries have 14 bits
 constexpr float kRound = 12582912.0f + 128;  // x + kRound has the bits of rint(x) + 128 below
@@ -67,6 +68,7 @@ struct DecodeCut : Cut {
     int more, more_blocks;  // pairs of a block that have one more; in the first `more_blocks` it is one pair more
     int front, back;        // and the first and the last pair of all have these: likely to be in F16
     int observer;           // the block that observes queries: a split that has the time, or one of its own
+    int ways;               // warps that join a row
     DecodeShape shape;
 };
 
@@ -822,7 +824,8 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
         for (int k = 0; k < NB; ++k) {
             const int d = value_dim(n8, half + 2 * k, 0);
             if (d >= d_v) continue;
-            *reinterpret_cast<float4 *>(reinterpret_cast<float *>(mine) + row * pitch + d) = make_float4(acc[k][0][nt], acc[k][1][nt], acc[k][2][nt], acc[k][3][nt]);
+            *reinterpret_cast<float4 *>(reinterpret_cast<float *>(mine) + row * pitch + d) =
+                make_float4(acc[k][0][nt], acc[k][1][nt], acc[k][2][nt], acc[k][3][nt]);
         }
     }
     __syncthreads();
@@ -1190,17 +1193,18 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
 
 // --- the kernel -----------------------------------------------------------------------------------------------
 
-// What all blocks of a KV head have found for a row, by the warp that was the last to write its part of it.
-__device__ __forceinline__ void join(const Attention & call, const DecodeCut & cut, const Place & at, int row, float2 * weights, const float * base) {
-    constexpr int kAhead = 11;  // splits that are loaded at once
+// What all blocks of a KV head have found for a row: every `ways`-th part from `way` on, by a warp. weights: [split], in shared memory: maximum, then
+// weight; sum.
+__device__ __forceinline__ void join(const Attention & call, const DecodeCut & cut, const RowPlace & place, int row, int way, int ways, float2 * weights,
+                                     const float * base, float * to) {
     const int lane = threadIdx.x & 31, d_v = call.head_size_v, n_splits = cut.n_splits, stride = int(partial_floats(cut, d_v));
-    const float * from = base + row * d_v + 4 * lane;  // weights: [split], in shared memory: maximum, then weight; sum
+    const float * from = base + row * d_v + 4 * lane;
     float4 x[kAhead];
     auto load = [&](int first) {
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) x[i] = __ldcg(reinterpret_cast<const float4 *>(from + min(first + i, n_splits - 1) * stride));
+        for (int i = 0; i < kAhead; ++i) x[i] = __ldcg(reinterpret_cast<const float4 *>(from + min(first + i * ways, n_splits - 1) * stride));
     };
-    if (4 * lane < d_v) load(0);  // before it is known what they weigh
+    if (4 * lane < d_v) load(way);  // before it is known what they weigh
 
     const float * const maxima = base + cut.rows * d_v + row;
     float top = minus_infinity(), total = 0;
@@ -1223,21 +1227,20 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
     for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(kWarp, total, step);
     __syncwarp();
 
-    const RowPlace place = at.row(cut, row);
     const float scale = close_softmax(top, total, call.sinks ? call.sinks + place.head : nullptr);
-    float * to = call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
 #pragma unroll 1
     for (int d = 4 * lane; d < d_v; d += 128, from += 128) {
-        if (d >= 128) load(0);
+        if (d >= 128) load(way);
         float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 1
-        for (int first = 0;;) {
+        for (int first = way;;) {
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
-                const float weight = first + i < n_splits ? weights[first + i].x : 0.0f;
-                sum.x = fmaf(weight, x[i].x, sum.x), sum.y = fmaf(weight, x[i].y, sum.y), sum.z = fmaf(weight, x[i].z, sum.z), sum.w = fmaf(weight, x[i].w, sum.w);
+                const float weight = first + i * ways < n_splits ? weights[first + i * ways].x : 0.0f;
+                sum.x = fmaf(weight, x[i].x, sum.x), sum.y = fmaf(weight, x[i].y, sum.y);
+                sum.z = fmaf(weight, x[i].z, sum.z), sum.w = fmaf(weight, x[i].w, sum.w);
             }
-            first += kAhead;
+            first += kAhead * ways;
             if (first >= n_splits) break;
             load(first);
         }
@@ -1288,17 +1291,40 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
         packed_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory));
     }
     if (!alone && at.block < cut.n_splits) {
-        const int warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
+        const int warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5, d_v = call.head_size_v;
+        float2 * const weights = reinterpret_cast<float2 *>(memory) + warp * cut.n_splits;
+        float * const parts = reinterpret_cast<float *>(memory) + n_warps * 2 * cut.n_splits;  // [warp][dimension], of several ways
+        const auto result = [&](int row) {
+            const RowPlace place = at.row(cut, row);
+            return call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
+        };
+        __shared__ bool is_last[kRows];
         __syncthreads();  // of the shared memory nothing is needed any more
 #pragma unroll 1
         for (int row = warp; row < at.n_rows; row += n_warps) {  // whose part this warp has written
+            if ((threadIdx.x & 31) != 0) continue;
             uint32_t * const counter = call.arrivals + (opaque(int(blockIdx.z)) * call.n_kv_heads + opaque(int(blockIdx.y))) * kMostRows + row;
-            uint32_t before = 0;
-            if ((threadIdx.x & 31) == 0) before = arrive(counter);
-            if (__shfl_sync(kWarp, before, 0) != uint32_t(cut.n_splits - 1)) continue;
-            if ((threadIdx.x & 31) == 0) *counter = 0;
-            __syncwarp();  // what the first lane has seen to be there is there for all
-            join(call, cut, at, row, reinterpret_cast<float2 *>(memory) + warp * cut.n_splits, part_of(call, cut, 0));
+            is_last[row] = arrive(counter) == uint32_t(cut.n_splits - 1);
+            if (is_last[row]) *counter = 0;
+        }
+        __syncwarp();  // what the first lane has seen to be there is there for all
+        if (cut.ways > 1) __syncthreads();
+#pragma unroll 1
+        for (int i = warp; i < at.n_rows * cut.ways; i += n_warps) {
+            const int way = cut.ways > 1 ? i / at.n_rows : 0, row = i - way * at.n_rows;
+            if (is_last[row]) join(call, cut, at.row(cut, row), row, way, cut.ways, weights, part_of(call, cut, 0), cut.ways > 1 ? parts + warp * d_v : result(row));
+        }
+        if (cut.ways > 1) {
+            __syncthreads();
+            if (warp < at.n_rows && is_last[warp]) {
+#pragma unroll 1
+                for (int d = threadIdx.x & 31; d < d_v; d += 32) {
+                    float sum = 0;
+#pragma unroll 1
+                    for (int w = warp; w < cut.ways * at.n_rows; w += at.n_rows) sum += parts[w * d_v + d];
+                    result(warp)[d] = sum;
+                }
+            }
         }
     }
     if (brought.queries.n > 0 && at.block == cut.observer && at.stream == 0) {
@@ -1371,7 +1397,7 @@ Plan make_plan(const Attention & c) {
     for (int n_pairs = kMostPairs; n_pairs > 0; n_pairs /= 2) {  // as many pairs as an SM can hold
         const DecodeShape shape(cut.rows, n_pairs, c.head_size_k, c.head_size_v, c.most_key_bytes, c.most_value_bytes);
         const int bytes = std::max({shape.bytes, HalfShape(cut.rows, c.head_size_k, c.head_size_v).bytes,
-                                    std::min(2 * n_pairs, cut.rows) * 8 * kMostSplits});
+                                    2 * n_pairs * (8 * kMostSplits + 4 * c.head_size_v)});
         const int n = bytes > most_bytes ? 0 : entry.blocks_per_sm(device, n_pairs, bytes, most_bytes);
         if (n * n_pairs <= blocks * plan.n_pairs) continue;
         blocks = n;
@@ -1398,6 +1424,7 @@ Plan make_plan(const Attention & c) {
     cut.n_splits = cut.n_half + n_workers(cut.n_half) / plan.n_pairs;
     const int workers = n_workers(cut.n_half), n_blocks = cut.n_splits - cut.n_half;
     cut.each = n_counted / workers, cut.more = n_counted % workers / n_blocks, cut.more_blocks = n_counted % workers % n_blocks;
+    cut.ways = std::max(1, std::min(2 * plan.n_pairs / n_rows, ceil_of(cut.n_splits, 3 * kAhead)));
     cut.observer = cut.n_splits < splits ? cut.n_splits : cut.n_half > 1 || cut.n_pages > 512 ? 0 : cut.n_splits - 1;
     return plan;
 }

@@ -646,6 +646,15 @@ std::vector<Case> all_cases() {
             add(c, "long");
         }
     }
+    for (int group : {1, 2, 4, 8}) {  // one KV head: so many splits that warps share their join
+        const int d = group == 2 ? 256 : 128;
+        Case c = base(d, d);
+        c.keys.resize(1), c.values.resize(1);
+        c.group = group;
+        c.n_kv = 20011;
+        c.sinks = group == 4;
+        add(c, "many splits");
+    }
 #ifndef MIXKVQ_EMULATED
     // Several pages for every pair of warps, on a large GPU too; emulated they would take minutes.
     for (int d : {128, 64}) {
