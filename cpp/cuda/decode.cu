@@ -1275,14 +1275,16 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     Place at;
     at.block = blockIdx.x, at.kv = blockIdx.y, at.stream = blockIdx.z, at.n_rows = call.n_tokens * cut.group;
 
-    // A short context of which nothing is packed yet: one block does it all, and nobody has to wait.
+    // A short context, a page in F16 at most: one block does it all, and nobody has to wait.
     bool alone = false;
     if (cut.n_pages > 0 && cut.n_pages <= kAlonePages) {
         const int page = min(int(threadIdx.x & 31), cut.n_pages - 1);
         const size_t i = at.stream * call.page_stride + page;
         const PageRef key = load_page(call.key_pages + i), value = load_page(call.value_pages + i);
-        alone = __ballot_sync(kWarp, key.records || value.records) == 0;
+        const unsigned halves = __ballot_sync(kWarp, int(threadIdx.x & 31) < cut.n_pages && (key.rows || value.rows));
+        alone = __ballot_sync(kWarp, key.records || value.records) == 0 && (halves & (halves - 1)) == 0;
     }
+    if (alone) let_kernel_after_start();  // otherwise later: what starts takes room on the SMs and only waits there
     if (at.block == cut.n_splits || (alone && at.block > 0)) {
         wait_for_kernel_before();
     } else if (at.block < cut.n_half) {
@@ -1290,6 +1292,7 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     } else {
         packed_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory));
     }
+    let_kernel_after_start();
     if (!alone && at.block < cut.n_splits) {
         const int warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5, d_v = call.head_size_v;
         float2 * const weights = reinterpret_cast<float2 *>(memory) + warp * cut.n_splits;

@@ -283,15 +283,30 @@ void Queue::trim() {
 
 namespace {
 
+#if CUDART_VERSION >= 12030
+// Whether a node is attention of few queries. Kernels of other libraries have no name here.
+bool is_decoding(cudaGraphNode_t node) {
+    cudaGraphNodeType type;
+    cudaKernelNodeParams params = {};
+    const char * name = nullptr;
+    return cudaGraphNodeGetType(node, &type) == cudaSuccess && type == cudaGraphNodeTypeKernel &&
+           cudaGraphKernelNodeGetParams(node, &params) == cudaSuccess && cudaFuncGetName(&name, params.func) == cudaSuccess && name &&
+           std::strstr(name, "mixkvq") && std::strstr(name, "decode_kernel");
+}
+#endif
+
 // Where streams wait for each other, a node is recorded as one that waits for the last of both, although the one has waited for the other before. A
-// kernel with a single edge starts earlier. Where this fails the graph is only slower.
-void remove_implied_edges(cudaGraph_t graph) {
+// kernel with a single edge starts earlier. One that waits for the kernel before it in its own code may start as soon as that one's blocks all have:
+// attention is let do so, as nothing it looks at before it waits is written by a graph. Where this fails the graph is only slower.
+void let_start_early(cudaGraph_t graph) {
 #if CUDART_VERSION >= 12030
 #if CUDART_VERSION >= 13000
     const auto get_edges = cudaGraphGetEdges;
+    const auto add_edges = cudaGraphAddDependencies;
     const auto remove_edges = cudaGraphRemoveDependencies;
 #else
     const auto get_edges = cudaGraphGetEdges_v2;
+    const auto add_edges = cudaGraphAddDependencies_v2;
     const auto remove_edges = cudaGraphRemoveDependencies_v2;
 #endif
     size_t n = 0;
@@ -303,7 +318,18 @@ void remove_implied_edges(cudaGraph_t graph) {
         const auto number_of = [&](cudaGraphNode_t node) { return numbers.emplace(node, int(numbers.size())).first->second; };
         std::vector<Edge> edges;
         for (size_t i = 0; i < n; ++i) edges.push_back({number_of(from[i]), number_of(to[i])});
-        for (const size_t i : implied_edges(int(numbers.size()), edges)) remove_edges(graph, &from[i], &to[i], &data[i], 1);
+        const std::vector<size_t> implied = implied_edges(int(numbers.size()), edges);
+        for (const size_t i : implied) {
+            remove_edges(graph, &from[i], &to[i], &data[i], 1);
+            data[i].type = cudaGraphDependencyTypeDefault;
+        }
+        for (size_t i = 0; i < n; ++i) {
+            if (data[i].type != cudaGraphDependencyTypeProgrammatic || !is_decoding(to[i])) continue;
+            cudaGraphEdgeData begun = data[i];
+            begun.from_port = cudaGraphKernelNodePortLaunchCompletion;
+            if (remove_edges(graph, &from[i], &to[i], &data[i], 1) != cudaSuccess) continue;
+            if (add_edges(graph, &from[i], &to[i], &begun, 1) != cudaSuccess) add_edges(graph, &from[i], &to[i], &data[i], 1);
+        }
     }
     cudaGetLastError();
 #endif
@@ -337,7 +363,7 @@ bool Recording::end() {
     cudaGraphExec_t exec = nullptr;
     cudaError_t code = cudaStreamEndCapture(stream_of(queue_->stream()), &graph);
     if (code == cudaSuccess) {
-        remove_implied_edges(graph);
+        let_start_early(graph);
         code = cudaGraphInstantiate(&exec, graph, 0);
     }
     if (graph) cudaGraphDestroy(graph);

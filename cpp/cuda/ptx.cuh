@@ -124,6 +124,13 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #endif
 }
 
+// The kernel after this one may start now if it was launched early; it waits for this one's end where it needs it.
+__device__ __forceinline__ void let_kernel_after_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // The transpose of an 8 x 8 matrix of halves: a lane gives row n8, columns 2j and 2j + 1, and gets the same place of the transpose.
 __device__ __forceinline__ uint32_t transpose(uint32_t x) {
     uint32_t y;

@@ -64,6 +64,7 @@ void copies_wait() {
 inline void pair_sync(int barrier) { emulator::barrier(barrier, 64, false); }
 inline uint32_t arrive(uint32_t * counter) { return (*counter)++; }
 inline void wait_for_kernel_before() {}
+inline void let_kernel_after_start() {}
 
 inline uint32_t transpose(uint32_t x) {
     emulator::meet(&x, sizeof x);
