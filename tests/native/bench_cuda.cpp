@@ -49,9 +49,8 @@ T * upload(const std::vector<T> & x) {
     return p;
 }
 
-// Median milliseconds of what `run` puts on a stream. It is recorded, as llama.cpp records a token, and launched several times in a row.
-double time_of(const std::function<void(cudaStream_t)> & run) {
-    constexpr int kTimes = 8;
+// Median milliseconds of what `run` puts on a stream. It is recorded, as llama.cpp records a token, and launched `n` times in a row.
+double time_of(int n, const std::function<void(cudaStream_t)> & run) {
     cudaStream_t stream;
     cudaEvent_t start, stop;
     cudaGraph_t graph;
@@ -68,12 +67,12 @@ double time_of(const std::function<void(cudaStream_t)> & run) {
     std::vector<float> ms;
     for (int i = 0; i < kRuns + 3; ++i) {
         check(cudaEventRecord(start, stream), "cudaEventRecord");
-        for (int k = 0; k < kTimes; ++k) check(cudaGraphLaunch(recording, stream), "cudaGraphLaunch");
+        for (int k = 0; k < n; ++k) check(cudaGraphLaunch(recording, stream), "cudaGraphLaunch");
         check(cudaEventRecord(stop, stream), "cudaEventRecord");
         check(cudaEventSynchronize(stop), "run");
         float x = 0;
         check(cudaEventElapsedTime(&x, start, stop), "cudaEventElapsedTime");
-        if (i >= 3) ms.push_back(x / kTimes);
+        if (i >= 3) ms.push_back(x / n);
     }
     std::sort(ms.begin(), ms.end());
     check(cudaGraphExecDestroy(recording), "cudaGraphExecDestroy");
@@ -186,7 +185,7 @@ double time_attention(Cache & cache, int n_tokens) {
     c.most_key_bytes = int(cache.key.record_bytes()), c.most_value_bytes = int(cache.value.record_bytes());
     c.arrivals = upload(std::vector<uint32_t>(cuda::attention_arrivals(c)));
     c.workspace = device<float>(cuda::attention_workspace(c) + 1);
-    const double ms = time_of([&](cudaStream_t stream) {
+    const double ms = time_of(n_tokens <= 8 ? 8 : 1, [&](cudaStream_t stream) {
         for (int layer = 0; layer < kLayers; ++layer) {
             c.key_pages = cache.key_pages[layer], c.value_pages = cache.value_pages[layer];
             if (n_tokens <= 2) {
@@ -207,7 +206,7 @@ double copy_bandwidth() {
     const size_t bytes = size_t(1) << 30;
     char * a = device<char>(bytes), * b = device<char>(bytes);
     check(cudaMemset(a, 1, bytes), "cudaMemset");
-    const double ms = time_of([&](cudaStream_t stream) { check(cudaMemcpyAsync(b, a, bytes, cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync"); });
+    const double ms = time_of(1, [&](cudaStream_t stream) { check(cudaMemcpyAsync(b, a, bytes, cudaMemcpyDeviceToDevice, stream), "cudaMemcpyAsync"); });
     cudaFree(a);
     cudaFree(b);
     return 2.0 * double(bytes) / ms * 1e-6;
