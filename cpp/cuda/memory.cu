@@ -5,6 +5,7 @@
 #include <cstring>
 #include <new>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include <cuda_runtime.h>
@@ -335,6 +336,14 @@ void let_start_early(cudaGraph_t graph) {
 #endif
 }
 
+// Makes of a graph that has been instantiated another one, if they differ in numbers only: what is on its way to the GPU stays as it was.
+bool update(cudaGraphExec_t exec, cudaGraph_t graph) {
+    cudaGraphExecUpdateResultInfo result;
+    const bool done = cudaGraphExecUpdate(exec, graph, &result) == cudaSuccess;
+    cudaGetLastError();
+    return done;
+}
+
 }  // namespace
 
 Recording::Recording(std::shared_ptr<Queue> queue, size_t n_rows)
@@ -357,15 +366,19 @@ void Recording::begin() {
     queue_->recording_ = true;
 }
 
-bool Recording::end() {
+bool Recording::end(Recording * older) {
     queue_->recording_ = false;
     cudaGraph_t graph = nullptr;
-    cudaGraphExec_t exec = nullptr;
+    auto exec = static_cast<cudaGraphExec_t>(std::exchange(graph_ || !older ? graph_ : older->graph_, nullptr));
     cudaError_t code = cudaStreamEndCapture(stream_of(queue_->stream()), &graph);
     if (code == cudaSuccess) {
         let_start_early(graph);
-        code = cudaGraphInstantiate(&exec, graph, 0);
     }
+    if (exec && (code != cudaSuccess || !update(exec, graph))) {
+        cudaGraphExecDestroy(exec);
+        exec = nullptr;
+    }
+    if (code == cudaSuccess && !exec) code = cudaGraphInstantiate(&exec, graph, 0);
     if (graph) cudaGraphDestroy(graph);
     if (code != cudaSuccess) cudaGetLastError();
     graph_ = exec;

@@ -304,6 +304,10 @@ inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t * graph) {
     return *graph = emulated_capture(), cudaSuccess;
 }
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t * exec, cudaGraph_t graph, int) { return *exec = new std::vector<emulator::Work>(*graph), cudaSuccess; }
+struct cudaGraphExecUpdateResultInfo {};
+inline cudaError_t cudaGraphExecUpdate(cudaGraphExec_t exec, cudaGraph_t graph, cudaGraphExecUpdateResultInfo *) {
+    return emulator::finish(), *exec = *graph, cudaSuccess;
+}
 inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return emulator::finish(), delete exec, cudaSuccess; }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
