@@ -28,11 +28,14 @@ struct RowPlace {
     __device__ RowPlace(const Cut & cut, int kv, int row) : token(row / cut.group), head(kv * cut.group + row % cut.group) {}
 };
 
+// n strides, below 2^32 each: in one instruction.
+__device__ __forceinline__ size_t ahead(int n, size_t stride) { return uint64_t(uint32_t(n)) * uint32_t(stride); }
+
 __device__ __forceinline__ const float * query_of(const Attention & call, int stream, const RowPlace & at) {
-    return call.q + stream * call.q_stream + at.head * call.q_head + at.token * call.q_token;
+    return call.q + stream * call.q_stream + ahead(at.head, call.q_head) + ahead(at.token, call.q_token);
 }
 __device__ __forceinline__ const __half * mask_of(const Attention & call, int stream, const RowPlace & at) {
-    return reinterpret_cast<const __half *>(call.mask) + stream * call.mask_stream + at.head * call.mask_head + at.token * call.mask_token;
+    return reinterpret_cast<const __half *>(call.mask) + stream * call.mask_stream + ahead(at.head, call.mask_head) + ahead(at.token, call.mask_token);
 }
 
 // ALiBi: the factor of the mask for a head, 1 without a bias. What is rare is no part of a kernel's code, most of which is fetched for one use.
@@ -60,7 +63,8 @@ struct KeyPlaces {
     uint32_t at8, at4, at3, at2, scale, min, order, bytes;
     int groups;
 
-    __device__ explicit KeyPlaces(const KeyFormat & f) : q16(f.n16 / 4), q8(f.n8 / 4), q4(f.n4 / 4), q3(f.n3 / 4), q2(f.n2 / 4), groups(f.group == 128 ? 1 : f.group == 64 ? 2 : 4) {
+    __device__ explicit KeyPlaces(const KeyFormat & f)
+        : q16(quads(f.n16)), q8(quads(f.n8)), q4(quads(f.n4)), q3(quads(f.n3)), q2(quads(f.n2)), groups(f.group == 128 ? 1 : f.group == 64 ? 2 : 4) {
         at8 = 1024 * q16;
         at4 = at8 + 512 * q8;
         at3 = at4 + 256 * q4;
@@ -71,6 +75,9 @@ struct KeyPlaces {
         bytes = (order + f.head_size + kRecordAlign - 1) / kRecordAlign * kRecordAlign;
     }
     __device__ int coded() const { return q8 + q4 + q3 + q2; }
+
+  private:
+    __device__ static int quads(unsigned channels) { return channels / 4; }
 };
 
 struct ValuePlaces {
@@ -85,17 +92,16 @@ struct ValuePlaces {
     }
 };
 
+__device__ __noinline__ inline float close_with_sink(float max, float sum, float sink) {
+    const float s = sink * kLog2E;
+    if (s <= max) return 1.0f / (sum + exp2_of(s - max));
+    const float shrink = exp2_of(max - s);
+    return shrink / (sum * shrink + 1.0f);
+}
 // The factor of a row's accumulators, of weights 2^(z - max): sinks and empty rows included. Maxima and logits in units of log2.
 __device__ __forceinline__ float close_softmax(float max, float sum, const float * sink) {
-    if (sink) {
-        const float s = *sink * kLog2E;
-        if (s > max) {
-            const float shrink = exp2_of(max - s);
-            return shrink / (sum * shrink + 1.0f);
-        }
-        sum += exp2_of(s - max);
-    }
-    return sum > 0 ? 1.0f / sum : 0.0f;
+    if (sink) return close_with_sink(max, sum, *sink);
+    return sum > 0 ? reciprocal(sum) : 0.0f;
 }
 
 }  // namespace mixkvq::cuda

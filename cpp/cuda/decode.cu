@@ -61,24 +61,6 @@ struct DecodeShape {
     static int lines(int bytes) { return (bytes + 127) / 128 * 128; }
     static int table_bytes(int record_bytes) { return (record_bytes / 16 + kTableStep - 1) / kTableStep * kTableStep * 4; }
 };
-struct DecodeCut : Cut {
-    float group_inverse;
-    int n_half;             // the first splits: blocks for pages in F16
-    int each;               // pages of a pair
-    int more, more_blocks;  // pairs of a block that have one more; in the first `more_blocks` it is one pair more
-    int front, back;        // and the first and the last pair of all have these: likely to be in F16
-    int observer;           // the block that observes queries: a split that has the time, or one of its own
-    int ways;               // warps that join a row
-    DecodeShape shape;
-};
-
-// What new tokens bring.
-struct Brought {
-    RowWrite keys, values;
-    QuerySums sums;
-    Queries queries;
-    float memory;
-};
 
 // Sections of shared memory of a block for pages in F16, in bytes.
 struct HalfShape {
@@ -86,7 +68,8 @@ struct HalfShape {
     int query_pitch, key_pitch, value_pitch, sum_pitch;  // halves; of sums floats
     int values, keys, ends, sums, bytes;  // queries come first; in the end `ends` and `sums` take their place
 
-    __host__ __device__ HalfShape(int rows, int d_k, int d_v) {
+    HalfShape() = default;
+    HalfShape(int rows, int d_k, int d_v) {
         query_pitch = (d_k + 63) / 64 * 64 + 32;
         key_pitch = d_k + 8;
         value_pitch = sum_pitch = d_v + 8;
@@ -97,6 +80,27 @@ struct HalfShape {
         const int first = keys + 2 * kPageCells * key_pitch, second = sums + 4 * 2 * kMostPairs * rows * sum_pitch;
         bytes = first > second ? first : second;
     }
+};
+
+struct DecodeCut : Cut {
+    float group_inverse;
+    int n_half;                // the first splits: blocks for pages in F16
+    int half_each, half_more;  // pages of such a block; how many of them look at one more
+    int each;                  // pages of a pair
+    int more, more_blocks;     // pairs of a block that have one more; in the first `more_blocks` it is one pair more
+    int front, back;           // and the first and the last pair of all have these: likely to be in F16
+    int observer;              // the block that observes queries: a split that has the time, or one of its own
+    int ways, n_weights;       // warps that join a row; weights that each has room for, which are more than there are splits
+    DecodeShape shape;
+    HalfShape half_shape;
+};
+
+// What new tokens bring.
+struct Brought {
+    RowWrite keys, values;
+    QuerySums sums;
+    Queries queries;
+    float memory;
 };
 
 // What every block knows of its rows.
@@ -243,6 +247,8 @@ __device__ __forceinline__ void rotate_row(float (&x)[n], int d_v) {
     }
 }
 
+__device__ __noinline__ float capped_apart(float logit2, float softcap) { return softcap * kLog2E * tanhf(logit2 / (softcap * kLog2E)); }
+
 // --- packed pages ---------------------------------------------------------------------------------------------
 
 // The records of a head in shared memory: as in global memory, but with gaps, so that the 16 bytes that eight lanes read lie in different banks. Every
@@ -267,7 +273,7 @@ struct alignas(16) Staged {
         for (int c = threadIdx.x; c < f.bytes / 16; c += blockDim.x) {
             int before = 0;
 #pragma unroll
-            for (int t = 0; t < 4; ++t) before += max(0, ::min(counts[t], (16 * c - starts[t]) / (64 * sizes[t])));
+            for (int t = 0; t < 4; ++t) before += ::min(counts[t], int(unsigned(max(0, 16 * c - starts[t])) / (64u * sizes[t])));
             key_table[place(c)] = 16 * c + 32 * before;
         }
 #pragma unroll 1
@@ -304,7 +310,7 @@ struct alignas(16) Staged {
         groups = f.groups;
         steps = all_steps;
         largest = (all_steps & 255) > kMostSteps8 ? kLargest / 4 : kLargest;
-        unit = 1 / largest;
+        unit = (all_steps & 255) > kMostSteps8 ? 4 * kUnit : kUnit;
         scale = f.scale + 32 * n_quads;
         min = f.min + 32 * n_quads;
         order = f.order + 32 * n_quads;
@@ -541,7 +547,7 @@ __device__ __forceinline__ float * part_of(const Attention & call, const DecodeC
 template <int NB, int NT>
 __device__ __forceinline__ void packed_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory) {
     constexpr int kRows = 4 * NT, NQ = NT < 2 ? NT : 2;  // scores of NQ blocks of four rows at a time
-    const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, pair = warp >> 1, half = warp & 1, in_pair = threadIdx.x & 63;
+    const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = warp_index(), pair = warp >> 1, half = warp & 1, in_pair = threadIdx.x & 63;
     const int n_warps = blockDim.x >> 5, n_pairs = n_warps / 2, d_k = call.head_size_k, d_v = call.head_size_v;
     const DecodeShape & shape = cut.shape;
     uint32_t * const key_table = reinterpret_cast<uint32_t *>(memory + shape.key_table);
@@ -723,7 +729,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
                     }
                     if (call.softcap > 0) {
 #pragma unroll
-                        for (int k = 0; k < 8; ++k) z[k / 4][k % 4] = capped(call, z[k / 4][k % 4]);
+                        for (int k = 0; k < 8; ++k) z[k / 4][k % 4] = capped_apart(z[k / 4][k % 4], call.softcap);
                     }
                     if (!(open >> (__ffs(left) - 1) & 1)) {
                         const int cell0 = (start + __ffs(left) - 1) * kPageCells, end = min(call.n_kv, cell0 + kPageCells);
@@ -950,8 +956,6 @@ __device__ __forceinline__ void write_new(const RowWrite & write, half * to, hal
     }
 }
 
-__device__ __noinline__ float capped_apart(float logit2, float softcap) { return softcap * kLog2E * tanhf(logit2 / (softcap * kLog2E)); }
-
 // A warp takes 16 tokens of a page. Queries are rows of its tiles for the scores, columns for the sums; of rows a lane has n8, of columns 2j and 2j + 1.
 // Its tokens are 4j to 4j + 3, as keys 4 (n8 / 2) + n8 % 2 and two more.
 template <int NB, int NT>
@@ -960,9 +964,9 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
     constexpr int kRows = 4 * NT;
     constexpr int kRounds = 4;  // pages of a thread that are looked for at once
     __shared__ unsigned hits[kRounds * 2 * kMostPairs];
-    const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
+    const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = warp_index(), n_warps = blockDim.x >> 5;
     const int d_k = call.head_size_k, d_v = call.head_size_v, n_rows = at.n_rows;
-    const HalfShape shape(kRows, d_k, d_v);
+    const HalfShape & shape = cut.half_shape;
     __half * const queries = reinterpret_cast<__half *>(memory);
     __half * const keys = reinterpret_cast<__half *>(memory + shape.keys), * const values = reinterpret_cast<__half *>(memory + shape.values);
     const PageRef * const key_pages = call.key_pages + at.stream * call.page_stride, * const value_pages = call.value_pages + at.stream * call.page_stride;
@@ -974,7 +978,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
     for (int i = 0; i < 16 * NB; ++i) acc[i / 16][i / 4 % 4][i % 4] = 0;
 
     // Pages in turns: those of the recent window are neighbours. Few are not looked for.
-    const int n_blocks = alone ? 1 : cut.n_half, n_mine = (cut.n_pages - at.block + n_blocks - 1) / n_blocks;
+    const int n_blocks = alone ? 1 : cut.n_half, n_mine = alone ? cut.n_pages : cut.half_each + (at.block < cut.half_more);
     const bool few = n_mine <= kAlonePages;
 
     // Everything but the queries and new rows is there before the kernel before this one is done.
@@ -1171,9 +1175,10 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
         total = __shfl_sync(kWarp, total, 0);
         const RowPlace place = at.row(cut, r);
         const float scale = alone ? close_softmax(top, total, call.sinks ? call.sinks + place.head : nullptr) : 1.0f;
-        float * to = alone ? call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token : partial + r * d_v;
+        float * to = alone ? call.out + at.stream * call.out_stream + ahead(place.head, call.out_head) + ahead(place.token, call.out_token) : partial + r * d_v;
 #pragma unroll 1
-        for (int d = 4 * lane; d - 4 * lane < d_v; d += 128) {
+        for (int first = 0; first < d_v; first += 128) {
+            const int d = first + 4 * lane;
             float4 x = make_float4(0, 0, 0, 0);
 #pragma unroll 2
             for (int w = 0; w < n_warps; ++w) {
@@ -1182,7 +1187,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
                 const float4 y = *reinterpret_cast<const float4 *>(sums + (w * kRows + r) * shape.sum_pitch + d);
                 x.x = fmaf(factor, y.x, x.x), x.y = fmaf(factor, y.y, x.y), x.z = fmaf(factor, y.z, x.z), x.w = fmaf(factor, y.w, x.w);
             }
-            if (d < d_v) to[d] = x.x * scale, to[d + 1] = x.y * scale, to[d + 2] = x.z * scale, to[d + 3] = x.w * scale;
+            if (d < d_v) *reinterpret_cast<float4 *>(to + d) = make_float4(x.x * scale, x.y * scale, x.z * scale, x.w * scale);
         }
         if (!alone && lane == 0) {
             partial[kRows * d_v + r] = top;
@@ -1194,23 +1199,28 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
 // --- the kernel -----------------------------------------------------------------------------------------------
 
 // What all blocks of a KV head have found for a row: every `ways`-th part from `way` on, by a warp. weights: [split], in shared memory: maximum, then
-// weight; sum.
+// weight; sum. Loops of lanes are as long for all of them: where they part, every shuffle afterwards needs more code.
+template <int NB>
 __device__ __forceinline__ void join(const Attention & call, const DecodeCut & cut, const RowPlace & place, int row, int way, int ways, float2 * weights,
                                      const float * base, float * to) {
-    const int lane = threadIdx.x & 31, d_v = call.head_size_v, n_splits = cut.n_splits, stride = int(partial_floats(cut, d_v));
-    const float * from = base + row * d_v + 4 * lane;
+    const int lane = threadIdx.x & 31, d_v = call.head_size_v, stride = int(partial_floats(cut, d_v)), last = (cut.n_splits - 1) * stride, step = ways * stride;
+    const float * const parts = base + row * d_v;
     float4 x[kAhead];
-    auto load = [&](int first) {
+    auto load = [&](int at, int d) {
+        const float * from = parts + min(d, d_v - 4);
+        asm volatile("" : "+l"(from));  // else the compiler adds up more for every load
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) x[i] = __ldcg(reinterpret_cast<const float4 *>(from + min(first + i * ways, n_splits - 1) * stride));
+        for (int i = 0; i < kAhead; ++i, at = opaque(at + step)) x[i] = __ldcg(reinterpret_cast<const float4 *>(from + min(at, last)));
     };
-    if (4 * lane < d_v) load(way);  // before it is known what they weigh
+    load(way * stride, 4 * lane);  // before it is known what they weigh
 
     const float * const maxima = base + cut.rows * d_v + row;
     float top = minus_infinity(), total = 0;
-#pragma unroll 2
-    for (int split = lane; split < n_splits; split += 32) {
-        const float max = __ldcg(maxima + split * stride), sum = __ldcg(maxima + split * stride + cut.rows);
+#pragma unroll 1
+    for (int first = 0; first < cut.n_weights; first += 32) {
+        const int split = first + lane;
+        const float * const at = maxima + min(split * stride, last);
+        const float max = split < cut.n_splits ? __ldcg(at) : minus_infinity(), sum = __ldcg(at + cut.rows);
         weights[split] = make_float2(max, sum);
         top = fmaxf(top, max);
     }
@@ -1218,8 +1228,8 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
     for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, step));
     const float zero = top == minus_infinity() ? 0.0f : top;
 #pragma unroll 1
-    for (int split = lane; split < n_splits; split += 32) {
-        float2 & x = weights[split];
+    for (int first = 0; first < cut.n_weights; first += 32) {
+        float2 & x = weights[first + lane];
         x.x = exp2_of(x.x - zero);
         total = fmaf(x.x, x.y, total);
     }
@@ -1229,22 +1239,23 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
 
     const float scale = close_softmax(top, total, call.sinks ? call.sinks + place.head : nullptr);
 #pragma unroll 1
-    for (int d = 4 * lane; d < d_v; d += 128, from += 128) {
-        if (d >= 128) load(way);
+    for (int d = 4 * lane;; d += 128) {
         float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 1
         for (int first = way;;) {
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
-                const float weight = first + i * ways < n_splits ? weights[first + i * ways].x : 0.0f;
+                const float weight = weights[first + i * ways].x;
                 sum.x = fmaf(weight, x[i].x, sum.x), sum.y = fmaf(weight, x[i].y, sum.y);
                 sum.z = fmaf(weight, x[i].z, sum.z), sum.w = fmaf(weight, x[i].w, sum.w);
             }
             first += kAhead * ways;
-            if (first >= n_splits) break;
-            load(first);
+            if (first >= cut.n_splits) break;
+            load(first * stride, d);
         }
-        to[d] = sum.x * scale, to[d + 1] = sum.y * scale, to[d + 2] = sum.z * scale, to[d + 3] = sum.w * scale;
+        if (d < d_v) *reinterpret_cast<float4 *>(to + d) = make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale);
+        if (NB <= 2 || d - 4 * lane + 128 >= d_v) break;
+        load(way * stride, d + 128);
     }
     __syncwarp();  // the weights are not needed any more
 }
@@ -1294,12 +1305,12 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     }
     let_kernel_after_start();
     if (!alone && at.block < cut.n_splits) {
-        const int warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5, d_v = call.head_size_v;
-        float2 * const weights = reinterpret_cast<float2 *>(memory) + warp * cut.n_splits;
-        float * const parts = reinterpret_cast<float *>(memory) + n_warps * 2 * cut.n_splits;  // [warp][dimension], of several ways
+        const int warp = warp_index(), n_warps = blockDim.x >> 5, d_v = call.head_size_v;
+        float2 * const weights = reinterpret_cast<float2 *>(memory) + warp * cut.n_weights;
+        float * const parts = reinterpret_cast<float *>(memory) + n_warps * 2 * cut.n_weights;  // [warp][dimension], of several ways
         const auto result = [&](int row) {
             const RowPlace place = at.row(cut, row);
-            return call.out + at.stream * call.out_stream + place.head * call.out_head + place.token * call.out_token;
+            return call.out + at.stream * call.out_stream + ahead(place.head, call.out_head) + ahead(place.token, call.out_token);
         };
         __shared__ bool is_last[kRows];
         __syncthreads();  // of the shared memory nothing is needed any more
@@ -1315,11 +1326,13 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
 #pragma unroll 1
         for (int i = warp; i < at.n_rows * cut.ways; i += n_warps) {
             const int way = cut.ways > 1 ? i / at.n_rows : 0, row = i - way * at.n_rows;
-            if (is_last[row]) join(call, cut, at.row(cut, row), row, way, cut.ways, weights, part_of(call, cut, 0), cut.ways > 1 ? parts + warp * d_v : result(row));
+            if (__any_sync(kWarp, is_last[row])) {
+                join<NB>(call, cut, at.row(cut, row), row, way, cut.ways, weights, part_of(call, cut, 0), cut.ways > 1 ? parts + warp * d_v : result(row));
+            }
         }
         if (cut.ways > 1) {
             __syncthreads();
-            if (warp < at.n_rows && is_last[warp]) {
+            if (warp < at.n_rows && __any_sync(kWarp, is_last[warp])) {
 #pragma unroll 1
                 for (int d = threadIdx.x & 31; d < d_v; d += 32) {
                     float sum = 0;
@@ -1396,11 +1409,11 @@ Plan make_plan(const Attention & c) {
     cut.n_pages = (c.n_kv + kPageCells - 1) / kPageCells;
     plan.n_heads = size_t(c.n_kv_heads) * c.n_streams;
 
+    cut.half_shape = HalfShape(cut.rows, c.head_size_k, c.head_size_v);
     int blocks = 0;
     for (int n_pairs = kMostPairs; n_pairs > 0; n_pairs /= 2) {  // as many pairs as an SM can hold
         const DecodeShape shape(cut.rows, n_pairs, c.head_size_k, c.head_size_v, c.most_key_bytes, c.most_value_bytes);
-        const int bytes = std::max({shape.bytes, HalfShape(cut.rows, c.head_size_k, c.head_size_v).bytes,
-                                    2 * n_pairs * (8 * kMostSplits + 4 * c.head_size_v)});
+        const int bytes = std::max({shape.bytes, cut.half_shape.bytes, 2 * n_pairs * (8 * (kMostSplits + 2 * kMostPairs * kAhead + 32) + 4 * c.head_size_v)});
         const int n = bytes > most_bytes ? 0 : entry.blocks_per_sm(device, n_pairs, bytes, most_bytes);
         if (n * n_pairs <= blocks * plan.n_pairs) continue;
         blocks = n;
@@ -1424,10 +1437,12 @@ Plan make_plan(const Attention & c) {
     for (int n : {2, 1}) {
         if (cut.n_pages > 16 && n < cut.n_half && time(n) < time(cut.n_half)) cut.n_half = n;
     }
+    cut.half_each = cut.n_pages / cut.n_half, cut.half_more = cut.n_pages % cut.n_half;
     cut.n_splits = cut.n_half + n_workers(cut.n_half) / plan.n_pairs;
     const int workers = n_workers(cut.n_half), n_blocks = cut.n_splits - cut.n_half;
     cut.each = n_counted / workers, cut.more = n_counted % workers / n_blocks, cut.more_blocks = n_counted % workers % n_blocks;
     cut.ways = std::max(1, std::min(2 * plan.n_pairs / n_rows, ceil_of(cut.n_splits, 3 * kAhead)));
+    cut.n_weights = (cut.n_splits + cut.ways * kAhead + 31) / 32 * 32;
     cut.observer = cut.n_splits < splits ? cut.n_splits : cut.n_half > 1 || cut.n_pages > 512 ? 0 : cut.n_splits - 1;
     return plan;
 }

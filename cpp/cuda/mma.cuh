@@ -24,6 +24,9 @@ __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff80
 // 2^e for -126 <= e <= 127.
 __device__ __forceinline__ float power(int e) { return __int_as_float((127 + e) << 23); }
 
+// Of this thread's warp. From a shuffle the compiler knows that it is the same for all lanes: branches and loops by it need no code for lanes that part.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(kWarp, int(threadIdx.x >> 5), 0); }
+
 // x, of which the compiler does not know that it stays the same: what is computed from it is not kept in registers across a loop.
 __device__ __forceinline__ int opaque(int x) {
     asm volatile("" : "+r"(x));

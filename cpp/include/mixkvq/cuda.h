@@ -88,7 +88,7 @@ struct Attention {
     const float * q;
     size_t q_token, q_head, q_stream;
     float * out;
-    size_t out_token, out_head, out_stream;
+    size_t out_token, out_head, out_stream;  // like `out` in steps of 16 bytes
     const half * mask;  // [stream][head][token][cell], added to the scores; nullptr: every cell of [0, n_kv) that its page has is seen
     size_t mask_token, mask_head, mask_stream;
     const float * sinks;  // a logit per query head that takes part in the softmax without a value; or nullptr
