@@ -32,7 +32,7 @@ struct RowPlace {
 __device__ __forceinline__ size_t ahead(int n, size_t stride) { return uint64_t(uint32_t(n)) * uint32_t(stride); }
 
 __device__ __forceinline__ const float * query_of(const Attention & call, int stream, const RowPlace & at) {
-    return call.q + stream * call.q_stream + ahead(at.head, call.q_head) + ahead(at.token, call.q_token);
+    return call.q + ahead(stream, call.q_stream) + ahead(at.head, call.q_head) + ahead(at.token, call.q_token);
 }
 __device__ __forceinline__ const __half * mask_of(const Attention & call, int stream, const RowPlace & at) {
     return reinterpret_cast<const __half *>(call.mask) + stream * call.mask_stream + ahead(at.head, call.mask_head) + ahead(at.token, call.mask_token);

@@ -103,15 +103,6 @@ struct Brought {
     float memory;
 };
 
-// What every block knows of its rows.
-template <int kRows>
-struct Rows {
-    float factor[kRows], slope[kRows];  // of scores of queries scaled to below 1 (for pages in F16, to below 2^14); of the mask
-    const __half * mask[kRows];         // by row
-    const __half * looks[kRows];        // those that differ
-    int n_looks;
-};
-
 // The work of a block.
 struct Place {
     int block, kv, stream, n_rows;
@@ -122,20 +113,18 @@ struct Place {
     }
 };
 
-// A logit with its mask; cells from `end` on are hidden.
+// What is rare stands apart: of a kernel that comes once a layer all code is fetched anew, some 100 cycles for eight instructions in a row.
+
+// A logit with its mask.
 __device__ __forceinline__ float masked(float z, unsigned m, float slope) {
-    return m == 0xfc00 ? minus_infinity() : m ? z + slope * __half2float(__ushort_as_half(static_cast<unsigned short>(m))) : z;
+    return fmaf(slope, __half2float(__ushort_as_half(static_cast<unsigned short>(m))), z);
 }
-__device__ __forceinline__ float masked(float z, const __half * mask, int cell, int end, float slope) {
+__device__ __noinline__ float masked_apart(float z, const __half * mask, int cell, int end, float slope) {  // cells from `end` on are hidden
     return masked(z, cell >= end ? 0xfc00 : mask ? __half_as_ushort(mask[cell]) : 0, slope);
 }
 
 // The masks of four cells, of which `n` are there.
-__device__ __forceinline__ uint2 masks_of(const __half * mask, int cell, int n) {
-    if (n >= 4) {
-        if (!mask) return make_uint2(0, 0);
-        if ((reinterpret_cast<uintptr_t>(mask + cell) & 7) == 0) return *reinterpret_cast<const uint2 *>(mask + cell);
-    }
+__device__ __noinline__ uint2 masks_apart(const __half * mask, int cell, int n) {
     uint32_t m[4];
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
@@ -144,34 +133,34 @@ __device__ __forceinline__ uint2 masks_of(const __half * mask, int cell, int n) 
     }
     return make_uint2(m[0] | m[1] << 16, m[2] | m[3] << 16);
 }
-
-// Whether anybody sees a page, and whether everybody sees all of it: by a whole warp, four cells a lane.
-template <int kRows>
-__device__ __forceinline__ bool look(const Rows<kRows> & rows, int cell, int n, bool & open) {
-    bool seen = rows.n_looks == 0, plain = n >= 4;
-#pragma unroll 1
-    for (int i = 0; i < rows.n_looks; ++i) {
-        const uint2 m = masks_of(rows.looks[i], cell, n);
-        seen |= m.x != 0xfc00fc00u || m.y != 0xfc00fc00u;
-        plain &= (m.x | m.y) == 0;
-    }
-    open = __ballot_sync(kWarp, !plain) == 0;
-    return __ballot_sync(kWarp, seen) != 0;
+__device__ __forceinline__ uint2 masks_of(const __half * mask, int cell, int n) {
+    if (!mask || n < 4 || (reinterpret_cast<uintptr_t>(mask + cell) & 7) != 0) return masks_apart(mask, cell, n);
+    return *reinterpret_cast<const uint2 *>(mask + cell);
 }
 
-// The same of the `n_pages` pages from `page` on, 32 at most, as bits: by a whole warp, 32 cells a lane.
-template <int kRows>
-__device__ __forceinline__ unsigned look(const Rows<kRows> & rows, int n_kv, int page, int n_pages, unsigned & open) {
-    const int lane = threadIdx.x & 31;
+// What is seen of up to 32 cells: 1 if anything is, 2 more if something is masked.
+__device__ __noinline__ int look_apart(const __half * mask, int n) {
+    int found = 0;
+#pragma unroll 1
+    for (int k = 0; k < min(n, 32); ++k) {
+        const unsigned short x = __half_as_ushort(mask[k]);
+        found |= (x != 0xfc00) | (x != 0) << 1;
+    }
+    return found;
+}
+
+// Which of the `n_pages` pages from `page` on, 32 at most, anybody sees, and of which everybody sees all, as bits: by a whole warp, 32 cells a lane.
+__device__ __forceinline__ unsigned look(const Attention & call, const DecodeCut & cut, const Place & at, int page, int n_pages, unsigned & open) {
+    const int lane = threadIdx.x & 31, n_looks = !call.mask ? 0 : call.mask_head ? at.n_rows : call.n_tokens;  // masks that differ
     unsigned all_seen = 0, all_open = 0;
 #pragma unroll 1
     for (int first = 0; first < n_pages; first += 8) {
-        const int cell = (page + first) * kPageCells + 32 * lane, n = n_kv - cell;
-        bool seen = rows.n_looks == 0, plain = n >= 32;
+        const int cell = (page + first) * kPageCells + 32 * lane, n = call.n_kv - cell;
+        bool seen = n_looks == 0, plain = n >= 32;
         if (first + lane / 4 < n_pages) {
 #pragma unroll 1
-            for (int i = 0; i < rows.n_looks; ++i) {
-                const __half * m = rows.looks[i] + cell;
+            for (int i = 0; i < n_looks; ++i) {
+                const __half * m = mask_of(call, at.stream, call.mask_head ? at.row(cut, i) : RowPlace(i, 0)) + cell;
                 if (n >= 32 && (reinterpret_cast<uintptr_t>(m) & 15) == 0) {
                     uint4 x[4];
 #pragma unroll
@@ -182,12 +171,9 @@ __device__ __forceinline__ unsigned look(const Rows<kRows> & rows, int n_kv, int
                         plain &= (x[k].x | x[k].y | x[k].z | x[k].w) == 0;
                     }
                 } else {
-#pragma unroll 1
-                    for (int k = 0; k < min(n, 32); ++k) {
-                        const unsigned short x = __half_as_ushort(m[k]);
-                        seen |= x != 0xfc00;
-                        plain &= x == 0;
-                    }
+                    const int found = look_apart(m, n);
+                    seen |= (found & 1) != 0;
+                    plain &= found < 2;
                 }
             }
         }
@@ -200,15 +186,17 @@ __device__ __forceinline__ unsigned look(const Rows<kRows> & rows, int n_kv, int
     return all_seen;
 }
 
-template <int kRows>
-__device__ __forceinline__ void set_row(Rows<kRows> & rows, const Attention & call, const DecodeCut & cut, const Place & at, int row) {
-    const RowPlace place = at.row(cut, min(row, at.n_rows - 1));
-    rows.slope[row] = alibi_slope(call, place.head) * kLog2E;
-    rows.mask[row] = call.mask ? mask_of(call, at.stream, place) : nullptr;
-    if (row >= at.n_rows) return;
-    const int n = !call.mask ? 0 : call.mask_head ? row + 1 : place.token - at.row(cut, 0).token + 1;
-    if (n > 0) rows.looks[n - 1] = rows.mask[row];
-    if (row == at.n_rows - 1) rows.n_looks = n;
+// A query, of which a lane gets the numbers 4 lane to 4 lane + 3 and, if there are so many, those 128 further. Returns exponent_above() all of them.
+__device__ __forceinline__ int load_query(const float * q, int d_k, float (&x)[8]) {
+    const int d = 4 * (threadIdx.x & 31);
+    float4 a = make_float4(0, 0, 0, 0), b = a;
+    if (d < d_k) a = *reinterpret_cast<const float4 *>(q + d);
+    if (128 + d < d_k) b = *reinterpret_cast<const float4 *>(q + 128 + d);
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+    float top = 0;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) top = fmaxf(top, fabsf(x[k]));
+    return exponent_above(__uint_as_float(warp_max(__float_as_uint(top))));
 }
 
 // The rotation of a row, of which a lane has the numbers 4 lane to 4 lane + 3 and, if n is 8, four more, 128 further.
@@ -260,7 +248,7 @@ struct alignas(16) Staged {
     int bits, run, top, top_run, mean, value_chunks;  // run: from the codes of tokens 32j to those of 32j + 32
     uint32_t value_scale;
     float largest, unit;      // of the folded queries
-    float factor[kMostRows];  // of Rows
+    float factor[kMostRows];  // of scores of queries scaled to below 1
 
     // Where each 16 bytes of a record go.
     __device__ static void set_tables(const KeyHead & k, const ValueHead & v, uint32_t * key_table, uint32_t * value_table) {  // by a whole block
@@ -541,11 +529,11 @@ __device__ __forceinline__ void add_values(const uint8_t * codes_at, const Stage
 // What a block finds goes here. Worked out when it is needed, for registers are few.
 __device__ __forceinline__ float * part_of(const Attention & call, const DecodeCut & cut, int block) {
     const int head = opaque(int(blockIdx.z)) * call.n_kv_heads + opaque(int(blockIdx.y));
-    return cut.partial + (size_t(head) * cut.n_splits + block) * partial_floats(cut, call.head_size_v);
+    return cut.partial + ahead(head * cut.n_splits + block, partial_floats(cut, call.head_size_v));
 }
 
 template <int NB, int NT>
-__device__ __forceinline__ void packed_pages(const Attention & call, const DecodeCut & cut, const Place & at, Rows<4 * NT> & rows, uint8_t * memory) {
+__device__ __forceinline__ void packed_pages(const Attention & call, const DecodeCut & cut, const Place & at, uint8_t * memory) {
     constexpr int kRows = 4 * NT, NQ = NT < 2 ? NT : 2;  // scores of NQ blocks of four rows at a time
     const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = warp_index(), pair = warp >> 1, half = warp & 1, in_pair = threadIdx.x & 63;
     const int n_warps = blockDim.x >> 5, n_pairs = n_warps / 2, d_k = call.head_size_k, d_v = call.head_size_v;
@@ -560,7 +548,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     float * const bias = reinterpret_cast<float *>(mine + shape.ends), * const tops = bias + kRows, * const sums = tops + 2 * kRows;
     const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
 
-    const PageRef * const key_pages = call.key_pages + at.stream * call.page_stride, * const value_pages = call.value_pages + at.stream * call.page_stride;
+    const PageRef * const key_pages = call.key_pages + ahead(at.stream, call.page_stride), * const value_pages = call.value_pages + ahead(at.stream, call.page_stride);
     const int worker = (at.block - cut.n_half) * n_pairs + pair;
     const bool is_first = worker == 0, is_last = worker == (cut.n_splits - cut.n_half) * n_pairs - 1;
     const int block = at.block - cut.n_half, more = cut.more + (block < cut.more_blocks);
@@ -568,8 +556,8 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     const int first = is_first ? 0 : begin, last = is_last ? cut.n_pages : begin + cut.each + (pair < more);
 
     // Which of up to 32 pages are packed; their records of this head.
-    const KeyHead & key_head = call.key_heads[at.kv];
-    const ValueHead & value_head = call.value_heads[at.kv];
+    const KeyHead key_head = call.key_heads[at.kv];
+    const ValueHead value_head = call.value_heads[at.kv];
     auto find = [&](int start) {
         const uint8_t * key = nullptr, * value = nullptr;
         if (start + lane < last) key = key_pages[start + lane].records, value = value_pages[start + lane].records;
@@ -579,7 +567,6 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     };
     unsigned left = find(first);
 
-    if (threadIdx.x < kRows) set_row(rows, call, cut, at, threadIdx.x);
     Staged::set_tables(key_head, value_head, key_table, value_table);
     uint32_t lanes[5];
     f.set(key_head, value_head, lanes);
@@ -616,22 +603,19 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
     for (int i = in_pair; i < kRows * 2 * shape.slots; i += 64) folded[i] = 0;
     // Masks are there already, queries perhaps not yet. Were the first page asked for before them, they would come after it.
     unsigned open = 0;
-    if (first < last) left &= look(rows, call.n_kv, first, min(32, last - first), open);
+    if (first < last) left &= look(call, cut, at, first, min(32, last - first), open);
     wait_for_kernel_before();
 #pragma unroll 1
     for (int i = warp; i < kRows; i += n_warps) {
-        const float * const from = query_of(call, at.stream, at.row(cut, min(i, at.n_rows - 1))) + lane;
-        float * const to = reinterpret_cast<float *>(queries + (i >> 1) * d_k + lane) + (i & 1);
-        float x[8], top = 0;
-#pragma unroll
-        for (int k = 0; k < 8; ++k) x[k] = 32 * k + lane < d_k ? from[32 * k] : 0.0f;
-#pragma unroll
-        for (int k = 0; k < 8; ++k) top = fmaxf(top, fabsf(x[k]));
-        const int e = exponent_above(__uint_as_float(warp_max(__float_as_uint(top))));
+        float x[8];
+        const int e = load_query(query_of(call, at.stream, at.row(cut, min(i, at.n_rows - 1))), d_k, x);
         const float unit = power(-e);
+        float * const to = reinterpret_cast<float *>(queries + (i >> 1) * d_k + 4 * lane) + (i & 1);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            if (32 * k + lane < d_k) to[64 * k] = x[k] * unit;
+        for (int h = 0; h < 2; ++h) {
+            if (128 * h + 4 * lane >= d_k) continue;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) to[256 * h + 2 * k] = x[4 * h + k] * unit;
         }
         if (lane < n_pairs) reinterpret_cast<Staged *>(memory + shape.pairs + lane * shape.pair_bytes)[-1].factor[i] = call.scale * kLog2E * power(e);
     }
@@ -653,7 +637,7 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
         if (start > first) {
             pair_sync(pair + 1);
             left = find(start);
-            left &= look(rows, call.n_kv, start, min(32, last - start), open);
+            left &= look(call, cut, at, start, min(32, last - start), open);
             wait_for_copies();
             pair_sync(pair + 1);
             if (left) stage_keys(left);
@@ -732,10 +716,13 @@ __device__ __forceinline__ void packed_pages(const Attention & call, const Decod
                         for (int k = 0; k < 8; ++k) z[k / 4][k % 4] = capped_apart(z[k / 4][k % 4], call.softcap);
                     }
                     if (!(open >> (__ffs(left) - 1) & 1)) {
-                        const int cell0 = (start + __ffs(left) - 1) * kPageCells, end = min(call.n_kv, cell0 + kPageCells);
+                        const int cell0 = (start + __ffs(left) - 1) * kPageCells;
+                        const RowPlace place = at.row(cut, min(row, at.n_rows - 1));
+                        const __half * const mask = call.mask ? mask_of(call, at.stream, place) : nullptr;
+                        const float slope = alibi_slope(call, place.head) * kLog2E;
 #pragma unroll
                         for (int k = 0; k < 8; ++k) {
-                            z[k / 4][k % 4] = masked(z[k / 4][k % 4], rows.mask[row], cell0 + key_token(n8, k % 4, 2 * half + k / 4), end, rows.slope[row]);
+                            z[k / 4][k % 4] = masked_apart(z[k / 4][k % 4], mask, cell0 + key_token(n8, k % 4, 2 * half + k / 4), call.n_kv, slope);
                         }
                     }
 #pragma unroll
@@ -932,6 +919,26 @@ __device__ __noinline__ void unpack_value_rows(const ValueHead & head, const uin
     }
 }
 
+// Pages in F16 altogether, or in keys or values.
+__device__ __forceinline__ bool is_half(const PageRef & key, const PageRef & value) {
+    return (key.rows && (value.rows || value.records)) || (value.rows && key.records);
+}
+
+// Blocks for such pages take turns through all pages. Most likely these are in F16: the last three and the first; so they come first.
+__device__ __forceinline__ int half_page(int n_pages, int turn) { return turn == 3 ? 0 : n_pages - 1 - turn + (turn > 3); }
+
+// Which of `n` turns, `step` apart from `first` on, are pages in F16: 32 bits to a word, by a whole block.
+__device__ __noinline__ void find_half(const PageRef * key_pages, const PageRef * value_pages, int n_pages, int first, int step, int n, int n_words, unsigned * hits) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll 1
+    for (int word = warp_index(); word < n_words; word += blockDim.x >> 5) {
+        const int i = 32 * word + lane, page = half_page(n_pages, first + min(i, n - 1) * step);
+        const unsigned found = __ballot_sync(kWarp, i < n && is_half(load_page(key_pages + page), load_page(value_pages + page)));
+        if (lane == 0) hits[word] = found;
+    }
+    __syncthreads();
+}
+
 // Writes a KV head's share of new rows that are among the 16 from `rows` on, and brings it to shared memory, too: by a whole warp. `to`: where the row
 // of a lane goes.
 __device__ __forceinline__ void write_new(const RowWrite & write, half * to, half * rows, int kv, int head_size, __half * shared, int pitch) {
@@ -959,17 +966,18 @@ __device__ __forceinline__ void write_new(const RowWrite & write, half * to, hal
 // A warp takes 16 tokens of a page. Queries are rows of its tiles for the scores, columns for the sums; of rows a lane has n8, of columns 2j and 2j + 1.
 // Its tokens are 4j to 4j + 3, as keys 4 (n8 / 2) + n8 % 2 and two more.
 template <int NB, int NT>
-__device__ __forceinline__ void half_pages(const Attention & call, const DecodeCut & cut, const Brought & brought, const Place & at, Rows<4 * NT> & rows,
-                                           uint8_t * memory, bool alone) {
+__device__ __forceinline__ void half_pages(const Attention & call, const DecodeCut & cut, const Brought & brought, const Place & at, uint8_t * memory,
+                                           bool alone) {
     constexpr int kRows = 4 * NT;
     constexpr int kRounds = 4;  // pages of a thread that are looked for at once
     __shared__ unsigned hits[kRounds * 2 * kMostPairs];
+    __shared__ float factors[kRows];  // of scores of queries scaled to below 2^14
     const int lane = threadIdx.x & 31, n8 = lane >> 2, j = lane & 3, warp = warp_index(), n_warps = blockDim.x >> 5;
     const int d_k = call.head_size_k, d_v = call.head_size_v, n_rows = at.n_rows;
     const HalfShape & shape = cut.half_shape;
     __half * const queries = reinterpret_cast<__half *>(memory);
     __half * const keys = reinterpret_cast<__half *>(memory + shape.keys), * const values = reinterpret_cast<__half *>(memory + shape.values);
-    const PageRef * const key_pages = call.key_pages + at.stream * call.page_stride, * const value_pages = call.value_pages + at.stream * call.page_stride;
+    const PageRef * const key_pages = call.key_pages + ahead(at.stream, call.page_stride), * const value_pages = call.value_pages + ahead(at.stream, call.page_stride);
     const int row = min(n8, n_rows - 1);
     const __half * const mask = call.mask ? mask_of(call, at.stream, at.row(cut, row)) : nullptr;
 
@@ -990,13 +998,8 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
         wait_for_kernel_before();
 #pragma unroll 1
         for (int r = warp; r < HalfShape::kRows; r += n_warps) {
-            const float * from = query_of(call, at.stream, at.row(cut, min(r, n_rows - 1))) + 4 * lane;
-            float x[8], top = 0;
-#pragma unroll
-            for (int k = 0; k < 8; ++k) x[k] = 128 * (k / 4) + 4 * lane < d_k ? from[128 * (k / 4) + k % 4] : 0.0f;
-#pragma unroll
-            for (int k = 0; k < 8; ++k) top = fmaxf(top, fabsf(x[k]));
-            const int e = exponent_above(__uint_as_float(warp_max(__float_as_uint(top))));
+            float x[8];
+            const int e = load_query(query_of(call, at.stream, at.row(cut, min(r, n_rows - 1))), d_k, x);
             const float unit = r < n_rows ? power(-e) * 0x1p14f : 0.0f;
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
@@ -1004,15 +1007,12 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
                 const uint2 y = make_uint2(pack2(x[4 * k] * unit, x[4 * k + 1] * unit), pack2(x[4 * k + 2] * unit, x[4 * k + 3] * unit));
                 if (d < shape.query_pitch) *reinterpret_cast<uint2 *>(queries + r * shape.query_pitch + d) = y;
             }
-            if (lane == 0 && r < kRows) rows.factor[r] = call.scale * kLog2E * power(e) * 0x1p-14f;
+            if (lane == 0 && r < kRows) factors[r] = call.scale * kLog2E * power(e) * 0x1p-14f;
         }
         __syncthreads();
         ready = true;
     };
 
-    auto is_half = [](const PageRef & key, const PageRef & value) {
-        return (key.rows && (value.rows || value.records)) || (value.rows && key.records);
-    };
     auto take = [&](int page) {
         const int lane = opaque(threadIdx.x & 31), n8 = lane >> 2, j = lane & 3;
         const PageRef key = load_page(key_pages + page), value = load_page(value_pages + page);
@@ -1041,7 +1041,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
                 for (int d = 8 * (lane & 7); d < size; d += 64) {
 #pragma unroll
                     for (int t = 0; t < 16; t += 4) {
-                        if (t0 + (lane >> 3) + t < n_cells) copy_async(to + t * pitch + d, from + t * row + d);
+                        copy_or_zero(to + t * pitch + d, from + t * row + d, t0 + (lane >> 3) + t < n_cells);
                     }
                 }
             }
@@ -1049,7 +1049,10 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
             if (!ready) prepare();
             wait_for_copies();
             __syncwarp();
-            if (brought.keys.n > 0) {
+            const auto is_here = [&](const half * row, const half * rows, int elements) {
+                return reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(rows + t0 * elements) < uintptr_t(32 * elements);
+            };
+            if (__any_sync(kWarp, is_here(new_key, key.rows, call.row_k) || is_here(new_value, value.rows, call.row_v)) || brought.keys.n > 32) {
 #pragma unroll 1
                 for (int side = 0; side < 2; ++side) {
                     half * const page_rows = const_cast<half *>(side ? value.rows : key.rows);
@@ -1079,7 +1082,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
 
             // --- weights
             float z[4] = {s[0][0], s[0][1], s[1][0], s[1][1]}, top = max_;
-            const float unit = rows.factor[min(n8, kRows - 1)];
+            const float unit = factors[min(n8, kRows - 1)];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 z[i] *= unit;
@@ -1103,8 +1106,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
                 uint4 v[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const int d = 64 * b + 8 * n8, t = value_t + i;
-                    v[i] = d < d_v && t < n_cells ? *reinterpret_cast<const uint4 *>(values + t * shape.value_pitch + d) : make_uint4(0, 0, 0, 0);
+                    v[i] = *reinterpret_cast<const uint4 *>(values + (value_t + i) * shape.value_pitch + 64 * b + 8 * n8);
                 }
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
@@ -1121,20 +1123,12 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
 #pragma unroll 1
     for (int start = 0; start < n_mine; start += kRounds * blockDim.x) {
         const int n_words = min(kRounds * n_warps, (n_mine - start + 31) / 32);
-        if (!few) {
-#pragma unroll 1
-            for (int word = warp; word < n_words; word += n_warps) {
-                const int i = start + 32 * word + lane, page = at.block + i * n_blocks;
-                const unsigned found = __ballot_sync(kWarp, i < n_mine && is_half(load_page(key_pages + page), load_page(value_pages + page)));
-                if (lane == 0) hits[word] = found;
-            }
-            __syncthreads();
-        }
+        if (!few) find_half(key_pages, value_pages, cut.n_pages, at.block + start * n_blocks, n_blocks, n_mine - start, n_words, hits);
 #pragma unroll 1
         for (int word = 0; word < n_words; ++word) {
 #pragma unroll 1
             for (unsigned left = few ? (1u << n_mine) - 1 : hits[word]; left; left &= left - 1) {
-                take(at.block + (start + 32 * word + __ffs(left) - 1) * n_blocks);
+                take(half_page(cut.n_pages, at.block + (start + 32 * word + __ffs(left) - 1) * n_blocks));
             }
         }
         __syncthreads();
@@ -1175,7 +1169,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
         total = __shfl_sync(kWarp, total, 0);
         const RowPlace place = at.row(cut, r);
         const float scale = alone ? close_softmax(top, total, call.sinks ? call.sinks + place.head : nullptr) : 1.0f;
-        float * to = alone ? call.out + at.stream * call.out_stream + ahead(place.head, call.out_head) + ahead(place.token, call.out_token) : partial + r * d_v;
+        float * to = alone ? call.out + ahead(at.stream, call.out_stream) + ahead(place.head, call.out_head) + ahead(place.token, call.out_token) : partial + r * d_v;
 #pragma unroll 1
         for (int first = 0; first < d_v; first += 128) {
             const int d = first + 4 * lane;
@@ -1282,7 +1276,6 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     decode_kernel(const __grid_constant__ Attention call, const __grid_constant__ DecodeCut cut, const __grid_constant__ Brought brought) {
     constexpr int kRows = 4 * NT;
     MIXKVQ_DYNAMIC_SHARED(memory, 128);  // as DecodeShape's lines
-    __shared__ Rows<kRows> rows;
     Place at;
     at.block = blockIdx.x, at.kv = blockIdx.y, at.stream = blockIdx.z, at.n_rows = call.n_tokens * cut.group;
 
@@ -1290,7 +1283,7 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     bool alone = false;
     if (cut.n_pages > 0 && cut.n_pages <= kAlonePages) {
         const int page = min(int(threadIdx.x & 31), cut.n_pages - 1);
-        const size_t i = at.stream * call.page_stride + page;
+        const size_t i = ahead(at.stream, call.page_stride) + page;
         const PageRef key = load_page(call.key_pages + i), value = load_page(call.value_pages + i);
         const unsigned halves = __ballot_sync(kWarp, int(threadIdx.x & 31) < cut.n_pages && (key.rows || value.rows));
         alone = __ballot_sync(kWarp, key.records || value.records) == 0 && (halves & (halves - 1)) == 0;
@@ -1299,9 +1292,10 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     if (at.block == cut.n_splits || (alone && at.block > 0)) {
         wait_for_kernel_before();
     } else if (at.block < cut.n_half) {
-        half_pages<NB, NT>(call, cut, brought, at, rows, reinterpret_cast<uint8_t *>(memory), alone);
+        half_pages<NB, NT>(call, cut, brought, at, reinterpret_cast<uint8_t *>(memory), alone);
+        if (alone && at.block != cut.observer) return;
     } else {
-        packed_pages<NB, NT>(call, cut, at, rows, reinterpret_cast<uint8_t *>(memory));
+        packed_pages<NB, NT>(call, cut, at, reinterpret_cast<uint8_t *>(memory));
     }
     let_kernel_after_start();
     if (!alone && at.block < cut.n_splits) {
@@ -1310,7 +1304,7 @@ __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
         float * const parts = reinterpret_cast<float *>(memory) + n_warps * 2 * cut.n_weights;  // [warp][dimension], of several ways
         const auto result = [&](int row) {
             const RowPlace place = at.row(cut, row);
-            return call.out + at.stream * call.out_stream + ahead(place.head, call.out_head) + ahead(place.token, call.out_token);
+            return call.out + ahead(at.stream, call.out_stream) + ahead(place.head, call.out_head) + ahead(place.token, call.out_token);
         };
         __shared__ bool is_last[kRows];
         __syncthreads();  // of the shared memory nothing is needed any more
@@ -1395,6 +1389,7 @@ Plan make_plan(const Attention & c) {
     cut.group = c.n_heads / c.n_kv_heads;
     cut.group_inverse = 1.0f / cut.group;
     const int n_rows = c.n_tokens * cut.group;
+    if ((c.q_token | c.q_head | c.q_stream | c.out_token | c.out_head | c.out_stream) % 4 != 0) return plan;
     if (n_rows <= 0 || n_rows > kMostRows || c.any_grouped || c.most_n16 > 0) return plan;
 
     int device = 0, n_sms = 1, most_bytes = 48 * 1024;
@@ -1431,8 +1426,8 @@ Plan make_plan(const Attention & c) {
     const auto ceil_of = [](int a, int b) { return (a + b - 1) / b; };
     const auto n_workers = [&](int n_half) { return plan.n_pairs * std::max(1, std::min(splits - n_half, ceil_of(cut.n_pages, plan.n_pairs))); };
     // Short contexts may lie in F16 altogether. In others blocks for four such pages and pairs should be done at the same time: in a model, thousands of
-    // cycles of an H200 until the first page is done, and for every other one.
-    const auto time = [&](int n_half) { return std::max(12 + 7 * ceil_of(n_counted, n_workers(n_half)), 19 + 8 * (ceil_of(4, n_half) - 1)); };
+    // cycles of an H200.
+    const auto time = [&](int n_half) { return std::max(7.0 + 5.5 * ceil_of(n_counted, n_workers(n_half)), 6.5 + 5.3 * ceil_of(4, n_half)); };
     cut.n_half = std::max(1, std::min(cut.n_pages <= 16 ? cut.n_pages : 4, splits / 2));
     for (int n : {2, 1}) {
         if (cut.n_pages > 16 && n < cut.n_half && time(n) < time(cut.n_half)) cut.n_half = n;

@@ -94,6 +94,15 @@ __device__ __forceinline__ void copy_async(void * to, const void * from) {
     *static_cast<uint4 *>(to) = *static_cast<const uint4 *>(from);
 #endif
 }
+// The same, or zeros.
+__device__ __forceinline__ void copy_or_zero(void * to, const void * from, bool wanted) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(__cvta_generic_to_global(from)), "r"(wanted ? 16 : 0) : "memory");
+#else
+    *static_cast<uint4 *>(to) = wanted ? *static_cast<const uint4 *>(from) : make_uint4(0, 0, 0, 0);
+#endif
+}
 __device__ __forceinline__ void copies_end() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");

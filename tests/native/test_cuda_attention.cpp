@@ -300,7 +300,7 @@ Result run_case(const Case & c) {
     call.head_size_k = d, call.head_size_v = dv;
     call.scale = 1.0f / std::sqrt(float(d)), call.max_bias = c.max_bias, call.softcap = c.softcap;
     call.q_head = d + 4, call.q_token = call.q_head * n_heads, call.q_stream = call.q_token * c.n_tokens + 8;
-    call.out_head = dv, call.out_token = call.out_head * n_heads + 4, call.out_stream = call.out_token * c.n_tokens;
+    call.out_head = dv, call.out_token = call.out_head * n_heads + (c.n_tokens % 5 == 3 ? 3 : 4), call.out_stream = call.out_token * c.n_tokens;
     std::vector<float> q(call.q_stream * c.n_streams);
     for (float & x : q) x = c.query_size * gauss() * (c.outliers && below(20) == 0 ? 5.0f : 1.0f);
     const int mask_cells = c.n_kv + (c.n_tokens % 2 ? 0 : 5);  // rows that are not aligned

@@ -16,11 +16,11 @@ namespace mixkvq::cuda {
 using Stream = void *;  // cudaStream_t
 
 // The heads of a store: formats, and where each one's record lies among the records of a page. Arrays in device memory.
-struct KeyHead {
+struct alignas(16) KeyHead {
     KeyFormat format;
     uint32_t record_offset;
 };
-struct ValueHead {
+struct alignas(16) ValueHead {
     ValueFormat format;
     uint32_t record_offset;
 };
@@ -85,10 +85,10 @@ void write_and_observe(Stream stream, const NewRows & rows);
 
 // Attention of a batch of queries. Strides are in elements. Query head h reads KV head h / (n_heads / n_kv_heads).
 struct Attention {
-    const float * q;
+    const float * q;  // 16-byte aligned, as `out` is
     size_t q_token, q_head, q_stream;
     float * out;
-    size_t out_token, out_head, out_stream;  // like `out` in steps of 16 bytes
+    size_t out_token, out_head, out_stream;
     const half * mask;  // [stream][head][token][cell], added to the scores; nullptr: every cell of [0, n_kv) that its page has is seen
     size_t mask_token, mask_head, mask_stream;
     const float * sinks;  // a logit per query head that takes part in the softmax without a value; or nullptr

@@ -53,6 +53,9 @@ void copy_async(uint32_t shared, const uint8_t * from, bool wanted) {
     if (wanted) emulator::start(emulator::Unit::copies, [=] { std::memcpy(reinterpret_cast<void *>(uintptr_t(shared)), from + offset, 16); });
 }
 inline void copy_async(void * to, const void * from) { emulator::start(emulator::Unit::copies, [=] { std::memcpy(to, from, 16); }); }
+inline void copy_or_zero(void * to, const void * from, bool wanted) {
+    emulator::start(emulator::Unit::copies, [=] { wanted ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); });
+}
 inline void store_shared(void * to, const uint4 & x) { *static_cast<uint4 *>(to) = x; }
 inline void wait_for_copies() { emulator::finish(emulator::Unit::copies, -1); }
 inline void copies_end() { emulator::end_group(emulator::Unit::copies); }
