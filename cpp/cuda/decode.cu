@@ -921,7 +921,8 @@ __device__ __noinline__ void unpack_value_rows(const ValueHead & head, const uin
 
 // Pages in F16 altogether, or in keys or values.
 __device__ __forceinline__ bool is_half(const PageRef & key, const PageRef & value) {
-    return (key.rows && (value.rows || value.records)) || (value.rows && key.records);
+    const auto bits = [](const void * x) { return reinterpret_cast<uintptr_t>(x); };
+    return ((bits(key.rows) | bits(value.rows)) != 0) & ((bits(key.rows) | bits(key.records)) != 0) & ((bits(value.rows) | bits(value.records)) != 0);
 }
 
 // Blocks for such pages take turns through all pages. Most likely these are in F16: the last three and the first; so they come first.
@@ -949,8 +950,9 @@ __device__ __forceinline__ void write_new(const RowWrite & write, half * to, hal
 #pragma unroll 1
         for (unsigned left = __ballot_sync(kWarp, to >= rows && to < rows + 16 * write.row); left; left &= left - 1) {
             const int i = __ffs(left) - 1;
-            half * const at = rows + __shfl_sync(kWarp, int(to - rows), i);
-            const int t = __ffs(__ballot_sync(kWarp, rows + lane * write.row == at)) - 1;
+            const unsigned offset = __shfl_sync(kWarp, unsigned(to - rows), i);
+            half * const at = rows + offset;
+            const int t = __ffs(__ballot_sync(kWarp, unsigned(lane * write.row) == offset)) - 1;
             const float * from = reinterpret_cast<const float *>(static_cast<const uint8_t *>(write.source) + (first + i) * write.stride) + kv * head_size;
 #pragma unroll 1
             for (int d = 4 * lane; d < head_size; d += 128) {
@@ -1035,13 +1037,13 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
                 const half * from = side ? value.rows : key.rows;
                 const int row = side ? call.row_v : call.row_k, size = side ? d_v : d_k, pitch = side ? shape.value_pitch : shape.key_pitch;
                 if (!from) continue;
-                from += (t0 + (lane >> 3)) * row + at.kv * size;
+                from += unsigned((t0 + (lane >> 3)) * row + at.kv * size);
                 __half * const to = (side ? values : keys) + (t0 + (lane >> 3)) * pitch;
 #pragma unroll 1
                 for (int d = 8 * (lane & 7); d < size; d += 64) {
 #pragma unroll
                     for (int t = 0; t < 16; t += 4) {
-                        copy_or_zero(to + t * pitch + d, from + t * row + d, t0 + (lane >> 3) + t < n_cells);
+                        copy_or_zero(to + t * pitch + d, from + unsigned(t * row + d), t0 + (lane >> 3) + t < n_cells);
                     }
                 }
             }
