@@ -1,5 +1,5 @@
 // The kernels on a GPU against the scalar kernels: pack and unpack give the same bytes, rows the same halves, for every head size, kind of data,
-// mask and format. Query statistics: within 1e-5 of sums in double, and the same bits from run to run.
+// mask and format. Query statistics: within 1e-5 of sums in double, and the same bits from run to run. Recordings do what was recorded last.
 // Exits with 77 where there is no usable GPU.
 #include <cuda_runtime.h>
 
@@ -7,9 +7,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 
 #include "check.h"
 #include "mixkvq/cuda.h"
+#include "mixkvq/cuda_memory.h"
 #include "pages.h"
 
 namespace {
@@ -248,6 +250,80 @@ void test_write_rows() {
     finish("write_rows of nothing");
 }
 
+// --- recordings -----------------------------------------------------------------------------------------------
+
+// A recording writes rows; the next ones take its place: with other numbers, with other work, while it is still under way, and it is made anew.
+void test_recordings() {
+    constexpr int kRow = 64, kRows = 6;
+    std::vector<float> source(kRows * kRow);
+    for (float & x : source) x = any_float();
+    const Device<float> device_source(source);
+    const Device<half> out(std::vector<half>(kRows * kRow, kUntouched));
+    const auto queue = std::make_shared<cuda::Queue>(0);
+
+    // Rows `first` to `first + n - 1` of the source, by as many kernels as `parts`.
+    const auto record = [&](cuda::Recording & recording, int first, int n, int parts, cuda::Recording * older) {
+        recording.begin();
+        for (int part = 0; part < parts; ++part) {
+            const int from = part * n / parts, to = (part + 1) * n / parts;
+            cuda::write_rows(queue->stream(), {device_source.data() + (first + from) * kRow, false, kRow * sizeof(float), recording.rows_there() + from, to - from, kRow});
+        }
+        CHECK(recording.end(older) && recording.ready(), "rows %d to %d in %d parts are not recorded", first, first + n - 1, parts);
+    };
+    std::vector<half> expected;
+    const auto clear = [&] {
+        expected.assign(kRows * kRow, kUntouched);
+        out.set(expected);
+    };
+    const auto launch = [&](cuda::Recording & recording, int first, int n, int place) {  // row i goes to row place - i
+        for (int i = 0; i < n; ++i) {
+            recording.rows()[i] = out.data() + (place - i) * kRow;
+            for (int d = 0; d < kRow; ++d) expected[(place - i) * kRow + d] = as_stored(source[(first + i) * kRow + d]);
+        }
+        recording.send();
+        recording.launch();
+    };
+    const auto compare = [&](const char * what) {
+        queue->synchronize();
+        CHECK(!queue->error(), "%s: %s", what, queue->error());
+        const std::vector<half> got = out.get();
+        const size_t at = first_difference(expected.data(), got.data(), got.size());
+        CHECK(at == got.size(), "%s: differs at row %zu, dimension %zu: %04x, on the GPU %04x", what, at / kRow, at % kRow, expected[at], got[at]);
+        ++n_compared;
+    };
+
+    cuda::Recording a(queue, 3), b(queue, 3), c(queue, 4), d(queue, 4);
+    clear();
+    record(a, 0, 3, 1, nullptr);
+    launch(a, 0, 3, 5);
+    compare("a recording");
+    clear();
+    launch(a, 0, 3, 3);
+    compare("a recording again, to other places");
+
+    clear();
+    record(b, 2, 2, 1, &a);
+    CHECK(!a.ready(), "a recording that another one was made of is still there");
+    launch(b, 2, 2, 1);
+    launch(b, 2, 2, 4);
+    compare("other numbers");
+
+    clear();
+    launch(b, 2, 2, 5);
+    record(c, 1, 4, 2, &b);  // while that one may be under way
+    launch(c, 1, 4, 3);
+    compare("other work");
+
+    clear();
+    record(a, 5, 1, 1, nullptr);
+    record(d, 0, 4, 2, &c);
+    record(d, 2, 4, 2, &a);
+    CHECK(a.ready() && !c.ready(), "a recording that is made anew is made of itself");
+    launch(d, 2, 4, 3);
+    launch(a, 5, 1, 5);
+    compare("made anew");
+}
+
 // --- query statistics -----------------------------------------------------------------------------------------
 
 struct Observed {
@@ -423,6 +499,7 @@ int main() {
         test_values(d);
     }
     test_write_rows();
+    test_recordings();
     test_observations();
     std::printf("%d cases compared\n", n_compared);
 #ifndef MIXKVQ_EMULATED
