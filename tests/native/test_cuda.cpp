@@ -411,82 +411,6 @@ void test_observations() {
     }
 }
 
-#ifndef MIXKVQ_EMULATED
-
-// --- time -----------------------------------------------------------------------------------------------------
-
-template <class Launch>
-double microseconds(Launch launch) {
-    cudaEvent_t begin, end;
-    cudaEventCreate(&begin);
-    cudaEventCreate(&end);
-    const int n = 50;
-    for (int i = 0; i < n; ++i) {
-        if (i == 10) cudaEventRecord(begin);
-        launch();
-    }
-    cudaEventRecord(end);
-    finish("timing");
-    float ms = 0;
-    cudaEventElapsedTime(&ms, begin, end);
-    cudaEventDestroy(begin);
-    cudaEventDestroy(end);
-    return 1000 * ms / (n - 10);
-}
-
-// For information: a layer of an 8B model after a prefill of 512 tokens (four pages), and its queries.
-void print_times() {
-    const int d = 128, n_heads = 8, row = n_heads * d, n_jobs = 4;
-    KeyFormat key;
-    key.head_size = d;
-    key.n16 = 4;
-    key.n8 = 4;
-    key.n4 = 24;
-    key.n3 = 32;
-    key.n2 = 64;
-    ValueFormat value;
-    value.head_size = d;
-    value.bits = 3;
-    std::vector<cuda::KeyHead> keys;
-    std::vector<cuda::ValueHead> values;
-    for (uint32_t h = 0; h < uint32_t(n_heads); ++h) {
-        keys.push_back({key, h * uint32_t(key.record_bytes())});
-        values.push_back({value, h * uint32_t(value.record_bytes())});
-    }
-    const Device<cuda::KeyHead> key_heads(keys);
-    const Device<cuda::ValueHead> value_heads(values);
-    const Device<half> rows(make_rows(scalar, Data::outliers, row * n_jobs, size_t(row) * n_jobs));
-    const size_t bytes = n_heads * std::max(key.record_bytes(), value.record_bytes());
-    const Device<uint8_t> records(bytes * n_jobs);
-    std::vector<cuda::PageJob> page_jobs;
-    for (int i = 0; i < n_jobs; ++i) page_jobs.push_back({rows.data() + size_t(i) * kPageCells * row, records.data() + i * bytes, CellMask::all()});
-    const Device<cuda::PageJob> jobs(page_jobs);
-    const Device<float> ones(std::vector<float>(row, 1.0f));
-    std::printf("4 pages of 8 heads of 128, microseconds: pack_keys %.1f", microseconds([&] {
-        cuda::pack_keys(nullptr, key_heads.data(), n_heads, d, row, jobs.data(), n_jobs, ones.data());
-    }));
-    std::printf(", pack_values %.1f", microseconds([&] { cuda::pack_values(nullptr, value_heads.data(), n_heads, d, row, jobs.data(), n_jobs); }));
-    std::printf(", unpack_keys %.1f", microseconds([&] { cuda::unpack_keys(nullptr, key_heads.data(), n_heads, d, row, jobs.data(), n_jobs); }));
-    std::printf(", unpack_values %.1f\n", microseconds([&] { cuda::unpack_values(nullptr, value_heads.data(), n_heads, d, row, jobs.data(), n_jobs); }));
-
-    const std::vector<float> zeros(row, 0.0f);
-    const Device<float> sum(zeros), sqr(zeros), mean(zeros), count(std::vector<float>(1, 0.0f));
-    const cuda::QuerySums sums = {sum.data(), sqr.data(), mean.data(), count.data()};
-    const size_t q_token = 32 * d;
-    for (int n : {1, 512, 2048}) {
-        const Device<float> q(std::vector<float>(n * q_token, 0.5f));
-        std::printf("%d tokens of 32 query heads, microseconds: observe %.1f\n", n,
-                    microseconds([&] { cuda::observe(nullptr, {sums, q.data(), q_token, d, 0, n, 1, n_heads, 4, d, 8192.0f}); }));
-        std::vector<half *> places(n);
-        for (int i = 0; i < n; ++i) places[i] = rows.data() + size_t(i % (n_jobs * kPageCells)) * row;
-        const Device<half *> destination(places);
-        std::printf("%d rows of %d floats, microseconds: write_rows %.1f\n", n, row,
-                    microseconds([&] { cuda::write_rows(nullptr, {q.data(), false, q_token * sizeof(float), destination.data(), n, row}); }));
-    }
-}
-
-#endif
-
 }  // namespace
 
 int main() {
@@ -502,9 +426,6 @@ int main() {
     test_recordings();
     test_observations();
     std::printf("%d cases compared\n", n_compared);
-#ifndef MIXKVQ_EMULATED
-    print_times();
-#endif
     finish("the end");
     return check_result();
 }
