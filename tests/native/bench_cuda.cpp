@@ -1,8 +1,8 @@
-// Attention on the GPU: time of a layer, and packed bytes per second beside what a copy from device to device reaches (bytes read plus bytes
+// The kernels on a GPU. Attention: time of a layer, and packed bytes per second beside what a copy from device to device reaches (bytes read plus bytes
 // written). Eight layers of memory of their own take turns, so that the L2 cache holds none of them when it is read again.
 //
 // `bench_cuda [depth...]`: decoding at these depths (default 4096 32768 131072), three pages of which are F16 and do not count as packed bytes, then
-// prefill of 512 and 2048 tokens at depth 32768.
+// prefill of 512 and 2048 tokens at depth 32768, and what brings tokens into a layer's pages.
 // The numbers in the pages do not matter to the time: eight different pages, packed by the scalar kernels, repeat.
 #include <algorithm>
 #include <cmath>
@@ -212,6 +212,54 @@ double time_attention(Cache & cache, int n_tokens) {
     return ms / kLayers;
 }
 
+// What brings tokens into a layer: microseconds, all of it in the L2 cache.
+void print_storing() {
+    constexpr int kJobs = 4, kQueries = kHeads * kGroup * kSize;
+    const Cache cache(*find_preset("mix3.2"), 1, 0);
+    std::mt19937 rng(3);
+    std::normal_distribution<float> gauss;
+    std::vector<half> numbers(size_t(kJobs) * kPageCells * kRow);
+    for (half & x : numbers) {
+        const float y = gauss(rng);
+        scalar_kernels().to_half(&y, &x, 1);
+    }
+    half * rows = upload(numbers);
+    uint8_t * k = device<uint8_t>(kJobs * cache.key_bytes), * v = device<uint8_t>(kJobs * cache.value_bytes);
+    std::vector<cuda::PageJob> key_jobs, value_jobs;
+    for (int i = 0; i < kJobs; ++i) {
+        key_jobs.push_back({rows + size_t(i) * kPageCells * kRow, k + i * cache.key_bytes, CellMask::all()});
+        value_jobs.push_back({rows + size_t(i) * kPageCells * kRow, v + i * cache.value_bytes, CellMask::all()});
+    }
+    cuda::PageJob * kj = upload(key_jobs), * vj = upload(value_jobs);
+    float * importance = upload(std::vector<float>(kRow, 1.0f));
+    const auto print = [](const char * what, int n, const std::function<void(cudaStream_t)> & run) {
+        std::printf("%-22s %7d | %10.1f\n", what, n, 1e3 * time_of(8, run));
+    };
+    std::printf("\n%-22s %7s | %10s\n", "mix3.2", "number", "us / layer");
+    print("pack pages of keys", kJobs, [&](cudaStream_t s) { cuda::pack_keys(s, cache.key_heads, kHeads, kSize, kRow, kj, kJobs, importance); });
+    print("pack pages of values", kJobs, [&](cudaStream_t s) { cuda::pack_values(s, cache.value_heads, kHeads, kSize, kRow, vj, kJobs); });
+    print("unpack pages of keys", kJobs, [&](cudaStream_t s) { cuda::unpack_keys(s, cache.key_heads, kHeads, kSize, kRow, kj, kJobs); });
+    print("unpack pages of values", kJobs, [&](cudaStream_t s) { cuda::unpack_values(s, cache.value_heads, kHeads, kSize, kRow, vj, kJobs); });
+
+    const auto zeros = [](int n) { return upload(std::vector<float>(n, 0.0f)); };
+    const cuda::QuerySums sums = {zeros(kRow), zeros(kRow), zeros(kRow), zeros(1)};
+    for (int n : {1, 512, 2048}) {
+        float * q = upload(std::vector<float>(size_t(n) * kQueries, 0.5f));
+        std::vector<half *> places(n);
+        for (int i = 0; i < n; ++i) places[i] = rows + size_t(i % (kJobs * kPageCells)) * kRow;
+        half ** destination = upload(places);
+        print("sum up queries", n, [&](cudaStream_t s) { cuda::observe(s, {sums, q, kQueries, kSize, 0, n, 1, kHeads, kGroup, kSize, 8192.0f}); });
+        print("write rows", n, [&](cudaStream_t s) { cuda::write_rows(s, {q, false, kQueries * sizeof(float), destination, n, kRow}); });
+        cudaFree(q);
+        cudaFree(destination);
+    }
+    for (void * p : {static_cast<void *>(rows), static_cast<void *>(k), static_cast<void *>(v), static_cast<void *>(kj), static_cast<void *>(vj),
+                     static_cast<void *>(importance), static_cast<void *>(sums.abs), static_cast<void *>(sums.sqr), static_cast<void *>(sums.importance),
+                     static_cast<void *>(sums.count)}) {
+        cudaFree(p);
+    }
+}
+
 double copy_bandwidth() {
     const size_t bytes = size_t(1) << 30;
     char * a = device<char>(bytes), * b = device<char>(bytes);
@@ -247,7 +295,7 @@ int main(int argc, char ** argv) {
         for (int depth : depths) {
             const int n_pages = (depth + kPageCells - 1) / kPageCells;
             Cache cache(*find_preset(name), n_pages, std::min(3, n_pages / 2));
-            for (int n_tokens : {1, 2, 4, 8}) {
+            for (int n_tokens : {1, 2, 3, 4, 6, 8}) {
                 const double ms = time_attention(cache, n_tokens);
                 const double gb = double(cache.n_pages - cache.n_half) * double(cache.key_bytes + cache.value_bytes) / ms * 1e-6;
                 const double as_half = double(cache.n_pages) * kPageCells * kRow * 2 * 2 / ms * 1e-6;
@@ -264,5 +312,6 @@ int main(int argc, char ** argv) {
             std::printf("%-9s %8d %7d | %10.3f %10.0f\n", name, depth, n_tokens, ms, 4.0 * n_tokens * (depth + n_tokens / 2.0) * kHeads * kGroup * kSize / ms * 1e-9);
         }
     }
+    print_storing();
     return 0;
 }
