@@ -20,7 +20,8 @@ namespace mixkvq::cuda {
 
 namespace {
 
-constexpr int kMostRows = 8;    // query vectors of a KV head that are served; from there on attention_decode.cuh is faster
+constexpr int kMostRows = 8;    // query vectors of a KV head that a block serves
+constexpr int kMostTiles = 4;   // as many times
 constexpr int kMostPairs = 4;   // in a block
 constexpr int kMostSplits = 512, kAlonePages = 4;
 constexpr int kAhead = 11;  // parts of a row that a warp loads at once to join them
@@ -105,9 +106,10 @@ struct Brought {
 
 // The work of a block.
 struct Place {
-    int block, kv, stream, n_rows;
+    int block, kv, stream, first_row, n_rows;
 
     __device__ __forceinline__ RowPlace row(const DecodeCut & cut, int i) const {
+        i += first_row;
         const int token = int((i + 0.5f) * cut.group_inverse);
         return RowPlace(token, kv * cut.group + i - token * cut.group);
     }
@@ -151,7 +153,8 @@ __device__ __noinline__ int look_apart(const __half * mask, int n) {
 
 // Which of the `n_pages` pages from `page` on, 32 at most, anybody sees, and of which everybody sees all, as bits: by a whole warp, 32 cells a lane.
 __device__ __forceinline__ unsigned look(const Attention & call, const DecodeCut & cut, const Place & at, int page, int n_pages, unsigned & open) {
-    const int lane = threadIdx.x & 31, n_looks = !call.mask ? 0 : call.mask_head ? at.n_rows : call.n_tokens;  // masks that differ
+    const int lane = threadIdx.x & 31, token = at.row(cut, 0).token;
+    const int n_looks = !call.mask ? 0 : call.mask_head ? at.n_rows : at.row(cut, at.n_rows - 1).token - token + 1;  // masks that differ
     unsigned all_seen = 0, all_open = 0;
 #pragma unroll 1
     for (int first = 0; first < n_pages; first += 8) {
@@ -160,7 +163,7 @@ __device__ __forceinline__ unsigned look(const Attention & call, const DecodeCut
         if (first + lane / 4 < n_pages) {
 #pragma unroll 1
             for (int i = 0; i < n_looks; ++i) {
-                const __half * m = mask_of(call, at.stream, call.mask_head ? at.row(cut, i) : RowPlace(i, 0)) + cell;
+                const __half * m = mask_of(call, at.stream, call.mask_head ? at.row(cut, i) : RowPlace(token + i, 0)) + cell;
                 if (n >= 32 && (reinterpret_cast<uintptr_t>(m) & 15) == 0) {
                     uint4 x[4];
 #pragma unroll
@@ -1272,14 +1275,18 @@ __device__ __forceinline__ void observe_head(const Brought & brought, int kv, in
     }
 }
 
-// grid: splits and perhaps an observer, KV heads, streams. NB: blocks of 32 value dimensions of a warp, NT: blocks of four rows.
+// grid: splits and perhaps an observer, KV heads, streams and tiles of rows. NB: blocks of 32 value dimensions of a warp, NT: blocks of four rows.
 template <int NB, int NT>
 __global__ void __launch_bounds__(64 * kMostPairs, NB <= 2 ? 2 : 1)
     decode_kernel(const __grid_constant__ Attention call, const __grid_constant__ DecodeCut cut, const __grid_constant__ Brought brought) {
     constexpr int kRows = 4 * NT;
     MIXKVQ_DYNAMIC_SHARED(memory, 128);  // as DecodeShape's lines
     Place at;
-    at.block = blockIdx.x, at.kv = blockIdx.y, at.stream = blockIdx.z, at.n_rows = call.n_tokens * cut.group;
+    at.block = blockIdx.x, at.kv = blockIdx.y, at.stream = blockIdx.z, at.first_row = 0, at.n_rows = call.n_tokens * cut.group;
+    if (cut.n_tiles > 1) {
+        at.stream = int(blockIdx.z) / cut.n_tiles, at.first_row = (int(blockIdx.z) - at.stream * cut.n_tiles) * cut.rows;
+        at.n_rows = min(at.n_rows - at.first_row, cut.rows);
+    }
 
     // A short context, a page in F16 at most: one block does it all, and nobody has to wait.
     bool alone = false;
@@ -1382,17 +1389,20 @@ struct Plan {
     DecodeCut cut;
     Entry * entry = nullptr;  // nullptr: not served
     int n_pairs, bytes;
-    size_t n_heads;  // KV heads of all streams
+    size_t n_heads;  // KV heads of all streams, once for every tile of rows
 };
+
+int n_tiles(const Attention & c) { return (c.n_tokens * (c.n_heads / c.n_kv_heads) + kMostRows - 1) / kMostRows; }
 
 Plan make_plan(const Attention & c) {
     Plan plan = {};
     DecodeCut & cut = plan.cut;
     cut.group = c.n_heads / c.n_kv_heads;
     cut.group_inverse = 1.0f / cut.group;
-    const int n_rows = c.n_tokens * cut.group;
+    const int n_rows = std::min(kMostRows, c.n_tokens * cut.group);
+    cut.n_tiles = n_tiles(c);
     if ((c.q_token | c.q_head | c.q_stream | c.out_token | c.out_head | c.out_stream) % 4 != 0) return plan;
-    if (n_rows <= 0 || n_rows > kMostRows || c.any_grouped || c.most_n16 > 0) return plan;
+    if (n_rows <= 0 || cut.n_tiles > kMostTiles || c.any_grouped || c.most_n16 > 0) return plan;
 
     int device = 0, n_sms = 1, most_bytes = 48 * 1024;
     cudaGetDevice(&device);
@@ -1402,9 +1412,8 @@ Plan make_plan(const Attention & c) {
 
     Entry & entry = n_rows <= 4 ? entry_of<1>(c.head_size_v) : entry_of<2>(c.head_size_v);
     cut.rows = n_rows <= 4 ? 4 : 8;
-    cut.n_tiles = 1;
     cut.n_pages = (c.n_kv + kPageCells - 1) / kPageCells;
-    plan.n_heads = size_t(c.n_kv_heads) * c.n_streams;
+    plan.n_heads = size_t(c.n_kv_heads) * c.n_streams * cut.n_tiles;
 
     cut.half_shape = HalfShape(cut.rows, c.head_size_k, c.head_size_v);
     int blocks = 0;
@@ -1451,20 +1460,21 @@ size_t decode_workspace(const Attention & call) {
     return plan.entry ? plan.n_heads * plan.cut.n_splits * partial_floats(plan.cut, call.head_size_v) : 0;
 }
 
-size_t attention_arrivals(const Attention & call) { return size_t(call.n_streams) * call.n_kv_heads * kMostRows + 1; }
+size_t attention_arrivals(const Attention & call) { return size_t(call.n_streams) * std::min(n_tiles(call), kMostTiles) * call.n_kv_heads * kMostRows + 1; }
 
 bool decode(Stream stream, const Attention & call, const NewRows * rows) {
     Plan plan = make_plan(call);
     if (!plan.entry) return false;
     Brought brought = {};
     if (rows) {
+        if (plan.cut.n_tiles > 1) return false;
         const auto serves = [](const RowWrite & w) { return !w.source_is_half && (reinterpret_cast<uintptr_t>(w.source) | w.stride) % 16 == 0; };
         if (!serves(rows->keys) || !serves(rows->values)) return false;
         const Observation & o = rows->queries;
         brought = {rows->keys, rows->values, o.sums, queries_of(o), o.memory};
     }
     plan.cut.partial = call.workspace;
-    const dim3 grid(plan.cut.n_splits + (rows && plan.cut.observer == plan.cut.n_splits), call.n_kv_heads, call.n_streams);
+    const dim3 grid(plan.cut.n_splits + (rows && plan.cut.observer == plan.cut.n_splits), call.n_kv_heads, call.n_streams * plan.cut.n_tiles);
     if (rows && can_start_early(plan.entry->kernel)) {
         launch_early(plan.entry->kernel, grid, 64 * plan.n_pairs, plan.bytes, stream, call, plan.cut, brought);
     } else {
