@@ -21,7 +21,7 @@ namespace mixkvq::cuda {
 namespace {
 
 constexpr int kMostRows = 8;    // query vectors of a KV head that a block serves
-constexpr int kMostTiles = 4;   // as many times
+constexpr int kMostTiles = 8;   // tiles of as many; with more prefill.cu is faster
 constexpr int kMostPairs = 4;   // in a block
 constexpr int kMostSplits = 512, kAlonePages = 4;
 constexpr int kAhead = 11;  // parts of a row that a warp loads at once to join them

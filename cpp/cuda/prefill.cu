@@ -16,7 +16,7 @@ namespace {
 
 constexpr size_t kUnpackedBytes = size_t(64) << 20;
 constexpr int kRows = 128, kWarps = kRows / 16, kThreads = 32 * kWarps;
-constexpr int kFewRows = 128;  // query vectors of a KV head up to which unpacking for one tile is not worth a detour through memory
+constexpr int kFewRows = 32;  // query vectors of a KV head up to which unpacking is not worth a detour through memory
 constexpr int kMostPages = 512;  // of a chunk
 constexpr int kUnpackThreads = 128;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800

@@ -295,7 +295,7 @@ int main(int argc, char ** argv) {
         for (int depth : depths) {
             const int n_pages = (depth + kPageCells - 1) / kPageCells;
             Cache cache(*find_preset(name), n_pages, std::min(3, n_pages / 2));
-            for (int n_tokens : {1, 2, 3, 4, 6, 8}) {
+            for (int n_tokens : {1, 2, 4, 8, 16, 32}) {
                 const double ms = time_attention(cache, n_tokens);
                 const double gb = double(cache.n_pages - cache.n_half) * double(cache.key_bytes + cache.value_bytes) / ms * 1e-6;
                 const double as_half = double(cache.n_pages) * kPageCells * kRow * 2 * 2 / ms * 1e-6;
