@@ -61,7 +61,7 @@ void PageStore::set_formats(std::vector<ValueFormat> formats) {
     lay_out(layout_.values);
 }
 
-half * PageStore::stage(int stream, int p) {
+half * PageStore::stage(int stream, int p, bool keep_records) {
     Page & page = at(stream, p);
     calm_ = false;
     if (page.rows) {
@@ -80,13 +80,15 @@ half * PageStore::stage(int stream, int p) {
         memory_->zero(page.rows, kPageCells);
     }
     mark_moved(stream, p);
-    if (page.records) {
-        const PageJob job = {page.rows, page.records, {}};
-        memory_->unpack(&job, 1, 1);
-        drop_records(stream, p);
-    }
     recent(stream, p);
+    if (page.records && !keep_records) unpack(stream, p);
     return page.rows;
+}
+
+void PageStore::unpack(int stream, int p) {
+    const PageJob job = {at(stream, p).rows, at(stream, p).records, {}};
+    memory_->unpack(&job, 1, 1);
+    drop_records(stream, p);
 }
 
 void PageStore::mark_moved(int stream, int p) {
@@ -255,10 +257,29 @@ template <class Cells> void PageStore::write_cells(Cells && cells, int n, const 
     half * few[kFew];
     std::vector<half *> many(n > kFew ? n : 0);
     half ** to = n > kFew ? many.data() : few;
-    for (int i = 0; i < n; ++i) {
-        const Cell c = cells(i);
-        to[i] = stage(c.stream, c.cell / kPageCells) + size_t(c.cell % kPageCells) * shape_.row;
+    // A page that is written from its first cell to its last one need not be unpacked, unless staging another one throws.
+    const auto is_whole = [&](int first, Cell c) {
+        if (c.cell % kPageCells != 0 || n - first < kPageCells) return false;
+        for (int i = 1; i < kPageCells; ++i) {
+            const Cell next = cells(first + i);
+            if (next.stream != c.stream || next.cell != c.cell + i) return false;
+        }
+        return true;
+    };
+    overwritten_.clear();
+    try {
+        for (int i = 0; i < n; ++i) {
+            const Cell c = cells(i);
+            const int p = c.cell / kPageCells;
+            const bool whole = at(c.stream, p).records && !at(c.stream, p).rows && is_whole(i, c);
+            to[i] = stage(c.stream, p, whole) + size_t(c.cell % kPageCells) * shape_.row;
+            if (whole) overwritten_.push_back({c.stream, p});
+        }
+    } catch (...) {
+        for (const Place & place : overwritten_) unpack(place.stream, place.page);
+        throw;
     }
+    for (const Place & place : overwritten_) drop_records(place.stream, place.page);
     for (int i = 0; i < n; ++i) {
         const Cell c = cells(i);
         const int p = c.cell / kPageCells;

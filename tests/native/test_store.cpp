@@ -75,6 +75,7 @@ class FarMemory final : public PageMemory {
     uint8_t * region() const { return names_.base(); }
     int held() const { return kPoolPages - int(free_.size()); }
     int gets_left = 1 << 30;  // before memory runs out
+    int n_unpacked = 0;
 
     void later(std::function<void()> work) { queue_.push_back(std::move(work)); }
     void finish() {
@@ -111,6 +112,7 @@ class FarMemory final : public PageMemory {
         });
     }
     void unpack(const PageJob * jobs, int n, int) override {
+        n_unpacked += n;
         later([this, list = std::vector<PageJob>(jobs, jobs + n)] {
             const std::vector<PageJob> near = translated(list);
             host_.unpack(near.data(), int(near.size()), 1);
@@ -237,7 +239,7 @@ class Test {
         for (int step = 0; step < steps; ++step) {
             if (step == steps / 20) configure();
             switch (any(0, 9)) {
-                case 0: write_anywhere(); break;
+                case 0: any(0, 1) ? write_anywhere() : write_pages(); break;
                 case 1: erase(); break;
                 case 2: copy(); break;
                 case 3: edit(); break;
@@ -366,11 +368,26 @@ class Test {
         write(cells, fails);
     }
 
+    // Cells in a row, pages from the first to the last among them, which are not unpacked to be written over.
+    void write_pages(bool fails = false) {
+        const int s = any(0, shape.n_streams - 1), n = any(kPageCells, 500), cell = any(0, 1) ? any(0, 3) * kPageCells : any(0, shape.n_cells - n);
+        std::vector<PageStore::Cell> cells;
+        int n_packed = 0;
+        for (int i = 0; i < n; ++i) cells.push_back({s, cell + i});
+        for (int p = cell / kPageCells; p * kPageCells < cell + n; ++p) {
+            const bool whole = p * kPageCells >= cell && (p + 1) * kPageCells <= cell + n;
+            n_packed += store->page(s, p).records && !whole;
+        }
+        if (far) far->n_unpacked = 0;
+        write(cells, fails);
+        CHECK(!far || fails || far->n_unpacked == n_packed, "%s: %d pages unpacked instead of %d", c.text().c_str(), far->n_unpacked, n_packed);
+    }
+
     // A write that finds no scratch leaves every cell as it was.
     void run_out_of_memory() {
         if (!far) return;
         far->gets_left = any(0, 3);
-        write_anywhere(true);
+        any(0, 1) ? write_anywhere(true) : write_pages(true);
         far->gets_left = 1 << 30;
     }
 

@@ -145,7 +145,10 @@ class PageStore {
     struct Place { int stream, page; };
 
     Page & at(int stream, int p) { return pages_[size_t(stream) * shape_.n_pages() + p]; }
-    half * stage(int stream, int p);  // makes the page F16, one that may be written to, and returns its rows
+    // Makes the page F16, one that may be written to, and returns its rows. With keep_records they hold nothing of a packed page's, which keeps its
+    // records: the caller drops or unpacks them.
+    half * stage(int stream, int p, bool keep_records = false);
+    void unpack(int stream, int p);
     void recent(int stream, int p);   // the page is on the list of those in F16 from now on,
     void forget(int stream, int p);   // and no longer
     void mark_moved(int stream, int p);
@@ -185,7 +188,7 @@ class PageStore {
     double coded_bits_ = 0;
 
     // Kept between calls, so that a token allocates nothing.
-    std::vector<Place> ready_, waiting_;
+    std::vector<Place> ready_, waiting_, overwritten_;
     std::vector<PageJob> jobs_;
     std::vector<half> codec_half_;
     std::vector<float> codec_rows_;
