@@ -206,6 +206,7 @@ def compare_caches(
     windows: Iterable[int] | None = None,
     lengths: Iterable[int] = LENGTHS,
     threads: int | None = None,
+    device: str = "auto",
     progress: Callable[[int], None] = lambda n: None,
 ) -> Iterator[dict[str, Measured]]:
     """Compare the named caches (and NOISE_FLOOR, if it is among them) with the baseline on the passages.
@@ -221,6 +222,7 @@ def compare_caches(
     n_ctx = -(-max(len(p.tokens) for p in passages) // CELLS) * CELLS
     n_batch = max(_BATCH[style], _OTHER_BATCH[style]) if style in STYLES else PAGE
     options: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_batch, "window": window, "sinks": sinks}
+    options["device"] = device
     if threads:
         options |= {"n_threads": threads, "n_threads_batch": threads}
     cuts = {len(p.tokens): cut(len(p.tokens) - 1, style, windows) for p in passages}  # nothing follows the last token

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bridge.devices import DEVICE_HELP, check_device
 from bridge.errors import SettingsError
 from bridge.library import llama, native
 from bridge.model_file import open_model
 from bridge.run import physical_cores
 
 from . import plots, problems, tasks
-from .caches import CACHE_HELP, check_name, file_of, is_stock, open_cache, split_names
+from .caches import CACHE_HELP, LAB, check_name, file_of, is_stock, open_cache, split_names
 from .command import run
 from .compare import NOISE_FLOOR, STYLES, Measured, Passage, compare_caches, draw_windows, tokenize_text, windows_of, work
 from .record import available_cores, describe_file, describe_run, save_json
@@ -70,7 +71,7 @@ class Evaluation:
     windows: set[int]
     at_once: int
     threads: int
-    cache_options: dict[str, int | None] = field(default_factory=dict)  # window and sinks
+    cache_options: dict[str, Any]  # window, sinks and device: what compare_caches and Solver know, too
 
     def section(self, description: dict[str, Any]) -> dict[str, Any]:
         """The part of the result with this description, new if there is none."""
@@ -98,8 +99,7 @@ class Evaluation:
             windows=self.windows,
             threads=self.threads,
             progress=lambda n: self.bar.advance(step, n),
-            window=self.cache_options.get("window"),
-            sinks=self.cache_options.get("sinks"),
+            **self.cache_options,
         )
         for group in groups:
             for name, measured in group.items():
@@ -434,6 +434,7 @@ COUNT = click.IntRange(min=1)
 @click.option("--workers", type=COUNT, help="Processes that answer problems, one thread each.  [default: all cores]")
 @click.option("--at-once", default=4, show_default=True, type=COUNT, help="Caches that are in memory beside the baseline.")
 @click.option("--seed", default=1, show_default=True)
+@click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}. With a codec auto is the CPU.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads.  [default: physical cores]")
 @click.option("--out", type=FILE, help="Write the figures as JSON; what is there already is not measured again.")
 @click.option("--restart", is_flag=True, help="Replace the file of --out.")
@@ -486,6 +487,7 @@ def evaluate(given: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], list
         raise SettingsError(f"--guarantee {given['limit']:g} is not a divergence; give a number above 0.")
     if given["plot"]:
         plots.check_path(given["plot"])
+    device = check_device(given["device"])
     file = open_model(given["model"])  # says what is wrong with it before anything else is read
     baseline = given["baseline"]
     names = [name for name in split_names(given["kv"] or DEFAULT_CACHES) if name != baseline]
@@ -504,6 +506,7 @@ def evaluate(given: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], list
     llama().quiet_log()
     windows = windows_of([baseline, *measured], given["window"])
     settings = {key: given[key] for key in ("baseline", "windows", "skip", "window", "sinks", "seed")} | {"ctx": ctx, "cuts": sorted(windows)}
+    settings |= {"device": device} if device != "auto" else {}
     fresh = describe_run("evaluate", given["model"], settings)
     fresh.update(files=_files([baseline, *measured]), sections=[], problems=None)
     result = load_or_start(given["out"], fresh, given["restart"])
@@ -511,7 +514,9 @@ def evaluate(given: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], list
     result["run"] = {"threads": threads, "workers": given["workers"] or available_cores(), "at_once": given["at_once"]}
 
     vocabulary = open_cache(given["model"], "f16", n_ctx=256, vocab_only=True)
-    cache_options = {"window": given["window"], "sinks": given["sinks"]}
+    # A codec is computed on the CPU, and nothing is compared across devices.
+    on = "cpu" if device == "auto" and any(name.startswith(LAB) for name in [baseline, *measured]) else device
+    cache_options = {"window": given["window"], "sinks": given["sinks"], "device": on}
     evaluation = Evaluation(given["model"], result, given["out"], bar, windows, given["at_once"], threads, cache_options)
     texts = []
     if reads_text:
@@ -574,7 +579,7 @@ def _by_size(evaluation: Evaluation, names: Sequence[str]) -> list[str]:
     """The caches by rising body bits, which a profile's context knows once it has read a token."""
     bits = {}
     for name in names:
-        llm = open_cache(evaluation.model, name, n_ctx=256)
+        llm = open_cache(evaluation.model, name, n_ctx=256, device=evaluation.cache_options["device"])
         llm.eval([0])
         bits[name] = float(llm.kv_stats()["body_bits"])
         llm.close()

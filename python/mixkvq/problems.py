@@ -231,6 +231,7 @@ class Solver:
     threads: int
     window: int | None = None
     sinks: int | None = None
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         self._kept: dict[str, Llama] = {}
@@ -250,6 +251,7 @@ class Solver:
                 n_batch=BATCH,
                 n_threads=self.threads,
                 n_threads_batch=self.threads,
+                device=self.device,
             )
             if is_stock(cache):
                 self._kept[cache] = llm

@@ -358,8 +358,11 @@ def test_windows_and_skip(tiny, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(Random(3).choices(range(97, 123), k=2000)))
     out = tmp_path / "out.json"
-    code, _, _ = run(capsys, tiny, "--text", text, "--kv", "small", "--ctx", 300, "--windows", 3, "--skip", 100, "--out", out, "-q", *THREADS)
-    (section,) = json.loads(out.read_text())["sections"]
+    arguments = ["--kv", "small", "--ctx", 300, "--windows", 3, "--skip", 100, "--device", "cpu", "--out", out, "-q"]
+    code, _, _ = run(capsys, tiny, "--text", text, *arguments, *THREADS)
+    result = json.loads(out.read_text())
+    (section,) = result["sections"]
+    assert result["settings"]["device"] == "cpu"
     assert code == 0 and len(section["offsets"]) == 3 and all(at % 299 == 0 for at in section["offsets"])  # one token is the BOS
     assert section["caches"]["small"]["tokens"] == 3 * (299 - 100)
 
@@ -546,6 +549,8 @@ def test_bad_checker_is_one_sentence(tmp_path, capsys, text, words):
         ([MODEL, "--problems-file", "ONE", "--problems", "2"], "holds 1 problems, fewer than 2"),
         ([MODEL, "--out", "SHORT"], "not a result"),
         ([MODEL, "--at-once", "0"], "at-once"),
+        ([MODEL, "--device", "cpu,"], "device is 'cpu,'"),
+        ([MODEL, "--device", "CUDA7", "--ctx", "300"], "no GPU 'CUDA7' to use"),
         ([MODEL, "--what"], "--what"),
     ],
 )
