@@ -330,8 +330,8 @@ class Llama(llama_cpp.Llama):
             then keeps the result in F16: it saves no memory, and `kv_stats` gives the bits that the codec counts. `kv` gives window and sinks
             only. What the function raises ends the evaluation as a ContextError with that as its __cause__, and so do rows of another shape,
             NaN, and bits that are not positive. The function cannot use the model that calls it.
-        device: where the model is computed: "auto" (a GPU if llama.cpp and MixKVQ both have one, else the CPU; with a codec the CPU), "cpu", "gpu"
-            (all GPUs, its layers split between them), or GPUs by llama.cpp's names, "CUDA0" or "CUDA0,CUDA1".
+        device: where the model is computed: "auto" (a GPU if llama.cpp and MixKVQ both have one, else the CPU), "cpu", "gpu" (all
+            GPUs, its layers split between them), or GPUs by llama.cpp's names, "CUDA0" or "CUDA0,CUDA1".
         on_load: called with the share of the model that is loaded, 0.0 to 1.0.
         **kwargs: as for `llama_cpp.Llama`. n_gpu_layers is how many layers GPUs get, the last ones, with their part of the cache; not given, it is
             as many as fit their memory, and -1 is all. flash_attn and offload_kqv are set as the cache needs them, whatever is given; n_ctx is
@@ -438,7 +438,9 @@ class Llama(llama_cpp.Llama):
 
     def _place(self, backend: _Backend | None, kwargs: dict[str, Any]) -> None:
         """Decide which devices compute the model, and check that the context fits them."""
-        gpus, missing = _our_gpus(backend) if backend is not None else (_stock_gpus(), "")
+        # The first look at the GPUs of a process makes CUDA list them in the log.
+        with contextlib.nullcontext() if kwargs.get("verbose", True) else _log.kept():
+            gpus, missing = _our_gpus(backend) if backend is not None else (_stock_gpus(), "")
         n_ctx, n_ubatch = kwargs["n_ctx"], self._n_ubatch(kwargs)
         bits = 16.0 if self.codec is not None else least_bits(self.kv, self.stock)
         cache = self._file.cache_elements(n_ctx, n_ubatch) * bits / 8
@@ -451,8 +453,8 @@ class Llama(llama_cpp.Llama):
             self._placement = Placement()
         else:
             self._placement = place(
-                "cpu" if self.device == "auto" and self.codec is not None else self.device, gpus, missing, n_gpu_layers=n_gpu_layers,
-                n_layers=n_layers, weights=sum(os.path.getsize(path) for path in (self._file.path, *self._file.parts)), cache=cache,
+                self.device, gpus, missing, n_gpu_layers=n_gpu_layers, n_layers=n_layers,
+                weights=sum(os.path.getsize(path) for path in (self._file.path, *self._file.parts)), cache=cache,
                 workspace=masks + 4 * n_ubatch * self._file.n_vocab,
             )  # fmt: skip
             if self._placement.note:

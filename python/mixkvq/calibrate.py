@@ -33,6 +33,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bridge import Llama
+from bridge.devices import DEVICE_HELP, check_device
 from bridge.errors import ProfileError, SettingsError
 from bridge.library import native
 from bridge.model_file import ModelFile, open_model
@@ -376,13 +377,21 @@ class Verdict:
 
 
 def measure(
-    model: str, profile: Path, preset: str, passages: dict[str, list[Passage]], window: int | None, sinks: int | None, threads: int, steps: Steps
+    model: str,
+    profile: Path,
+    preset: str,
+    passages: dict[str, list[Passage]],
+    window: int | None,
+    sinks: int | None,
+    threads: int,
+    device: str,
+    steps: Steps,
 ) -> dict[str, Verdict]:
     """Profile and preset on held-out text, by kind of text. window: of both; None: the profile's own, and the default."""
     found = {}
     with steps("measuring on text that was held out", work(2, [p for some in passages.values() for p in some], 2)) as progress:
         for kind, some in passages.items():
-            options: dict[str, Any] = {"at_once": 2, "window": window, "sinks": sinks, "threads": threads, "lengths": []}
+            options: dict[str, Any] = {"at_once": 2, "window": window, "sinks": sinks, "threads": threads, "device": device, "lengths": []}
             (group,) = compare_caches(model, [str(profile), preset], some, progress=progress, **options)
             ours, other = group[str(profile)], group[preset]
             differences = [np.subtract(a.kld, b.kld) for a, b in zip(ours.passages, other.passages, strict=True)]
@@ -441,6 +450,7 @@ def calibrate(
     minutes: float = 2,
     seed: int = 1,
     threads: int | None = None,
+    device: str = "auto",
     quiet: bool = True,
 ) -> tuple[Profile, dict[str, Any]]:
     """A profile for the model, and what was found on the way.
@@ -448,7 +458,8 @@ def calibrate(
     bits: body bits to take at most; None: those of the default preset. budget: instead, MiB that the cache may take at so many tokens; then a
     window that is not given is chosen too. max_kld: instead, the fewest bits whose mean divergence on held-out text, of every kind, is at most
     that. tokens: of each kind of text; None: TOKENS, or fewer if this machine would take more than thrice `minutes` for them; `found["tokens"]` says
-    how many. policy: "gain" (least expected harm), "paper" (fixed thresholds t16 and t4) or "search" (the paper's search).
+    how many. policy: "gain" (least expected harm), "paper" (fixed thresholds t16 and t4) or "search" (the paper's search). device: as for
+    bridge.Llama.
     Raises the errors of bridge.Llama, SettingsError, and ProfileError if no formats keep max_kld.
     """
     file = open_model(model)
@@ -462,7 +473,7 @@ def calibrate(
     fell_back = False
     with tempfile.TemporaryDirectory() as folder, steps.bar:
         n_ctx = min(LONGEST, file.n_ctx_train or LONGEST)
-        llm = Llama(model, stock="f16", n_ctx=n_ctx, n_batch=PAGE_CELLS, n_threads=threads, n_threads_batch=threads, verbose=False)
+        llm = Llama(model, stock="f16", n_ctx=n_ctx, n_batch=PAGE_CELLS, n_threads=threads, n_threads_batch=threads, verbose=False, device=device)
         try:
             tokens = tokens or affordable_tokens(llm, minutes)
             material = gather(llm, texts, tokens, own, seed)
@@ -472,7 +483,7 @@ def calibrate(
             bits = preset_of_size(model, uniform_profile(model).packed_bits(file.head_size_v))[2]
         name, preset, _ = preset_of_size(model, bits)
         own_window, own_sinks = WINDOW if window is None else window, SINKS if sinks is None else sinks
-        reader = Reader(model, material.calibration, window=own_window, sinks=own_sinks, threads=threads)
+        reader = Reader(model, material.calibration, window=own_window, sinks=own_sinks, threads=threads, device=device)
         try:
             # Coarse formats, whatever the size: what finer ones do to a single head drowns in the rounding of everything else.
             calibration = prepare(reader, file.n_layers, preset, preset_of_size(model, LEAST_BITS)[1], steps, seconds=60 * minutes / 3)
@@ -500,7 +511,7 @@ def calibrate(
             def judge(profile: Profile, preset: str) -> dict[str, Verdict]:
                 path = Path(folder) / "candidate.gguf"
                 write_profile(path, profile)
-                return measure(model, path, preset, material.held_out, window, sinks, threads, steps)
+                return measure(model, path, preset, material.held_out, window, sinks, threads, device, steps)
 
             profile = find(bits)
             found = judge(profile, name)
@@ -621,9 +632,10 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
               help="Of each kind of text, to calibrate and to measure.")  # fmt: skip
 @click.option("--minutes", type=click.FloatRange(min=0.1), default=2, show_default=True, help="About how long it may take; less is coarser.")
 @click.option("--seed", default=1, show_default=True)
+@click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
 @click.option("--threads", type=click.IntRange(min=1), default=available_cores, show_default="all cores")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
-def cli(model, texts, bits, budget_mib, ctx, max_kld, out, force, policy, t16_t4, window, sinks, tokens, minutes, seed, threads, quiet):
+def cli(model, texts, bits, budget_mib, ctx, max_kld, out, force, policy, t16_t4, window, sinks, tokens, minutes, seed, device, threads, quiet):
     if sum(option is not None for option in (bits, budget_mib, max_kld)) > 1:
         raise click.UsageError("--bits, --budget-mib and --max-kld say the same thing in three ways: give one of them.")
     if (budget_mib is None) != (ctx is None):
@@ -640,7 +652,7 @@ def cli(model, texts, bits, budget_mib, ctx, max_kld, out, force, policy, t16_t4
         raise click.UsageError(f"{out} exists; give --force to replace it, or another file with -o.")
     profile, found = calibrate(
         model, bits=bits, budget=None if budget_mib is None else (budget_mib, ctx), max_kld=max_kld, texts=texts, tokens=tokens, policy=policy,
-        t16_t4=t16_t4, window=window, sinks=sinks, minutes=minutes, seed=seed, threads=threads, quiet=quiet,
+        t16_t4=t16_t4, window=window, sinks=sinks, minutes=minutes, seed=seed, threads=threads, device=check_device(device), quiet=quiet,
     )  # fmt: skip
     write_profile(out, profile)
     if not quiet:

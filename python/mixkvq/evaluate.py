@@ -31,7 +31,7 @@ from bridge.model_file import open_model
 from bridge.run import physical_cores
 
 from . import plots, problems, tasks
-from .caches import CACHE_HELP, LAB, check_name, file_of, is_stock, open_cache, split_names
+from .caches import CACHE_HELP, check_name, file_of, is_stock, open_cache, split_names
 from .command import run
 from .compare import NOISE_FLOOR, STYLES, Measured, Passage, compare_caches, draw_windows, tokenize_text, windows_of, work
 from .record import available_cores, describe_file, describe_run, save_json
@@ -434,7 +434,7 @@ COUNT = click.IntRange(min=1)
 @click.option("--workers", type=COUNT, help="Processes that answer problems, one thread each.  [default: all cores]")
 @click.option("--at-once", default=4, show_default=True, type=COUNT, help="Caches that are in memory beside the baseline.")
 @click.option("--seed", default=1, show_default=True)
-@click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}. With a codec auto is the CPU.")
+@click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads.  [default: physical cores]")
 @click.option("--out", type=FILE, help="Write the figures as JSON; what is there already is not measured again.")
 @click.option("--restart", is_flag=True, help="Replace the file of --out.")
@@ -514,9 +514,7 @@ def evaluate(given: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], list
     result["run"] = {"threads": threads, "workers": given["workers"] or available_cores(), "at_once": given["at_once"]}
 
     vocabulary = open_cache(given["model"], "f16", n_ctx=256, vocab_only=True)
-    # A codec is computed on the CPU, and nothing is compared across devices.
-    on = "cpu" if device == "auto" and any(name.startswith(LAB) for name in [baseline, *measured]) else device
-    cache_options = {"window": given["window"], "sinks": given["sinks"], "device": on}
+    cache_options = {"window": given["window"], "sinks": given["sinks"], "device": device}
     evaluation = Evaluation(given["model"], result, given["out"], bar, windows, given["at_once"], threads, cache_options)
     texts = []
     if reads_text:

@@ -171,12 +171,14 @@ class Reader:
     Predictions are kept for at most `max_bytes`; where there are more, the same share of each page's predictions counts.
     """
 
-    def __init__(self, model: str, passages: Passages, *, window: int, sinks: int, threads: int, max_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, model: str, passages: Passages, *, window: int, sinks: int, threads: int, device: str = "auto", max_bytes: int = 1 << 30
+    ) -> None:
         self.probe = Probe()
         self.passages = passages
         everything = [p for some in passages.values() for p in some]
         self.n_tokens = sum(len(p.tokens) - 1 for p in everything)
-        self._model, self._sinks = model, sinks
+        self._model, self._sinks, self._device = model, sinks, device
         self._n_ctx, self._threads = max(len(p.tokens) for p in everything), threads
         self._open(window)
         n_targets = sum(len(p.tokens) - p.first for p in everything)
@@ -187,7 +189,7 @@ class Reader:
         self.window = window
         self.llm = Llama(
             self._model, kv=Kv(window=window, sinks=self._sinks), codec=self.probe, n_ctx=self._n_ctx, n_batch=PAGE_CELLS, n_ubatch=PAGE_CELLS,
-            n_threads=self._threads, n_threads_batch=self._threads, verbose=False,
+            n_threads=self._threads, n_threads_batch=self._threads, verbose=False, device=self._device,
         )  # fmt: skip
 
     def change_window(self, window: int) -> None:

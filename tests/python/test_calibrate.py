@@ -302,6 +302,8 @@ def test_a_window_is_chosen_where_the_budget_is_bytes(tmp_path):
     "arguments, sentence",
     [
         (["--bits", 3, "--max-kld", 0.01], "give one of them"),
+        (["--device", "CUDA7"], "no GPU 'CUDA7' to use"),
+        (["--device", ","], "device is ','"),
         (["--bits", 1], "1 bits per element; give 2.25 to 8"),
         (["--budget-mib", 100], "go together"),
         (["--budget-mib", 1, "--ctx", 32768], "needs at least"),

@@ -93,7 +93,9 @@ def test_without_a_gpu():
 
 
 @pytest.mark.skipif(len(devices()) == 1, reason="there is no GPU that llama.cpp and MixKVQ both can use, or MIXKVQ_TEST_DEVICE leaves it out")
-@pytest.mark.parametrize("settings", [{"kv": "balanced"}, {"stock": "f16"}], ids=["ours", "stock"])
+@pytest.mark.parametrize(
+    "settings", [{"kv": "balanced"}, {"stock": "f16"}, {"codec": lambda page: (page.rows, 16.0 * page.rows.size)}], ids=["ours", "stock", "codec"]
+)
 @pytest.mark.parametrize("layers", [-1, 4], ids=["all", "some"])
 def test_on_a_gpu(settings, layers):
     model = str(built_in_model())

@@ -155,7 +155,7 @@ def test_decode_style_is_token_by_token(tiny, window, sinks):
     tokens = random_tokens(1000)
 
     def walk(cuts, batch):
-        llm = caches.open_cache(tiny, "balanced", window=window, sinks=sinks, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=1)
+        llm = caches.open_cache(tiny, "balanced", window=window, sinks=sinks, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=1, device="cpu")
         met, rows = [], []
         for start, end in zip(cuts, cuts[1:]):
             met += [packed(llm)] * (end - start)
@@ -191,8 +191,7 @@ def test_decode_style_has_the_divergence_of_single_tokens(prose, name):
 
 def test_only_wanted_rows_come_back(tiny):
     tokens = random_tokens(40)
-    whole = caches.open_cache(tiny, "f16", n_ctx=256, n_batch=64, n_threads=1)
-    part = caches.open_cache(tiny, "f16", n_ctx=256, n_batch=64, n_threads=1)
+    whole, part = (caches.open_cache(tiny, "f16", n_ctx=256, n_batch=64, n_threads=1, device="cpu") for _ in range(2))
     rows = feed(whole, tokens, 64, 40).copy()
     assert feed(part, tokens[:20], 8, 0).shape == (0, tiny_models.N_VOCAB)
     np.testing.assert_allclose(feed(part, tokens[20:], 7, 9), rows[-9:], atol=2e-2)
