@@ -35,6 +35,20 @@ void set_table(cudaStream_t stream, PageRef * table, const TableEntry * entries,
     launch(set_table_kernel, (n + 127) / 128, 128, 0, stream, table, entries, n);
 }
 
+// What was remembered, except q^2, of which the mean stays. The count is put back afterwards.
+__global__ void recall_kernel(QuerySums now, const float * then, int n) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const float count = *now.count, count_then = then[n], abs = then[i];
+    now.sqr[i] = count > 0 ? __fmul_rn(now.sqr[i], __fdiv_rn(count_then, count)) : 0.0f;
+    now.abs[i] = abs;
+    now.importance[i] = __fdiv_rn(abs, count_then);
+}
+
+void recall_sums(cudaStream_t stream, const QuerySums & now, const float * then, int n) {
+    launch(recall_kernel, (n + 127) / 128, 128, 0, stream, now, then, n);
+}
+
 constexpr size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 cudaStream_t stream_of(void * stream) { return static_cast<cudaStream_t>(stream); }
 cudaEvent_t event_of(void * event) { return static_cast<cudaEvent_t>(event); }
@@ -423,6 +437,14 @@ CudaMemory::~CudaMemory() {
     queue_->release(table_);
     queue_->release(heads_);
     queue_->release(sums_);
+    release_marks();
+}
+
+void CudaMemory::release_marks() {
+    for (const auto & marks : marks_) {
+        for (float * mark : marks) queue_->release(mark);
+    }
+    marks_.clear();
 }
 
 void CudaMemory::set_layout(const PageLayout & layout) {
@@ -436,18 +458,23 @@ void CudaMemory::set_layout(const PageLayout & layout) {
     }
     heads_ = queue_->allocate(layout.n_heads * sizeof(cuda::KeyHead));
     send_heads(*queue_, layout.keys, layout, heads_);
-    const size_t n = size_t(layout.n_heads) * layout.head_size, bytes = (3 * n + 1) * sizeof(float);
-    sums_ = static_cast<float *>(queue_->allocate(bytes));
-    queue_->note(cudaMemsetAsync(sums_, 0, bytes, on(*queue_)));
+    queue_->release(sums_);
+    sums_ = nullptr;
+    release_marks();
+    marks_.resize(layout.n_streams);
+    const size_t n = n_sums();
+    sums_ = static_cast<float *>(queue_->allocate((layout.n_streams * sums_stride() + n) * sizeof(float)));
     auto * importance = static_cast<float *>(queue_->reserve(n * sizeof(float)));
     std::fill(importance, importance + n, 1.0f);
     if (!layout.query_prior.empty()) std::copy(layout.query_prior.begin(), layout.query_prior.end(), importance);
-    queue_->note(cudaMemcpyAsync(sums().importance, queue_->send(), n * sizeof(float), cudaMemcpyDefault, on(*queue_)));
+    queue_->note(cudaMemcpyAsync(prior(), queue_->send(), n * sizeof(float), cudaMemcpyDefault, on(*queue_)));
+    for (int s = 0; s < layout.n_streams; ++s) forget_queries(s);
 }
 
-cuda::QuerySums CudaMemory::sums() const {
-    const size_t n = size_t(layout_->n_heads) * layout_->head_size;
-    return {sums_, sums_ + n, sums_ + 2 * n, sums_ + 3 * n};
+cuda::QuerySums CudaMemory::sums(int stream) const {
+    float * at = sums_ + stream * sums_stride();
+    const size_t n = n_sums();
+    return {at, at + n, at + 2 * n, at + 3 * n, sums_stride()};
 }
 
 half * CudaMemory::get() {
@@ -468,7 +495,7 @@ void CudaMemory::copy_records(uint8_t * to, const uint8_t * from) { copy_bytes(t
 static_assert(sizeof(PageJob) == sizeof(cuda::PageJob) && offsetof(PageJob, valid) == offsetof(cuda::PageJob, valid),
               "a list of one is a list of the other");
 
-void CudaMemory::pack(const PageJob * jobs, int n, int) {
+void CudaMemory::pack(int stream, const PageJob * jobs, int n, int) {
     for (; n > 0; jobs += kListed, n -= kListed) {
         const int m = std::min(n, kListed);
         const auto * list = reinterpret_cast<const cuda::PageJob *>(queue_->send(jobs, m));
@@ -476,7 +503,7 @@ void CudaMemory::pack(const PageJob * jobs, int n, int) {
             cuda::pack_values(queue_->stream(), static_cast<cuda::ValueHead *>(heads_), layout_->n_heads, layout_->head_size, row_, list, m);
         } else {
             cuda::pack_keys(queue_->stream(), static_cast<cuda::KeyHead *>(heads_), layout_->n_heads, layout_->head_size, row_, list, m,
-                            sums().importance);
+                            sums(stream).importance);
         }
     }
 }
@@ -530,7 +557,12 @@ void CudaMemory::read_here(const PageSpan * spans, int n, half * rows) {
         } else {
             half * page = static_cast<half *>(queue_->get(page_bytes()));
             const PageJob job = {page, const_cast<uint8_t *>(s->records), {}};
-            unpack(&job, 1, 1);
+            try {
+                unpack(&job, 1, 1);
+            } catch (...) {
+                put(page);
+                throw;
+            }
             copy_bytes(rows, page + skip, bytes);
             put(page);
         }
@@ -555,38 +587,85 @@ void CudaMemory::read(const PageSpan * spans, int n, half * rows) {
 void CudaMemory::observe(const Queries & q, int) { observe_on(queue_->stream(), q); }
 
 cuda::Observation CudaMemory::observation(const Queries & q) {
-    any_queries_ |= q.n_tokens > 0 && q.n_streams > 0;
     const int n_kv_heads = layout_->n_heads;
-    return {sums(), q.q, q.token, q.head, q.stream, q.n_tokens, q.n_streams, n_kv_heads, q.n_heads / n_kv_heads, layout_->head_size, kQueryMemory};
+    return {sums(q.first_stream), q.q, q.token, q.head, q.stream, q.n_tokens, q.n_streams, n_kv_heads, q.n_heads / n_kv_heads, layout_->head_size, kQueryMemory};
 }
 
-bool CudaMemory::query_statistics(float * mean_abs, float * mean_sqr) {
+bool CudaMemory::query_statistics(int stream, float * mean_abs, float * mean_sqr) {
     if (!layout_ || !sums_) return false;
-    const size_t n = size_t(layout_->n_heads) * layout_->head_size;
-    std::fill(mean_abs, mean_abs + n, 1.0f);
-    std::fill(mean_sqr, mean_sqr + n, 1.0f);
-    if (!any_queries_) return false;
-    const cuda::Queue::Piece all = {sums_, (3 * n + 1) * sizeof(float)};
+    const size_t n = n_sums(), stride = sums_stride();
+    const int first = std::max(stream, 0), n_streams = stream < 0 ? layout_->n_streams : 1;
+    const cuda::Queue::Piece all = {sums_ + first * stride, n_streams * stride * sizeof(float)};
     const auto * sums = reinterpret_cast<const float *>(queue_->fetch(&all, 1));
-    const float count = sums[3 * n];
-    for (size_t i = 0; i < n && count > 0; ++i) {
-        mean_abs[i] = sums[i] / count;
-        mean_sqr[i] = sums[n + i] / count;
+    double count = 0;
+    for (int s = 0; s < n_streams; ++s) count += sums[s * stride + 3 * n];
+    for (size_t i = 0; i < n; ++i) {
+        double abs = 0, sqr = 0;
+        for (int s = 0; s < n_streams; ++s) abs += sums[s * stride + i], sqr += sums[s * stride + n + i];
+        mean_abs[i] = count > 0 ? float(abs / count) : 1.0f;
+        mean_sqr[i] = count > 0 ? float(sqr / count) : 1.0f;
     }
     return count > 0;
+}
+
+void CudaMemory::forget_queries(int stream) {
+    const cuda::QuerySums all = sums(stream);
+    queue_->note(cudaMemsetAsync(all.abs, 0, sums_stride() * sizeof(float), on(*queue_)));
+    copy_bytes(all.importance, prior(), n_sums() * sizeof(float));
+}
+
+void CudaMemory::mark_queries(int stream, int mark) {
+    const size_t n = n_sums();
+    auto & marks = marks_[stream];
+    if (int(marks.size()) <= mark) marks.resize(mark + 1);
+    if (!marks[mark]) marks[mark] = static_cast<float *>(queue_->allocate((n + 1) * sizeof(float)));
+    copy_bytes(marks[mark], sums(stream).abs, n * sizeof(float));
+    copy_bytes(marks[mark] + n, sums(stream).count, sizeof(float));
+}
+
+void CudaMemory::recall_queries(int stream, int mark) {
+    const cuda::QuerySums now = sums(stream);
+    const float * then = marks_[stream][mark];
+    const int n = int(n_sums());
+    cuda::recall_sums(on(*queue_), now, then, n);
+    copy_bytes(now.count, then + n, sizeof(float));
+}
+
+void CudaMemory::copy_queries(int to, PageMemory & other, int from) {
+    auto & source = static_cast<CudaMemory &>(other);
+    const size_t n = n_sums();
+    auto & marks = marks_[to];
+    const auto & marked = source.marks_[from];
+    if (marks.size() < marked.size()) marks.resize(marked.size());
+    for (size_t i = 0; i < marked.size(); ++i) {
+        if (marked[i] && !marks[i]) marks[i] = static_cast<float *>(queue_->allocate((n + 1) * sizeof(float)));
+    }
+    for (size_t i = 0; i < marked.size(); ++i) {
+        if (marked[i]) copy_bytes(marks[i], marked[i], (n + 1) * sizeof(float));
+    }
+    copy_bytes(sums(to).abs, source.sums(from).abs, sums_stride() * sizeof(float));
+}
+
+size_t CudaMemory::query_bytes() const {
+    if (!sums_) return 0;
+    size_t n = layout_->n_streams * sums_stride() + n_sums();
+    for (const auto & marks : marks_) n += (n_sums() + 1) * (marks.size() - std::count(marks.begin(), marks.end(), nullptr));
+    return n * sizeof(float);
 }
 
 const cuda::PageRef * CudaMemory::table_of(PageStore & store) {
     const int n_pages = store.shape().n_pages();
     std::vector<cuda::TableEntry> moved;
-    store.take_moved([&](int s, int p) {
-        const PageStore::Page & page = store.page(s, p);
-        moved.push_back({s * n_pages + p, {page.records, page.rows}});
-    });
+    moved.reserve(store.moved().size());
+    for (int i : store.moved()) {
+        const PageStore::Page & page = store.page(i / n_pages, i % n_pages);
+        moved.push_back({i, {page.records, page.rows}});
+    }
     for (size_t i = 0; i < moved.size(); i += kListed) {
         const int m = int(std::min<size_t>(kListed, moved.size() - i));
         cuda::set_table(on(*queue_), table_, queue_->send(moved.data() + i, m), m);
     }
+    store.moved_taken();
     return table_;
 }
 
@@ -629,7 +708,7 @@ void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, Cu
                const cuda::RowWrite * writes) {
     cuda::Attention a = prepare_attention(keys, key_memory, values, value_memory, c);
     cuda::Queue & queue = key_memory.queue();
-    const Queries queries = {c.q, c.q_token, c.q_head, c.q_stream, c.n_tokens, c.n_heads, c.n_streams};
+    const Queries queries = {c.q, c.q_token, c.q_head, c.q_stream, c.n_tokens, c.n_heads, c.n_streams, c.first_stream};
     if (writes) {
         cuda::attention(queue.stream(), a, {writes[0], writes[1], key_memory.observation(queries)});
     } else if (queue.recording() || c.n_tokens > kFewTokens) {

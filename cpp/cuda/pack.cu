@@ -525,10 +525,12 @@ constexpr size_t kFew = 1 << 15;  // numbers that one block reads by itself
 
 __global__ void __launch_bounds__(kObserveThreads) observe_kernel(QuerySums sums, Queries c, int head_size, float memory) {
     __shared__ float abs[kObserveThreads], sqr[kObserveThreads];
+    const int stream = blockIdx.y;
+    const size_t its = stream * sums.stream;
     const int chunks = head_size / kObserveChannels, kv_head = blockIdx.x / chunks, i = threadIdx.x;
     const int d = blockIdx.x % chunks * kObserveChannels + i % kObserveChannels;
     float a = 0, b = 0;
-    add_queries(c, kv_head, d, i / kObserveChannels, kObserveRows, a, b);
+    add_queries(c, stream, kv_head, d, i / kObserveChannels, kObserveRows, a, b);
     abs[i] = a;
     sqr[i] = b;
     for (int h = kObserveThreads / 2; h >= kObserveChannels; h /= 2) {
@@ -537,22 +539,28 @@ __global__ void __launch_bounds__(kObserveThreads) observe_kernel(QuerySums sums
         abs[i] += abs[i + h];
         sqr[i] += sqr[i + h];
     }
-    if (i < kObserveChannels) add_sums(sums, kv_head * head_size + d, abs[i], sqr[i], Fading(*sums.count, c.n, memory));
+    if (i < kObserveChannels) add_sums(sums, its + kv_head * head_size + d, abs[i], sqr[i], Fading(sums.count[its], c.n, memory));
 }
 
 // After observe_kernel, whose blocks all read the old count.
-__global__ void count_kernel(QuerySums sums, int n, float memory) { *sums.count = Fading(*sums.count, n, memory).count; }
+__global__ void count_kernel(QuerySums sums, int n, float memory) {
+    float & count = sums.count[blockIdx.x * sums.stream];
+    count = Fading(count, n, memory).count;
+}
 
 // Both in one, by a block, for a few queries.
 __device__ void observe_few(const QuerySums & sums, const Queries & c, int n_kv_heads, int head_size, float memory) {
-    const Fading fading(*sums.count, c.n, memory);
-    for (int i = threadIdx.x; i < n_kv_heads * head_size; i += kFewThreads) {
-        float abs = 0, sqr = 0;
-        add_queries(c, i / head_size, i % head_size, 0, 1, abs, sqr);
-        add_sums(sums, i, abs, sqr, fading);
+    for (int stream = 0; stream < c.n_streams; ++stream) {
+        const size_t its = stream * sums.stream;
+        const Fading fading(sums.count[its], c.n, memory);
+        for (int i = threadIdx.x; i < n_kv_heads * head_size; i += kFewThreads) {
+            float abs = 0, sqr = 0;
+            add_queries(c, stream, i / head_size, i % head_size, 0, 1, abs, sqr);
+            add_sums(sums, its + i, abs, sqr, fading);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) sums.count[its] = fading.count;
     }
-    __syncthreads();
-    if (threadIdx.x == 0) *sums.count = fading.count;
 }
 __global__ void __launch_bounds__(kFewThreads) observe_few_kernel(QuerySums sums, Queries c, int n_kv_heads, int head_size, float memory) {
     observe_few(sums, c, n_kv_heads, head_size, memory);
@@ -569,7 +577,7 @@ __global__ void __launch_bounds__(kFewThreads)
     }
 }
 
-bool are_few(const Observation & o, const Queries & queries) { return size_t(queries.n) * o.n_kv_heads * o.head_size <= kFew; }
+bool are_few(const Observation & o, const Queries & queries) { return size_t(queries.n) * o.n_streams * o.n_kv_heads * o.head_size <= kFew; }
 
 }  // namespace
 
@@ -608,8 +616,9 @@ void observe(Stream stream, const Observation & o) {
     if (are_few(o, queries)) {
         launch(observe_few_kernel, 1, kFewThreads, 0, stream, o.sums, queries, o.n_kv_heads, o.head_size, o.memory);
     } else {
-        launch(observe_kernel, o.n_kv_heads * (o.head_size / kObserveChannels), kObserveThreads, 0, stream, o.sums, queries, o.head_size, o.memory);
-        launch(count_kernel, 1, 1, 0, stream, o.sums, queries.n, o.memory);
+        launch(observe_kernel, dim3(o.n_kv_heads * (o.head_size / kObserveChannels), o.n_streams), kObserveThreads, 0, stream, o.sums, queries, o.head_size,
+               o.memory);
+        launch(count_kernel, o.n_streams, 1, 0, stream, o.sums, queries.n, o.memory);
     }
 }
 

@@ -279,6 +279,7 @@ ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
         const size_t bytes = std::min(get_alloc_size(ggml_buffer->buft, t), buffer.size - size_t(region - buffer.memory->base()));
         const StoreShape shape = shape_of(t, is_value, buffer.session->settings);
         cache->store = std::make_unique<PageStore>(shape, buffer.memory->pages(*cache, shape), region, bytes);
+        cache->store->keep_statistics(keeps_statistics());
         if (buffer.session->settings.codec) cache->store->set_codec(codec_of(*buffer.session, layer, is_value, *cache->store), kernels());
         if (t->type != GGML_TYPE_F16) {
             cache->mode = CacheTensor::Mode::plain;

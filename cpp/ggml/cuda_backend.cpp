@@ -132,6 +132,7 @@ class Run {
     bool find_cells(const CacheTensor & t, const ggml_tensor * op, const uint8_t * indices);
     ggml_status write(CacheTensor & t, const ggml_tensor * op);
     void launch_writes();
+    void look(CacheTensor & k, CacheTensor & v, const ggml_tensor * op);
     void attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op);
     ggml_status shift(CacheTensor & t, const ggml_tensor * op);
     ggml_status on_copies(ggml_tensor * op);
@@ -305,6 +306,16 @@ void Run::launch_writes() {
     n_writes_ = 0;
 }
 
+// The masks that the host has set tell the stores what has become of their streams. One that comes another way, or is too long to be remembered, does not.
+void Run::look(CacheTensor & k, CacheTensor & v, const ggml_tensor * op) {
+    const ggml_tensor * mask = op->src[3];
+    const uint8_t * at = mask && is_input(mask) ? written_by_host(mask) : nullptr;
+    if (mask && !at) return;
+    const MaskView view = attention_call(k, op).view(at);
+    k.store->look(view);
+    v.store->look(view);
+}
+
 void Run::attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op) {
     // A mask that the graph computes may come from the kernel just before, which attention with rows does not wait for in everything.
     const bool is_mask_there = !op->src[3] || is_input(op->src[3]);
@@ -312,6 +323,7 @@ void Run::attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op) {
     const bool together = together_ && is_mask_there && are_ours;
     if (!together) launch_writes();
     use(k);
+    if (!books_done_) look(k, v, op);
     if (together && written_[0] != &k) std::swap(writes_[0], writes_[1]);
     attention(*k.store, *k.cuda, *v.store, *v.cuda, attention_call(k, op), together ? writes_ : nullptr);
     n_writes_ = 0;
@@ -340,6 +352,7 @@ ggml_status Run::shift(CacheTensor & t, const ggml_tensor * op) {
                 page_by.buffer = root_of(positions)->buffer;
                 node.src[0] = &k;
                 node.src[1] = &page_by;
+                keep_lengths(node);
                 to_inner();
                 status = run_node(c_.inner, &node);
                 use(t);
@@ -562,6 +575,7 @@ ggml_status Run::replay() {
     const bool is_recorded = recording->ready() && known_->workspaces == count_workspaces();
     each(Kind::attend, [&](ggml_tensor * node) {
         CacheTensor * k = cache_of(node->src[1]), * v = cache_of(node->src[2]);
+        look(*k, *v, node);
         k->cuda->table_of(*k->store);
         v->cuda->table_of(*v->store);
         if (!is_recorded) prepare_attention(*k->store, *k->cuda, *v->store, *v->cuda, attention_call(*k, node));

@@ -16,7 +16,7 @@ namespace mixkvq::glue {
 namespace {
 
 // Of what the host wrote last, this much is remembered: a graph has fewer inputs, and lists of indices are shorter.
-constexpr size_t kWrites = 64, kWrittenBytes = 64 * 1024;
+constexpr size_t kWrites = 64, kWrittenBytes = 64 * 1024 * 1024;
 
 struct CudaDevice final : Device {
     int number = -1;  // CUDA's

@@ -35,6 +35,7 @@ struct Settings {
 
 // From MIXKVQ_PRESET, MIXKVQ_PROFILE, MIXKVQ_WINDOW and MIXKVQ_SINKS. False: `error` says what is wrong with them.
 bool settings_from_environment(Settings & settings, std::string & error);
+bool keeps_statistics();  // MIXKVQ_KEEP_STATISTICS, for all sessions
 bool settings_from_api(const mixkvq_settings & from, Settings & settings, std::string & error);
 bool load_profile(const std::string & path, Profile & profile, std::string & error);
 
@@ -197,6 +198,7 @@ void learn_geometry(const ggml_tensor * op);
 bool can_write_rows(const CacheTensor & t, const ggml_tensor * op);
 bool can_attend(const CacheTensor * k, const CacheTensor * v, const ggml_tensor * op);
 bool is_shift(const CacheTensor & t, const ggml_tensor * op);
+void keep_lengths(ggml_tensor & rope);  // of what a shift turns
 int64_t index_at(const void * indices, const ggml_tensor * tensor, int64_t i);
 AttentionCall attention_call(const CacheTensor & k, const ggml_tensor * op);
 ggml_status run_node(ggml_backend_t backend, ggml_tensor * node);  // may return before it is done

@@ -78,7 +78,7 @@ int stats(mixkvq_session * handle, mixkvq_stats * out) {
             out->bytes += bytes_of(*t);
             out->n_cells = std::max(out->n_cells, shape.n_cells * shape.n_streams);
             out->n_layers += t->is_value ? 0 : 1;
-            tables += uint64_t(shape.n_pages()) * shape.n_streams * sizeof(PageStore::Page) + sizeof(PageStore) + sizeof(CacheTensor);
+            tables += t->store->table_bytes() + sizeof(CacheTensor);
             if (t->mode == CacheTensor::Mode::plain) {
                 out->n_plain_layers += 1;
                 out->bytes_used += t->nominal_bytes;

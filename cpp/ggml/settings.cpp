@@ -61,6 +61,17 @@ bool read_count(const char * variable, int & value, std::string & error) {
     return true;
 }
 
+bool keep_statistics = false;
+
+bool read_switch(const char * variable, bool & value, std::string & error) {
+    const char * text = std::getenv(variable);
+    if (!text || !*text) return true;
+    value = std::strcmp(text, "1") == 0;
+    if (value || std::strcmp(text, "0") == 0) return true;
+    error = std::string(variable) + "=\"" + text + "\" is neither 0 nor 1";
+    return false;
+}
+
 struct FileCloser {
     void operator()(std::FILE * f) const { std::fclose(f); }
 };
@@ -221,8 +232,11 @@ bool settings_from_environment(Settings & s, std::string & error) {
         error = "MIXKVQ_PROFILE: " + error;
         return false;
     }
-    return read_count("MIXKVQ_WINDOW", s.window, error) && read_count("MIXKVQ_SINKS", s.sinks, error);
+    return read_count("MIXKVQ_WINDOW", s.window, error) && read_count("MIXKVQ_SINKS", s.sinks, error) &&
+           read_switch("MIXKVQ_KEEP_STATISTICS", keep_statistics, error);
 }
+
+bool keeps_statistics() { return keep_statistics; }
 
 bool settings_from_api(const mixkvq_settings & from, Settings & s, std::string & error) {
     s.codec = from.codec;

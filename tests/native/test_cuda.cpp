@@ -333,13 +333,13 @@ struct Observed {
 
 // Three batches into the same sums, compared with sums in double that fade alike; and again together with a write of rows.
 void test_observe(int n_tokens, int n_streams, int n_kv_heads, int group, int d, float memory) {
-    const size_t n = size_t(n_kv_heads) * d, q_head = d + 8, q_token = q_head * n_kv_heads * group + 4, q_stream = q_token * n_tokens + 12;
-    std::vector<double> abs(n), sqr(n);
+    const size_t n = size_t(n_kv_heads) * d, all = n * n_streams, q_head = d + 8, q_token = q_head * n_kv_heads * group + 4, q_stream = q_token * n_tokens + 12;
+    std::vector<double> abs(all), sqr(all);
     double count = 0;
     const Device<float> q(q_stream * n_streams);
-    const Device<float> device_abs(std::vector<float>(n, 0.0f)), device_sqr(std::vector<float>(n, 0.0f));
-    const Device<float> importance(std::vector<float>(n, 7.0f)), device_count(std::vector<float>(1, 0.0f));
-    const cuda::QuerySums sums = {device_abs.data(), device_sqr.data(), importance.data(), device_count.data()};
+    const Device<float> device_abs(std::vector<float>(all, 0.0f)), device_sqr(std::vector<float>(all, 0.0f));
+    const Device<float> importance(std::vector<float>(all, 7.0f)), device_count(std::vector<float>(all, 0.0f));  // of the last, one in n is used
+    const cuda::QuerySums sums = {device_abs.data(), device_sqr.data(), importance.data(), device_count.data(), n};
     const cuda::Observation observation = {sums, q.data(), q_token, q_head, q_stream, n_tokens, n_streams, n_kv_heads, group, d, memory};
 
     const int n_rows = std::min(5, n_tokens * n_streams), row = int(n);
@@ -364,10 +364,12 @@ void test_observe(int n_tokens, int n_streams, int n_kv_heads, int group, int d,
             for (int t = 0; t < n_tokens; ++t) {
                 for (int h = 0; h < n_kv_heads * group; ++h) {
                     for (int i = 0; i < d; ++i) {
-                        const float v = gauss() * float(1 + i % 7);
+                        float v = gauss() * float(1 + i % 7 + s);
+                        if (below(50) == 0) v = below(2) ? INFINITY : below(2) ? NAN : 3e38f;
                         x[s * q_stream + t * q_token + h * q_head + i] = v;
-                        abs[h / group * d + i] += std::fabs(double(v));
-                        sqr[h / group * d + i] += double(v) * v;
+                        const double counts = std::isfinite(v) ? std::min(std::fabs(double(v)), 65504.0) : 0;
+                        abs[s * n + h / group * d + i] += counts;
+                        sqr[s * n + h / group * d + i] += counts * counts;
                     }
                 }
             }
@@ -383,15 +385,17 @@ void test_observe(int n_tokens, int n_streams, int n_kv_heads, int group, int d,
         const char * format = "observe %d tokens %d streams %d x %d heads D=%d, batch %d, channel %zu: %s is %.9g, on the GPU %.9g";
         CHECK(read() == got, "observe of %d tokens: another result the second time", n_tokens);
         CHECK(pages.get() == stored, "write_and_observe of %d tokens: other rows", n_tokens);
-        for (count += double(n_tokens) * n_streams * group; count > memory; count /= 2) {
+        for (count += double(n_tokens) * group; count > memory; count /= 2) {
             for (double & v : abs) v /= 2;
             for (double & v : sqr) v /= 2;
         }
-        CHECK(got.count[0] == float(count), format, n_tokens, n_streams, n_kv_heads, group, d, batch, size_t(0), "the count", count, double(got.count[0]));
+        for (int s = 0; s < n_streams; ++s) {
+            CHECK(got.count[s * n] == float(count), format, n_tokens, n_streams, n_kv_heads, group, d, batch, s * n, "the count", count, double(got.count[s * n]));
+        }
         auto compare = [&](const char * what, size_t i, double expected, float x) {
             CHECK(std::fabs(x - expected) <= 1e-5 * expected, format, n_tokens, n_streams, n_kv_heads, group, d, batch, i, what, expected, double(x));
         };
-        for (size_t i = 0; i < n; ++i) {
+        for (size_t i = 0; i < all; ++i) {
             compare("sum |q|", i, abs[i], got.abs[i]);
             compare("sum q^2", i, sqr[i], got.sqr[i]);
             compare("importance", i, abs[i] / count, got.importance[i]);

@@ -246,6 +246,24 @@ def test_a_shift_leaves_other_pages_alone(models):
         assert context.stats()["bytes_peak"] == peak
 
 
+@pytest.mark.parametrize("kv", [EXACT, PACKED], ids=["exact", "packed"])
+def test_a_shift_with_yarn_keeps_the_length_of_keys(models, kv):
+    """Forth and back is where it was. llama.cpp turns keys with the factor of YaRN once more with every shift: here both ways together by 1.3."""
+    yarn = {"rope_scaling_type": C.LLAMA_ROPE_SCALING_TYPE_YARN, "rope_freq_scale": 0.25, "yarn_orig_ctx": 256, "yarn_ext_factor": 1.0}
+    with Context(models[0], kv, **yarn) as context, Context(models[0], kv, **yarn) as still:
+        for c in (context, still):
+            c.feed(random_tokens(400))
+        for by in (16, -16):
+            context.add(0, 0, -1, by)
+            context.feed([7])
+            context.rm(0, context.pos_max(), -1)
+        logits = context.feed(PROBE), still.feed(PROBE)
+        if kv is EXACT:
+            assert distance(*logits) < tolerance(context.model.device, EXACT_BATCH)
+        else:
+            assert kl(*logits).mean() < EIGHT_BIT
+
+
 def test_shift_of_a_windowed_model(windowed_models):
     with Pair(*windowed_models, EXACT, n_ctx=512, n_ubatch=64, swa_full=True) as pair:
         pair.feed(random_tokens(450))
@@ -269,17 +287,66 @@ def test_clear(models, kv, data):
         check(pair)
 
 
-def test_clear_gives_what_a_new_context_gives(models):
-    """The query statistics stay, since they belong to the model; at 8 bits they decide no more than the order of sums."""
-    for kv in (EXACT, PACKED):
-        with Context(models[0], kv) as context:
-            first = context.feed(random_tokens(600), chunk=100)
-            context.feed(random_tokens(150, 1))
-            context.clear()
-            again = context.feed(random_tokens(600), chunk=100)
-            if kv is EXACT:
-                np.testing.assert_array_equal(again, first)
-            assert distance(again, first) < tolerance(context.model.device, 1e-3)
+def request(context, seed, seq=0, chunk=100):
+    """Logits of a prompt and of some tokens one by one."""
+    prompt = context.feed(random_tokens(600, seed), seq, chunk)
+    return np.concatenate([prompt, *(context.feed([token], seq) for token in random_tokens(140, seed + 1))])
+
+
+EMPTIED = pytest.mark.parametrize("empty", ["clear", "clear without data", "rm"])
+
+
+def emptied(context, how):
+    if how == "rm":
+        assert context.rm(0)
+    else:
+        context.clear(data=how == "clear")
+
+
+@EMPTIED
+@pytest.mark.parametrize("preset", ["mix8.2", "balanced", "mix2.4", "paper"])
+def test_an_emptied_context_is_a_new_one(models, preset, empty):
+    """The same tokens in the same batches give the same bits, whatever was read before: no tier depends on another request's queries."""
+    with Context(models[0], Kv(preset=preset, window=64, sinks=0)) as context:
+        first = request(context, 1)
+        statistics = context.query_statistics()
+        for other in (2, 3):
+            emptied(context, empty)
+            request(context, other)
+            assert not np.array_equal(context.query_statistics()[0], statistics[0])
+        context.rm(0, 50)
+        context.feed(random_tokens(30, 4))  # a short one: what follows it was written before
+        emptied(context, empty)
+        assert_same(context.model.device, (request(context, 1), first))
+        if context.model.device == CPU:
+            np.testing.assert_array_equal(context.query_statistics()[0], statistics[0])
+
+
+@pytest.mark.parametrize("preset", ["balanced", "mix2.4"])
+def test_a_stream_does_not_depend_on_the_others(models, preset):
+    kv = Kv(preset=preset, window=64, sinks=0)
+    with Context(models[0], kv, n_ctx=3072, n_seq=3, unified=False) as context:
+        context.feed(random_tokens(700, 5), 0)
+        alone = request(context, 1, 1)
+    with Context(models[0], kv, n_ctx=3072, n_seq=3, unified=False) as context:
+        request(context, 7, 0)
+        context.feed(random_tokens(300, 8), 2)
+        assert_same(context.model.device, (request(context, 1, 1), alone))
+
+
+@pytest.mark.parametrize("preset", ["balanced", "mix2.4"])
+def test_requests_in_turn_that_share_a_prefix(models, preset):
+    """From the second time on nothing changes any more: the prefix keeps its records and the statistics that they came from."""
+    prefix = random_tokens(512, 1)
+    with Context(models[0], Kv(preset=preset, window=64, sinks=0)) as context:
+        context.feed(prefix, chunk=128)
+        seen = []
+        for _ in range(3):
+            for seed in (2, 3):
+                context.rm(0, len(prefix))
+                seen.append(np.concatenate([context.feed(random_tokens(200, seed), chunk=70), context.feed([9])]))
+        for again, before in zip(seen[3:], seen[1:]):
+            assert_same(context.model.device, (again, before))
 
 
 # --- saving and loading ---
@@ -483,6 +550,25 @@ def test_several_sequences_in_a_batch(models, kv, unified, equal):
         same(pair, (ours, stock), EXACT_TOKEN)
         for seq in range(4):
             check(pair, seq)
+
+
+def test_each_sequence_of_a_unified_cache_has_its_window(models):
+    """Four sequences of no more tokens than a window, in turn and token by token: nothing may be packed. Of longer ones the same is left in F16 as in
+    streams, and no more."""
+    kv = Kv(preset="mix2.4", window=256, sinks=0)
+    with Pair(*models, kv, n_ctx=4096, n_seq=4, unified=True) as pair:
+        for seq in range(4):
+            pair.feed(random_tokens(200, seq), seq, 90)
+        for i in range(50):
+            rows = [(token, 200 + i, [seq]) for seq, token in enumerate(random_tokens(4, 50 + i))]
+            (_, ours), (_, stock) = pair.batch(rows)
+            assert distance(ours, stock) < tolerance(pair.device, EXACT_TOKEN)
+        assert pair.ours.pages_packed() == 0
+        for seq in range(4):
+            pair.feed(random_tokens(500, 70 + seq), seq, 90)
+        for layer in pair.ours.layers():
+            assert layer["pages_f16"] <= 4 * (256 // 128 + 1)
+            assert layer["pages_packed"] >= 3000 // 128 - 4 * (256 // 128 + 1)
 
 
 @KVS

@@ -176,6 +176,7 @@ def test_a_cache_type_of_llama_cpp_is_left_as_it_is(tiny):
         ("MIXKVQ_WINDOW", " ", r'MIXKVQ_WINDOW=" " is not'),
         ("MIXKVQ_SINKS", "99999999999999999999999", r'MIXKVQ_SINKS="9+" is not'),
         ("MIXKVQ_SINKS", "1.5", r'MIXKVQ_SINKS="1\.5" is not'),
+        ("MIXKVQ_KEEP_STATISTICS", "yes", r'MIXKVQ_KEEP_STATISTICS="yes" is neither 0 nor 1'),
         ("MIXKVQ_PROFILE", "/nonesuch.gguf", r"MIXKVQ_PROFILE: the profile /nonesuch\.gguf cannot be read"),
         ("MIXKVQ_PROFILE", "FOLDER", r"MIXKVQ_PROFILE: the profile .* cannot be read"),
         ("MIXKVQ_PROFILE", "EMPTY", r"MIXKVQ_PROFILE: the profile .* is not a GGUF file"),

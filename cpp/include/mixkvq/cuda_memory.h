@@ -153,12 +153,17 @@ class CudaMemory final : public PageMemory {
     void zero(half * rows, int n_rows) override;
     void copy(half * to, const half * from) override;
     void copy_records(uint8_t * to, const uint8_t * from) override;
-    void pack(const PageJob * jobs, int n, int n_threads) override;
+    void pack(int stream, const PageJob * jobs, int n, int n_threads) override;
     void unpack(const PageJob * jobs, int n, int n_threads) override;
     void write(half * const * to, int n, const Rows & from) override;
     void read(const PageSpan * spans, int n, half * rows) override;
     void observe(const Queries & queries, int n_threads) override;
-    bool query_statistics(float * mean_abs, float * mean_sqr) override;
+    bool query_statistics(int stream, float * mean_abs, float * mean_sqr) override;
+    void forget_queries(int stream) override;
+    void mark_queries(int stream, int mark) override;
+    void recall_queries(int stream, int mark) override;
+    void copy_queries(int to, PageMemory & other, int from) override;
+    size_t query_bytes() const override;
     void observe_on(cuda::Stream stream, const Queries & queries) { cuda::observe(stream, observation(queries)); }
     cuda::Observation observation(const Queries & queries);  // which is then to be done
 
@@ -188,7 +193,12 @@ class CudaMemory final : public PageMemory {
 
     size_t page_bytes() const { return size_t(2) * kPageCells * row_; }
     void copy_bytes(void * to, const void * from, size_t bytes);
-    cuda::QuerySums sums() const;
+    cuda::QuerySums sums(int stream) const;
+    // Statistics of a stream, those of the next behind them; behind the last stream's the importance before any query.
+    size_t n_sums() const { return size_t(layout_->n_heads) * layout_->head_size; }
+    size_t sums_stride() const { return 3 * n_sums() + 4; }
+    float * prior() const { return sums_ + layout_->n_streams * sums_stride(); }
+    void release_marks();
 
     std::shared_ptr<cuda::Queue> queue_;
     int row_;
@@ -196,7 +206,7 @@ class CudaMemory final : public PageMemory {
     const PageLayout * layout_ = nullptr;
     void * heads_ = nullptr;           // KeyHead or ValueHead, by head
     float * sums_ = nullptr;           // keys: the arrays of QuerySums, one behind the other
-    bool any_queries_ = false;
+    std::vector<std::vector<float *>> marks_;  // by stream: sums of |q_d| and the count, as they were
     half ** diverted_ = nullptr;
 };
 

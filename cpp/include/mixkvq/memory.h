@@ -36,13 +36,17 @@ class ScratchPool {
   public:
     ~ScratchPool();
     void * get(size_t bytes);  // zeroed, 64-byte aligned; throws std::bad_alloc
-    void put(void * block, size_t bytes);
+    void put(void * block, size_t bytes);  // throws nothing
     void trim();  // frees the blocks that nobody holds
     size_t bytes() const { return bytes_; }
     size_t bytes_peak() const { return peak_; }
 
   private:
-    std::unordered_map<size_t, std::vector<void *>> free_;
+    struct Blocks {
+        std::vector<void *> free;
+        size_t n_blocks = 0;  // with those that somebody holds
+    };
+    std::unordered_map<size_t, Blocks> blocks_;  // by size
     size_t bytes_ = 0, peak_ = 0;
 };
 
