@@ -23,7 +23,8 @@ PageStore::PageStore(const StoreShape & shape, std::unique_ptr<PageMemory> memor
     half_pages_.resize(shape.n_streams);
     clock_.resize(shape.n_streams, 0);
     newest_.resize(shape.n_streams, -1);
-    histories_.resize(shape.n_streams, History(shape.n_cells, shape.window, shape.sinks > 0));
+    histories_.reserve(shape.n_streams);
+    for (int s = 0; s < shape.n_streams; ++s) histories_.emplace_back(shape.n_cells, shape.window, shape.sinks > 0);
     // What only moves a page from one list to another throws nothing.
     for (auto & list : half_pages_) list.reserve(shape.n_pages());
     moved_.reserve(pages_.size());
@@ -40,6 +41,7 @@ PageStore::~PageStore() { clear(); }
 template <class Format> void PageStore::lay_out(const std::vector<Format> & formats) {
     layout_.n_heads = int(formats.size());
     layout_.n_streams = shape_.n_streams;
+    layout_.n_marks = History::n_marks(shape_.n_cells);
     layout_.head_size = formats[0].head_size;
     layout_.record_offset.clear();  // an earlier call may have thrown
     free_records_.clear();
@@ -306,7 +308,13 @@ template <class Cells> void PageStore::write_cells(Cells && cells, int n, const 
     };
     overwritten_.clear();
     overwritten_.reserve(n / kPageCells);
-    for (History & history : histories_) history.reserve(n);
+    int n_runs = 0;
+    const auto is_over = [&](Cell c) { return page(c.stream, c.cell / kPageCells).valid.test(c.cell % kPageCells); };
+    for (int i = 0; i < n; ++i) {
+        const Cell c = cells(i), before = i > 0 ? cells(i - 1) : Cell{-1, 0};
+        n_runs += c.stream != before.stream || c.cell != before.cell + 1 || is_over(c) != is_over(before);
+    }
+    for (History & history : histories_) history.reserve(n_runs);
     try {
         for (int i = 0; i < n; ++i) {
             const Cell c = cells(i);
@@ -383,12 +391,7 @@ void PageStore::look(const MaskView & view) {
         if (shape_.is_value || keep_statistics_) continue;
         if (step.turn == History::Turn::back) memory_->recall_queries(stream, step.mark);
         if (step.turn == History::Turn::anew) memory_->forget_queries(stream);
-        if (step.marked < 0) continue;
-        try {
-            memory_->mark_queries(stream, step.marked);
-        } catch (const std::bad_alloc &) {
-            histories_[stream].drop_mark(step.marked);
-        }
+        if (step.marked >= 0) memory_->mark_queries(stream, step.marked);
     }
 }
 

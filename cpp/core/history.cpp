@@ -30,6 +30,21 @@ bool MaskView::sees(int s, int t, int cell) const {
     return is_half ? static_cast<const half *>(mask)[at] != 0xfc00 : !(std::isinf(static_cast<const float *>(mask)[at]));
 }
 
+History::History(int n_cells, int window, bool keeps_first) : n_cells_(n_cells), window_(window), keeps_first_(keeps_first) {
+    marks_.reserve(n_marks(n_cells));
+    sequences_.reserve(1);
+    for (auto * runs : {&now_, &last_}) runs->reserve(8);
+}
+
+// The number of a mark: of what 128, 512, 2048, ... rows have left behind.
+static int mark_of(uint64_t rows) {
+    int number = -1;
+    for (uint64_t n = kPageCells; n <= rows; n *= 4) ++number;
+    return number;
+}
+
+int History::n_marks(int n_cells) { return mark_of(n_cells) + 1; }
+
 void History::reserve(int n) {
     if (now_.capacity() < now_.size() + n) now_.reserve(std::max(2 * now_.size(), now_.size() + n));
 }
@@ -51,10 +66,6 @@ void History::erased(int cell, int n) {
 void History::clear() {
     now_.clear(), last_.clear(), marks_.clear(), sequences_.clear();
     rows_ = 0;
-}
-
-void History::drop_mark(int number) {
-    marks_.erase(std::remove_if(marks_.begin(), marks_.end(), [&](const Mark & m) { return m.number == number; }), marks_.end());
 }
 
 // ---- sequences ----
@@ -83,8 +94,9 @@ int History::begin(int cell, bool over) {
     }
     if (n_sequences() == kMostSequences || (!make_room(sequences_) && n_sequences() > 0)) {
         const auto oldest = std::min_element(sequences_.begin(), sequences_.end(), [](auto & a, auto & b) { return a.seen < b.seen; });
-        *oldest = {};
         oldest->first_page = page;
+        oldest->rows = 0;
+        oldest->recent.clear();
         return int(oldest - sequences_.begin());
     }
     sequences_.emplace_back();
@@ -100,6 +112,7 @@ void History::append(Sequence & sequence, int cell) {
     sequence.seen = looks_;
     if (recent.empty() || recent.back().page != page) {
         recent.erase(std::remove_if(recent.begin(), recent.end(), [&](Recent r) { return r.page == page || row - r.row > uint64_t(window_); }), recent.end());
+        if (recent.empty() && recent.capacity() < most_recent()) recent.reserve(most_recent());
         if (!make_room(recent)) return;
         recent.push_back({page, row});
     }
@@ -145,10 +158,9 @@ History::Step History::step(const MaskView & view, int s, bool rewound, int tip)
         step.turn = marks_.empty() ? Turn::anew : Turn::back;
         step.mark = marks_.empty() ? -1 : marks_.back().number;
         rows_ = marks_.empty() ? 0 : marks_.back().rows;
-    } else if (!rewound && tip >= 0 && rows_ >= kPageCells && rows_ <= uint64_t(n_cells_)) {
-        int number = 0;  // one for each power of two
-        while (rows_ >> (number + 1) >= kPageCells) ++number;
-        if (marks_.empty() || marks_.back().number < number) {
+    } else if (!rewound && tip >= 0 && rows_ <= uint64_t(n_cells_)) {
+        const int number = mark_of(rows_);
+        if (number > (marks_.empty() ? -1 : marks_.back().number)) {
             marks_.push_back({number, tip, rows_});
             step.marked = number;
         }
@@ -158,10 +170,6 @@ History::Step History::step(const MaskView & view, int s, bool rewound, int tip)
 
 History::Step History::look(const MaskView & view, int s) {
     if (now_.empty()) return {};
-    // What cannot be promised later is asked for first.
-    marks_.reserve(marks_.size() + 1);
-    sequences_.reserve(1);
-
     ++looks_;
     int n_before = -view.n_tokens;  // rows that came otherwise, from a state
     for (const Run & run : now_) n_before += run.n;
@@ -205,7 +213,7 @@ History::Step History::look(const MaskView & view, int s) {
 size_t History::bytes() const {
     size_t n = (now_.capacity() + last_.capacity()) * sizeof(Run) + marks_.capacity() * sizeof(Mark) + sequences_.capacity() * sizeof(Sequence);
     for (const Sequence & sequence : sequences_) n += sequence.recent.capacity() * sizeof(Recent);
-    return n;
+    return n + (sequences_.empty() ? most_recent() * sizeof(Recent) : 0);  // the first one will come
 }
 
 }  // namespace mixkvq

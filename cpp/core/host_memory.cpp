@@ -16,7 +16,7 @@ void HostMemory::set_layout(const PageLayout & layout) {
     layout_ = &layout;
     if (layout.is_value()) return;
     importance_.assign(size_t(layout.n_heads) * layout.head_size, 0.0f);
-    queries_.assign(layout.n_streams, {importance_, importance_, 0, {}});
+    queries_.assign(layout.n_streams, {importance_, importance_, 0, std::vector<Mark>(layout.n_marks, {importance_, 0})});
 }
 
 void HostMemory::zero(half * rows, int n_rows) { std::memset(rows, 0, size_t(2) * n_rows * row_); }
@@ -147,8 +147,7 @@ void HostMemory::forget_queries(int stream) {
 
 void HostMemory::mark_queries(int stream, int mark) {
     QuerySums & sums = queries_[stream];
-    if (int(sums.marks.size()) <= mark) sums.marks.resize(mark + 1);
-    sums.marks[mark].abs = sums.abs;
+    std::copy(sums.abs.begin(), sums.abs.end(), sums.marks[mark].abs.begin());
     sums.marks[mark].count = sums.count;
 }
 
@@ -162,8 +161,15 @@ void HostMemory::recall_queries(int stream, int mark) {
 }
 
 void HostMemory::copy_queries(int to, PageMemory & other, int from) {
-    QuerySums copy = static_cast<HostMemory &>(other).queries_[from];
-    std::swap(queries_[to], copy);
+    const QuerySums & source = static_cast<HostMemory &>(other).queries_[from];
+    QuerySums & sums = queries_[to];
+    std::copy(source.abs.begin(), source.abs.end(), sums.abs.begin());
+    std::copy(source.sqr.begin(), source.sqr.end(), sums.sqr.begin());
+    sums.count = source.count;
+    for (size_t i = 0; i < sums.marks.size(); ++i) {
+        std::copy(source.marks[i].abs.begin(), source.marks[i].abs.end(), sums.marks[i].abs.begin());
+        sums.marks[i].count = source.marks[i].count;
+    }
 }
 
 size_t HostMemory::query_bytes() const {

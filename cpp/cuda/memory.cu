@@ -437,14 +437,6 @@ CudaMemory::~CudaMemory() {
     queue_->release(table_);
     queue_->release(heads_);
     queue_->release(sums_);
-    release_marks();
-}
-
-void CudaMemory::release_marks() {
-    for (const auto & marks : marks_) {
-        for (float * mark : marks) queue_->release(mark);
-    }
-    marks_.clear();
 }
 
 void CudaMemory::set_layout(const PageLayout & layout) {
@@ -460,10 +452,8 @@ void CudaMemory::set_layout(const PageLayout & layout) {
     send_heads(*queue_, layout.keys, layout, heads_);
     queue_->release(sums_);
     sums_ = nullptr;
-    release_marks();
-    marks_.resize(layout.n_streams);
     const size_t n = n_sums();
-    sums_ = static_cast<float *>(queue_->allocate((layout.n_streams * sums_stride() + n) * sizeof(float)));
+    sums_ = static_cast<float *>(queue_->allocate(sums_floats() * sizeof(float)));
     auto * importance = static_cast<float *>(queue_->reserve(n * sizeof(float)));
     std::fill(importance, importance + n, 1.0f);
     if (!layout.query_prior.empty()) std::copy(layout.query_prior.begin(), layout.query_prior.end(), importance);
@@ -610,48 +600,28 @@ bool CudaMemory::query_statistics(int stream, float * mean_abs, float * mean_sqr
 
 void CudaMemory::forget_queries(int stream) {
     const cuda::QuerySums all = sums(stream);
-    queue_->note(cudaMemsetAsync(all.abs, 0, sums_stride() * sizeof(float), on(*queue_)));
+    queue_->note(cudaMemsetAsync(all.abs, 0, (3 * n_sums() + 4) * sizeof(float), on(*queue_)));
     copy_bytes(all.importance, prior(), n_sums() * sizeof(float));
 }
 
-void CudaMemory::mark_queries(int stream, int mark) {
+void CudaMemory::mark_queries(int stream, int number) {
     const size_t n = n_sums();
-    auto & marks = marks_[stream];
-    if (int(marks.size()) <= mark) marks.resize(mark + 1);
-    if (!marks[mark]) marks[mark] = static_cast<float *>(queue_->allocate((n + 1) * sizeof(float)));
-    copy_bytes(marks[mark], sums(stream).abs, n * sizeof(float));
-    copy_bytes(marks[mark] + n, sums(stream).count, sizeof(float));
+    copy_bytes(mark(stream, number), sums(stream).abs, n * sizeof(float));
+    copy_bytes(mark(stream, number) + n, sums(stream).count, sizeof(float));
 }
 
-void CudaMemory::recall_queries(int stream, int mark) {
+void CudaMemory::recall_queries(int stream, int number) {
     const cuda::QuerySums now = sums(stream);
-    const float * then = marks_[stream][mark];
-    const int n = int(n_sums());
-    cuda::recall_sums(on(*queue_), now, then, n);
-    copy_bytes(now.count, then + n, sizeof(float));
+    const float * then = mark(stream, number);
+    cuda::recall_sums(on(*queue_), now, then, int(n_sums()));
+    copy_bytes(now.count, then + n_sums(), sizeof(float));
 }
 
 void CudaMemory::copy_queries(int to, PageMemory & other, int from) {
-    auto & source = static_cast<CudaMemory &>(other);
-    const size_t n = n_sums();
-    auto & marks = marks_[to];
-    const auto & marked = source.marks_[from];
-    if (marks.size() < marked.size()) marks.resize(marked.size());
-    for (size_t i = 0; i < marked.size(); ++i) {
-        if (marked[i] && !marks[i]) marks[i] = static_cast<float *>(queue_->allocate((n + 1) * sizeof(float)));
-    }
-    for (size_t i = 0; i < marked.size(); ++i) {
-        if (marked[i]) copy_bytes(marks[i], marked[i], (n + 1) * sizeof(float));
-    }
-    copy_bytes(sums(to).abs, source.sums(from).abs, sums_stride() * sizeof(float));
+    copy_bytes(sums(to).abs, static_cast<CudaMemory &>(other).sums(from).abs, sums_stride() * sizeof(float));
 }
 
-size_t CudaMemory::query_bytes() const {
-    if (!sums_) return 0;
-    size_t n = layout_->n_streams * sums_stride() + n_sums();
-    for (const auto & marks : marks_) n += (n_sums() + 1) * (marks.size() - std::count(marks.begin(), marks.end(), nullptr));
-    return n * sizeof(float);
-}
+size_t CudaMemory::query_bytes() const { return sums_ ? sums_floats() * sizeof(float) : 0; }
 
 const cuda::PageRef * CudaMemory::table_of(PageStore & store) {
     const int n_pages = store.shape().n_pages();

@@ -194,11 +194,13 @@ class CudaMemory final : public PageMemory {
     size_t page_bytes() const { return size_t(2) * kPageCells * row_; }
     void copy_bytes(void * to, const void * from, size_t bytes);
     cuda::QuerySums sums(int stream) const;
-    // Statistics of a stream, those of the next behind them; behind the last stream's the importance before any query.
+    // Statistics of a stream, what is remembered of them (sums of |q_d| and the count), those of the next stream; behind the last one's the importance
+    // before any query.
     size_t n_sums() const { return size_t(layout_->n_heads) * layout_->head_size; }
-    size_t sums_stride() const { return 3 * n_sums() + 4; }
+    size_t sums_stride() const { return 3 * n_sums() + 4 + layout_->n_marks * (n_sums() + 4); }
+    float * mark(int stream, int number) const { return sums_ + stream * sums_stride() + 3 * n_sums() + 4 + number * (n_sums() + 4); }
     float * prior() const { return sums_ + layout_->n_streams * sums_stride(); }
-    void release_marks();
+    size_t sums_floats() const { return layout_->n_streams * sums_stride() + n_sums(); }
 
     std::shared_ptr<cuda::Queue> queue_;
     int row_;
@@ -206,7 +208,6 @@ class CudaMemory final : public PageMemory {
     const PageLayout * layout_ = nullptr;
     void * heads_ = nullptr;           // KeyHead or ValueHead, by head
     float * sums_ = nullptr;           // keys: the arrays of QuerySums, one behind the other
-    std::vector<std::vector<float *>> marks_;  // by stream: sums of |q_d| and the count, as they were
     half ** diverted_ = nullptr;
 };
 

@@ -26,9 +26,12 @@ struct MaskView {
 class History {
   public:
     // `n_cells` of the stream; `window` rows of each sequence are recent; keeps_first: so is the page of a sequence's first row.
-    History(int n_cells, int window, bool keeps_first) : n_cells_(n_cells), window_(window), keeps_first_(keeps_first) {}
+    History(int n_cells, int window, bool keeps_first);
 
-    // Comes before n rows are written, after which `wrote` throws nothing.
+    // How many marks there may be.
+    static int n_marks(int n_cells);
+
+    // Comes before rows are written, after which `wrote` throws nothing: n times one of them does not follow the one before, or not in being `over`.
     void reserve(int n);
     // In the order of the rows. over: the cell held a token before.
     void wrote(int cell, bool over);
@@ -41,9 +44,8 @@ class History {
         int mark = -1;         // Turn::back: which one
         int marked = -1;       // Turn::on: they are to be remembered under this number, as of before this batch
     };
-    // The batch whose rows have been written last, before its attention. Throws std::bad_alloc: nothing has changed.
+    // The batch whose rows have been written last, before its attention.
     Step look(const MaskView & view, int s);
-    void drop_mark(int number);
 
     int n_sequences() const { return int(sequences_.size()); }
     // Whether a page is in the window of a sequence or holds its first row.
@@ -70,6 +72,7 @@ class History {
         std::vector<Recent> recent;
     };
 
+    size_t most_recent() const { return window_ / kPageCells + 3; }  // pages of a sequence that is alone
     int find(const MaskView & view, int s, int t, int likely) const;
     int begin(int cell, bool over);
     void append(Sequence & sequence, int cell);

@@ -18,7 +18,7 @@ namespace mixkvq {
 // How a cell divides into heads, and the records of a page among them: a format per head, of keys or of values.
 struct PageLayout {
     int n_heads = 1, head_size = 0;
-    int n_streams = 1;  // of the store: keys have query statistics for each
+    int n_streams = 1, n_marks = 0;  // of the store: keys have query statistics for each stream, and remember some
     std::vector<KeyFormat> keys;
     std::vector<ValueFormat> values;
     std::vector<size_t> record_offset;  // by head, within the records of a page
@@ -83,8 +83,8 @@ class PageMemory {
     virtual void observe(const Queries & queries, int n_threads) = 0;
     // Mean |q_d| and mean q_d^2, [head][channel], on the host, of a stream or, at -1, of all; ones and false before any query.
     virtual bool query_statistics(int stream, float * mean_abs, float * mean_sqr) = 0;
-    // The statistics of a stream begin anew; are remembered under a small number (throws std::bad_alloc: they are not); are again what was remembered
-    // (of q^2 only the mean of now is kept); become those of a stream of a memory of the same kind, with what is remembered (throws: nothing changes).
+    // The statistics of a stream begin anew; are remembered under a number below n_marks; are again what was remembered (of q^2 only the mean of now is
+    // kept); become those of a stream of a memory of the same kind and layout, with what is remembered.
     virtual void forget_queries(int stream) = 0;
     virtual void mark_queries(int stream, int mark) = 0;
     virtual void recall_queries(int stream, int mark) = 0;
@@ -118,7 +118,7 @@ class HostMemory final : public PageMemory {
   private:
     struct Mark {
         std::vector<float> abs;
-        double count;
+        double count = 0;
     };
     struct QuerySums {
         std::vector<float> abs, sqr;  // of |q_d| and q_d^2, [head][channel]
