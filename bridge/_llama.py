@@ -37,7 +37,7 @@ from .machine import free_memory
 from .memory import CELLS, Free, check_fits
 from .model_file import ModelFile, open_model
 from .page import Codec, Page
-from .settings import Kv, KvLike, check_geometry, resolve_kv, stock_type, with_profile
+from .settings import Kv, KvLike, check_geometry, least_bits, resolve_kv, stock_type, with_profile
 
 # What the backend was built and tested against. ggml's backend interface is not stable between releases, so a
 # version outside these is refused: a mismatch would crash instead of failing.
@@ -488,16 +488,23 @@ class Llama(llama_cpp.Llama):
         devices = [gpu.device for gpu in chosen] or ([backend.cpu] if backend is not None else [])
         begin = None if backend is None else functools.partial(backend.begin, self.kv, self._file, self.codec)
         n_ctx, free = kwargs["n_ctx"], free_memory()
+        least = CELL_BYTES if chosen else CELL_BYTES + self._least_bytes(kwargs) // n_ctx
         with _load_lock, DryRun(self._file.path, devices, kwargs, begin, self.stock or "f16") as dry:
-            placement = decide(dry.measure(n_ctx) if n_ctx * CELL_BYTES <= free.bytes else None)
+            placement = decide(dry.measure(n_ctx) if n_ctx * least <= free.bytes else None)
             on_gpus = {prefix + gpu.name for gpu in placement.gpus for prefix in ("", OURS)}
             n_cpu = 0 if placement.gpus and placement.n_layers is None else self._file.n_layers - (placement.n_layers or 0)
             share = n_cpu / max(1, self._file.n_layers)
-            check_fits(n_ctx, free, CELL_BYTES, dry.bytes_of(lambda need: need.on_cpu(n_cpu, share, on_gpus)))
+            check_fits(n_ctx, free, least, dry.bytes_of(lambda need: need.on_cpu(n_cpu, share, on_gpus)))
             if placement.gpus:
                 room = Free(sum(gpu.free for gpu in placement.gpus), where=f"on {', '.join(gpu.name for gpu in placement.gpus)}")
                 check_fits(n_ctx, room, 0, dry.bytes_of(lambda need: need.all - need.on_cpu(n_cpu, share, on_gpus)))
         return placement
+
+    def _least_bytes(self, kwargs: dict[str, Any]) -> int:
+        """What the keys and values take at least, from the file alone: a context too large even for that need not be tried."""
+        swa_full = kwargs.get("swa_full")
+        elements = self._file.cache_elements(kwargs["n_ctx"], kwargs.get("n_ubatch", 512), swa_full is None or swa_full)
+        return int(elements * (16 if self.codec is not None else least_bits(self.kv, self.stock)) / 8)
 
     def _checked_context(self, kwargs: dict[str, Any]) -> int:
         n_ctx = kwargs.get("n_ctx", 512)

@@ -14,7 +14,7 @@ from .session import stock_stats
 
 # llama.cpp's own books about a cell: position, shift and sequences, and two nodes of trees if it is in use.
 CELL_BYTES = 48 + 2 * 48
-_RECURRENT = re.compile(r"llama_memory_recurrent: size =\s*([\d.]+) MiB")
+GRAPH_BYTES = 6 << 20  # its graphs and what the allocator holds, of any context
 _CELLS = re.compile(r"llama_kv_cache: size =.*\(\s*(\d+) cells,.*?/\s*(\d+) seqs\)")
 _WORK = re.compile(r":\s+(\S+) compute buffer size =\s*([\d.]+) MiB")
 
@@ -24,7 +24,7 @@ class Need:
     """Bytes that a context takes when it is full.
 
     cache: keys and values, the `bytes` of kv_stats; layers: the same by layer, without tables; empty for llama.cpp's own caches. recurrent: states
-    of layers that have no keys and values. books: what llama.cpp and llama-cpp-python keep about cells. work: what is computed in, by llama.cpp's
+    of layers that have no keys and values. books: what llama.cpp and llama-cpp-python keep beside them. work: what is computed in, by llama.cpp's
     name for the memory.
     """
 
@@ -107,20 +107,20 @@ class DryRun:
     def _need(self, n_ctx: int, lines: Sequence[str], session: Any) -> Need:
         C, text = llama().C, "\n".join(lines)
         work = {name: round(float(mib) * (1 << 20)) for name, mib in _WORK.findall(text)}
-        books = CELL_BYTES * sum(int(cells) * int(streams) for cells, streams in _CELLS.findall(text))
+        books = GRAPH_BYTES + CELL_BYTES * sum(int(cells) * int(streams) for cells, streams in _CELLS.findall(text))
         if self._options.get("logits_all"):
             books += 4 * n_ctx * C.llama_vocab_n_tokens(C.llama_model_get_vocab(self._model))
-        recurrent = round(sum(map(float, _RECURRENT.findall(text))) * (1 << 20))
+        stats = stock_stats(self._stock, lines, 0)
         if session is None:
-            return Need(stock_stats(self._stock, lines, 0)["bytes"], {}, recurrent, books, work)
+            return Need(stats["bytes"], {}, stats["bytes_recurrent"], books, work)
         try:
-            cache = session.stats()["bytes"]
+            stats = session.stats()
         except RuntimeError:  # no layer has keys and values
-            return Need(0, {}, recurrent, books, work)
+            return Need(0, {}, stats["bytes_recurrent"], books, work)
         layers: dict[int, int] = {}
         for layer in session.layers():
             layers[layer["layer"]] = layers.get(layer["layer"], 0) + layer["bytes"]
-        return Need(cache, layers, recurrent, books, work)
+        return Need(stats["bytes"], layers, stats["bytes_recurrent"], books, work)
 
     def close(self) -> None:
         if self._model:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .errors import ContextTooLargeError
 
 CELLS = 256  # llama.cpp rounds a context up to this many cells
-MARGIN = 0.97  # of what is free: a context that is proposed must fit a moment later as well
+MARGIN, LEAST_MARGIN = 0.03, 4 << 20  # of what is free: a context that is proposed must fit a moment later as well
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def check_fits(n_ctx: int, free: Free, least: int, measure: Callable[[int], int 
         if need is None or need <= free.bytes:
             return
     assert need is not None
-    fits = largest_that_fits(n_ctx, need, round(MARGIN * free.bytes), least, measure)
+    room = free.bytes - round(max(MARGIN * free.bytes, LEAST_MARGIN))
+    fits = largest_that_fits(n_ctx, need, room, least, measure)
     advice = f"at most {fits} tokens fit" if fits else f"not even {CELLS} tokens fit"
     raise ContextTooLargeError(f"A context of {n_ctx} tokens needs at least {format_bytes(need)} and {free.describe()}; {advice}.")
 
@@ -57,15 +58,18 @@ def check_fits(n_ctx: int, free: Free, least: int, measure: Callable[[int], int 
 def largest_that_fits(n_ctx: int, need: int, free: int, least: int, measure: Callable[[int], int | None]) -> int:
     """The largest multiple of CELLS below n_ctx, which takes `need` bytes, that takes at most `free`; 0 if none does."""
     low, low_need, high, high_need = 0, 0, n_ctx // CELLS, need
+    if least:
+        high = min(high, free // (least * CELLS) + 1)
+    turn = 0
     while high - low > 1:
-        # What a context takes is nearly proportional to its length, so the line between what is known soon meets it.
-        guess = low + int((high - low) * (free - low_need) / max(1, high_need - low_need))
-        guess = min(max(guess, low + 1), high - 1, max(low + 1, free // max(1, least * CELLS)))
+        # What a context takes is nearly proportional to its length: the line between what is known, and where it does not get on, the middle.
+        turn += 1
+        slope = max(1e-9, (high_need - low_need) / (high - low))
+        guess = low + int((free - low_need) / slope) if turn % 3 else (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
         taken = measure(guess * CELLS)
         if taken is not None and taken <= free:
             low, low_need = guess, taken
-            if high_need - low_need and free - low_need < (high_need - low_need) / (high - low):
-                break
         else:
-            high, high_need = guess, taken if taken is not None else high_need
+            high, high_need = guess, high_need if taken is None else taken
     return low * CELLS

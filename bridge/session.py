@@ -32,16 +32,21 @@ def mixkvq_stats(kv: Kv, stats: dict[str, Any], layers: Sequence[dict[str, Any]]
 _SIZE = re.compile(r"\(\s*(\d+) cells,\s*(\d+) layers,.*K \(\w+\):\s*([\d.]+) MiB, V \(\w+\):\s*([\d.]+) MiB")
 
 
+_RECURRENT = re.compile(r"llama_memory_recurrent: size =\s*([\d.]+) MiB")
+
+
 def stock_stats(stock: str, log: Sequence[str], n_tokens: int) -> dict[str, Any]:
     """The same figures for llama.cpp's own cache, from what it said about itself when it was created."""
     bits = STOCK_TYPES[stock][1]
-    n_bytes, n_cells, n_layers = 0, 0, 0
+    n_bytes, n_cells, n_layers, n_recurrent = 0, 0, 0, 0
     for line in log:
         match = _SIZE.search(line)
         if match:
             n_cells = max(n_cells, int(match[1]))
             n_layers += int(match[2])
             n_bytes += round((float(match[3]) + float(match[4])) * (1 << 20))
+        if match := _RECURRENT.search(line):
+            n_recurrent += round(float(match[1]) * (1 << 20))
     elements = round(n_bytes * 8 / bits)
     return {
         "cache": "stock",
@@ -50,6 +55,7 @@ def stock_stats(stock: str, log: Sequence[str], n_tokens: int) -> dict[str, Any]
         "bytes_filled": n_bytes,
         "bytes_reserved": n_bytes,
         "bytes_f16": elements * 2,
+        "bytes_recurrent": n_recurrent,
         "bytes_used": round(n_bytes * min(1.0, n_tokens / n_cells)) if n_cells else 0,
         "elements": elements,
         "body_bits": bits,
