@@ -54,11 +54,8 @@ uint64_t counted_bytes_of(const CacheTensor & t) {
     return filled_bytes(t.store->shape(), size_t(bits / 8 * kPageCells * t.store->shape().row));
 }
 
-// Page table, free lists, and the statistics of queries: mean |q_d|, mean q_d^2 and what packing sorts channels by.
-uint64_t table_bytes(const CacheTensor & t, const StoreShape & shape) {
-    const uint64_t lists = sizeof(uint8_t *) * (shape.home_pages() + shape.record_pages());
-    return sizeof(PageStore) + sizeof(CacheTensor) + shape.n_streams * (shape.n_pages() * sizeof(PageStore::Page) + lists) +
-           (t.is_value ? 0 : 3 * sizeof(float) * shape.row);
+uint64_t table_bytes(const StoreShape & shape) {
+    return uint64_t(shape.n_pages()) * shape.n_streams * sizeof(PageStore::Page) + sizeof(PageStore) + sizeof(CacheTensor);
 }
 
 // From how many cells on, in steps of 256, a stream of all packed tensors takes less than in F16; 0: from none.
@@ -71,7 +68,7 @@ int cells_of_gain(const std::vector<std::shared_ptr<Buffer>> & buffers) {
                 if (t->mode != CacheTensor::Mode::packed) continue;
                 StoreShape shape = t->store->shape();
                 shape.n_cells = n, shape.n_streams = 1;
-                packed += filled_bytes(shape, t->store->records_per_page()) + table_bytes(*t, shape);
+                packed += filled_bytes(shape, t->store->records_per_page()) + table_bytes(shape);
                 f16 += uint64_t(2) * shape.row * n;
             }
         }
@@ -117,7 +114,7 @@ int stats(mixkvq_session * handle, mixkvq_stats * out) {
             const uint64_t elements = uint64_t(shape.row) * shape.n_cells * shape.n_streams;
             out->elements += elements;
             out->bytes_f16 += 2 * elements;
-            const uint64_t tables = table_bytes(*t, shape);
+            const uint64_t tables = table_bytes(shape);
             out->bytes += filled_bytes_of(*t) + tables;
             out->bytes_reserved += tables;
             counted += counted_bytes_of(*t) + tables;

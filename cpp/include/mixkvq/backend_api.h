@@ -46,7 +46,7 @@ typedef struct mixkvq_session mixkvq_session;
 /* Three words. Filled: bytes in memory when all cells hold tokens. Reserved: bytes of addresses. In use: bytes of the cells written so far.
  * Of a context that llama.cpp only measures (no_alloc) they are what they would be, and nothing is in use. */
 typedef struct mixkvq_stats {
-    uint64_t bytes;          /* filled: records, F16 pages, plain tensors, tables and statistics; not the buffers of one attention call */
+    uint64_t bytes;          /* filled: records, F16 pages, plain tensors and page tables; not scratch, nor the buffers of one attention call */
     uint64_t bytes_peak;     /* filled, and the most scratch there ever was: the F16 pages of long prompts */
     uint64_t bytes_f16;      /* what an F16 cache of the same cells would take */
     uint64_t bytes_used;     /* in use: records and F16 pages that hold tokens; plain tensors as a whole */
@@ -58,7 +58,7 @@ typedef struct mixkvq_stats {
     int32_t  n_plain_layers; /* key and value tensors that are stored plainly */
     int32_t  n_threads;
     const char * isa;
-    uint64_t bytes_reserved;  /* reserved: the buffers of keys and values, the scratch there is now, tables */
+    uint64_t bytes_reserved;  /* reserved: the buffers of keys and values, the scratch there is now, page tables */
     uint64_t bytes_recurrent; /* recurrent states, which are no keys and values: in none of the other figures */
     int32_t  n_cells_gain;    /* where packing saves nothing, the cells (a multiple of 256) from which on it would; else 0 */
 } mixkvq_stats;
