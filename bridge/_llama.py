@@ -351,7 +351,7 @@ class Llama(llama_cpp.Llama):
 
     Raises (all are `bridge.BridgeError`):
         ModelFileError, SettingsError, ProfileError, GeometryError, VersionError: before anything is loaded.
-        ContextTooLargeError: if the cache cannot fit the memory that is free.
+        ContextTooLargeError: before weights are read, if the context cannot fit the memory that is free; it says which one would.
         ContextError, CacheNotUsedError: after loading; what was created is freed again.
 
     Loading is serialised over threads, because llama-cpp-python turns the process's stderr off while it loads; contexts then run in
@@ -483,7 +483,9 @@ class Llama(llama_cpp.Llama):
         kwargs.update(offload_kqv=True, split_mode=C.LLAMA_SPLIT_MODE_LAYER, main_gpu=0, tensor_split=split)
         self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
 
-    def _measured(self, backend: _Backend | None, chosen: Sequence[Gpu], kwargs: dict[str, Any], decide: Callable[[Need | None], Placement]) -> Placement:
+    def _measured(
+        self, backend: _Backend | None, chosen: Sequence[Gpu], kwargs: dict[str, Any], decide: Callable[[Need | None], Placement]
+    ) -> Placement:
         """The placement of what a dry run finds, once it is sure to fit. Raises ContextTooLargeError."""
         devices = [gpu.device for gpu in chosen] or ([backend.cpu] if backend is not None else [])
         begin = None if backend is None else functools.partial(backend.begin, self.kv, self._file, self.codec)
@@ -529,7 +531,7 @@ class Llama(llama_cpp.Llama):
             self._stock_cache = _log.caches()
             return
         try:
-            stats = self._session.stats()
+            self._session.stats()
         except RuntimeError:
             if not self._ctx.memory:
                 raise GeometryError(f"{self._file.name} ({self._file.architecture}) has no key/value cache; stock='f16' runs it as it is.") from None
@@ -560,7 +562,9 @@ class Llama(llama_cpp.Llama):
     def kv_stats(self) -> dict[str, Any]:
         """Figures of the cache: bytes, body_bits, total_bits, times_smaller (than F16), n_cells, plain_layers, device and so on.
 
-        `bytes` is everything allocated for the cache; `bytes_used` what the cells written so far take; bits are per key or value element.
+        `bytes` (also `bytes_filled`) is what the cache takes when the context is full, `bytes_reserved` its addresses, `bytes_used` what the cells
+        written so far take; `bytes_recurrent`, in none of these, are states of layers without keys and values. Bits are per key or value element.
+        Where packing saves nothing, `n_cells_gain` is the length from which on it would.
         Raises ContextError after close().
         """
         if self.stock is not None:

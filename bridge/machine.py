@@ -60,7 +60,7 @@ def _number(path: Path) -> int | None:
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """The folders of this process's control groups that have a say, innermost first: in the unified hierarchy and in the controller's own."""
-    paths = {}  # by controller; the unified hierarchy's is ""
+    paths: dict[str, str] = {}  # by controller; the unified hierarchy's is ""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, names, path = (*line.split(":", 2), "", "")[:3]
         paths.update(dict.fromkeys(names.split(","), path))
@@ -72,12 +72,12 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         unified = kind_fields[0] == "cgroup2"
         if not unified and not (kind_fields[0] == "cgroup" and controller in kind_fields[2].split(",")):
             continue
-        path = paths.get("" if unified else controller)
-        if path is None:
+        group = paths.get("" if unified else controller)
+        if group is None:
             continue
         top = root / fields[4].lstrip("/")
         # In a container the mount may begin at the container's group, or the path may be one that is not to be seen from here.
-        inner = os.path.relpath(path, fields[3])
+        inner = os.path.relpath(group, fields[3])
         folder = top if inner.startswith("..") else Path(os.path.normpath(top / inner))
         while folder != top:
             if folder.is_dir():
@@ -95,7 +95,8 @@ def _room(folder: Path) -> Free | None:
         return None
     values = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
     # Version 1 has figures of the group alone beside those with all groups below, which its usage counts.
-    reclaimable = sum(int(n) for name in _RECLAIMABLE if (n := values.get("total_" + name, values.get(name, ""))).isdigit())
+    pages = [values.get("total_" + name, values.get(name, "")) for name in _RECLAIMABLE]
+    reclaimable = sum(int(n) for n in pages if n.isdigit())
     return Free(max(0, limit - used + min(used, reclaimable)), limit)
 
 

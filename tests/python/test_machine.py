@@ -98,7 +98,9 @@ def test_a_path_outside_what_is_mounted(tmp_path):
     assert free_memory(tree(tmp_path, "0::/../elsewhere", V2_MOUNT.format(root="/"), files)) == Free(60 * MIB, 64 * MIB)
 
 
-@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 8), ("150000 100000", 1), ("350000 100000", 3), ("20000 100000", 1), ("", 8), ("x y", 8)])
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 8), ("150000 100000", 1), ("350000 100000", 3), ("20000 100000", 1), ("", 8), ("x y", 8)]
+)
 def test_quota_of_processors(tmp_path, monkeypatch, quota, cores):
     monkeypatch.setattr("bridge.machine._cores_of_affinity", lambda: 8)
     root = tree(tmp_path, "0::/a/b", V2_MOUNT.format(root="/"), {"a/cpu.max": quota, "a/b/cpu.max": "max 100000"})

@@ -89,7 +89,9 @@ def test_of_every_preset_and_window(paths, device, name, kv):
     llama.close()
 
 
-@pytest.mark.parametrize("options", [{"n_batch": 64}, {"n_batch": 1024, "n_ubatch": 128}, {"n_batch": 2048, "n_ubatch": 2048}, {"embedding": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"n_batch": 64}, {"n_batch": 1024, "n_ubatch": 128}, {"n_batch": 2048, "n_ubatch": 2048}, {"embedding": True}], ids=str
+)
 def test_of_batches_that_change_a_ring(paths, device, options):
     options = {"swa_full": False, **options}
     need = estimate(paths("gpt-oss"), device, 8192, **options)
