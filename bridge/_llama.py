@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import sys
@@ -19,7 +20,8 @@ from llama_cpp import llama_chat_format
 from llama_cpp import llama_cpp as C
 
 from . import session as reports
-from .devices import Gpu, Placement, check_device, place
+from .devices import Gpu, Placement, check_device, choose, place
+from .dry_run import CELL_BYTES, DryRun, Need
 from .errors import (
     BridgeError,
     CacheNotUsedError,
@@ -31,7 +33,8 @@ from .errors import (
     VersionError,
 )
 from .library import library_path, native
-from .memory import available_bytes, format_bytes
+from .machine import free_memory
+from .memory import CELLS, Free, check_fits
 from .model_file import ModelFile, open_model
 from .page import Codec, Page
 from .settings import Kv, KvLike, check_geometry, least_bits, resolve_kv, stock_type, with_profile
@@ -42,10 +45,11 @@ LLAMA_CPP_VERSIONS = ((0, 3, 36), (0, 3, 37))  # from, below
 GGML_VERSIONS = ((0, 25, 0), (0, 26, 0))
 CPU_DEVICE, OURS = "MIXKVQ-CPU", "MIXKVQ-"  # our devices: the CPU's, and one for each of llama.cpp's own, MIXKVQ-CUDA0
 _SETTINGS = ("MIXKVQ_PRESET", "MIXKVQ_PROFILE", "MIXKVQ_WINDOW", "MIXKVQ_SINKS")
-CELLS = 256  # llama.cpp rounds a context up to this many cells
 
 _GPU = 1  # enum ggml_backend_dev_type
 _ERROR = 4  # enum ggml_log_level; llama_cpp._logger still has the numbers of an older ggml
+
+_SIZES = re.compile(r"^llama_(kv_cache|memory_recurrent): size =|compute buffer size =")  # of llama.cpp's log, the lines that are kept
 
 _load_lock = threading.RLock()
 
@@ -260,7 +264,7 @@ class _Log:
                 errors = self._thread.__dict__.setdefault("errors", [])
                 errors.append(text.strip())
                 del errors[:-20]
-            elif text.startswith("llama_kv_cache: size ="):
+            elif _SIZES.search(text):
                 self._thread.__dict__.setdefault("caches", []).append(text.strip())
             if getattr(self._thread, "kept", False):
                 return
@@ -301,6 +305,10 @@ class _Log:
     def caches(self) -> list[str]:
         """llama.cpp's own description of the caches that this thread created last."""
         return list(getattr(self._thread, "caches", []))
+
+    def forget_caches(self) -> None:
+        """Those that follow are described from here on."""
+        self._thread.caches = []
 
 
 _log = _Log()
@@ -343,7 +351,7 @@ class Llama(llama_cpp.Llama):
 
     Raises (all are `bridge.BridgeError`):
         ModelFileError, SettingsError, ProfileError, GeometryError, VersionError: before anything is loaded.
-        ContextTooLargeError: if the cache cannot fit the memory that is free.
+        ContextTooLargeError: before weights are read, if the context cannot fit the memory that is free; it says which one would.
         ContextError, CacheNotUsedError: after loading; what was created is freed again.
 
     Loading is serialised over threads, because llama-cpp-python turns the process's stderr off while it loads; contexts then run in
@@ -441,28 +449,25 @@ class Llama(llama_cpp.Llama):
         # The first look at the GPUs of a process makes CUDA list them in the log.
         with contextlib.nullcontext() if kwargs.get("verbose", True) else _log.kept():
             gpus, missing = _our_gpus(backend) if backend is not None else (_stock_gpus(), "")
-        n_ctx, n_ubatch = kwargs["n_ctx"], self._n_ubatch(kwargs)
-        bits = 16.0 if self.codec is not None else least_bits(self.kv, self.stock)
-        cache = self._file.cache_elements(n_ctx, n_ubatch) * bits / 8
-        masks = n_ctx * n_ubatch * 6  # as F32 and as F16
         n_layers = self._file.n_layers
         n_gpu_layers = kwargs.get("n_gpu_layers")
         if n_gpu_layers is not None and (not isinstance(n_gpu_layers, int) or isinstance(n_gpu_layers, bool)):
             raise SettingsError(f"n_gpu_layers is {n_gpu_layers!r}; it must be a number of layers, or -1 for all.")
-        if kwargs.get("vocab_only"):
-            self._placement = Placement()
-        else:
-            self._placement = place(
-                self.device, gpus, missing, n_gpu_layers=n_gpu_layers, n_layers=n_layers,
-                weights=sum(os.path.getsize(path) for path in (self._file.path, *self._file.parts)), cache=cache,
-                workspace=masks + 4 * n_ubatch * self._file.n_vocab,
-            )  # fmt: skip
+        self._placement = Placement()
+        if not kwargs.get("vocab_only"):
+            chosen = () if n_gpu_layers == 0 else choose(self.device, gpus, missing)
+            weights = sum(os.path.getsize(path) for path in (self._file.path, *self._file.parts))
+
+            def decide(need: Need | None) -> Placement:
+                return place(
+                    self.device, gpus, missing, n_gpu_layers=n_gpu_layers, n_layers=n_layers, weights=weights,
+                    cache=need.cache + need.recurrent if need else 0, workspace=need.largest_work() if need else 0,
+                )  # fmt: skip
+
+            self._placement = self._measured(backend, chosen, kwargs, decide)
             if self._placement.note:
                 _log.say(f"mixkvq: {self._placement.note}")
         on_gpus = [gpu.device for gpu in self._placement.gpus]
-        on_cpu = 1.0 if not on_gpus else 0.0 if self._placement.n_layers is None else 1 - self._placement.n_layers / n_layers
-        if not kwargs.get("vocab_only"):
-            _check_memory(n_ctx, on_cpu * (cache + masks))
         split: list[float] | None = kwargs.get("tensor_split")
         if backend is None:
             devices = on_gpus
@@ -478,9 +483,30 @@ class Llama(llama_cpp.Llama):
         kwargs.update(offload_kqv=True, split_mode=C.LLAMA_SPLIT_MODE_LAYER, main_gpu=0, tensor_split=split)
         self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
 
-    @staticmethod
-    def _n_ubatch(kwargs: dict[str, Any]) -> int:
-        return min(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512), kwargs["n_ctx"])
+    def _measured(
+        self, backend: _Backend | None, chosen: Sequence[Gpu], kwargs: dict[str, Any], decide: Callable[[Need | None], Placement]
+    ) -> Placement:
+        """The placement of what a dry run finds, once it is sure to fit. Raises ContextTooLargeError."""
+        devices = [gpu.device for gpu in chosen] or ([backend.cpu] if backend is not None else [])
+        begin = None if backend is None else functools.partial(backend.begin, self.kv, self._file, self.codec)
+        n_ctx, free = kwargs["n_ctx"], free_memory()
+        least = CELL_BYTES if chosen else CELL_BYTES + self._least_bytes(kwargs) // n_ctx
+        with _load_lock, DryRun(self._file.path, devices, kwargs, begin, self.stock or "f16") as dry:
+            placement = decide(dry.measure(n_ctx) if n_ctx * least <= free.bytes else None)
+            on_gpus = {prefix + gpu.name for gpu in placement.gpus for prefix in ("", OURS)}
+            n_cpu = 0 if placement.gpus and placement.n_layers is None else self._file.n_layers - (placement.n_layers or 0)
+            share = n_cpu / max(1, self._file.n_layers)
+            check_fits(n_ctx, free, least, dry.bytes_of(lambda need: need.on_cpu(n_cpu, share, on_gpus)))
+            if placement.gpus:
+                room = Free(sum(gpu.free for gpu in placement.gpus), where=f"on {', '.join(gpu.name for gpu in placement.gpus)}")
+                check_fits(n_ctx, room, 0, dry.bytes_of(lambda need: need.all - need.on_cpu(n_cpu, share, on_gpus)))
+        return placement
+
+    def _least_bytes(self, kwargs: dict[str, Any]) -> int:
+        """What the keys and values take at least, from the file alone: a context too large even for that need not be tried."""
+        swa_full = kwargs.get("swa_full")
+        elements = self._file.cache_elements(kwargs["n_ctx"], kwargs.get("n_ubatch", 512), swa_full is None or swa_full)
+        return int(elements * (16 if self.codec is not None else least_bits(self.kv, self.stock)) / 8)
 
     def _checked_context(self, kwargs: dict[str, Any]) -> int:
         n_ctx = kwargs.get("n_ctx", 512)
@@ -490,6 +516,8 @@ class Llama(llama_cpp.Llama):
             value = kwargs.get(name, 512)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
                 raise SettingsError(f"{name} is {value!r}; it must be a positive number of tokens.")
+        if 0 < n_ctx < CELLS:
+            _log.say(f"mixkvq: {n_ctx} tokens of context were asked for; llama.cpp makes it {CELLS}, the smallest there is")
         n_ctx = n_ctx or self._file.n_ctx_train
         if not n_ctx:
             raise ModelFileError(f"{self._file.path} does not say its training context; give n_ctx.")
@@ -503,7 +531,7 @@ class Llama(llama_cpp.Llama):
             self._stock_cache = _log.caches()
             return
         try:
-            stats = self._session.stats()
+            self._session.stats()
         except RuntimeError:
             if not self._ctx.memory:
                 raise GeometryError(f"{self._file.name} ({self._file.architecture}) has no key/value cache; stock='f16' runs it as it is.") from None
@@ -511,8 +539,6 @@ class Llama(llama_cpp.Llama):
             raise CacheNotUsedError(
                 _sentence(why) if why else f"llama.cpp did not put the cache of {self._file.path} on a device of MixKVQ, so MixKVQ is not in use."
             ) from None
-        if not self._placement.gpus:  # their memory is taken by now, the machine's page by page
-            _check_memory(self.n_ctx(), stats["bytes"])
         if not self.verbose:  # the backend said it, but llama-cpp-python turns stderr off while it loads
             for reason in sorted({layer["reason"] for layer in self._session.layers() if layer["kind"] == "plain"}):
                 _log.say(f"mixkvq: some layers are stored plainly: {reason}")
@@ -536,7 +562,9 @@ class Llama(llama_cpp.Llama):
     def kv_stats(self) -> dict[str, Any]:
         """Figures of the cache: bytes, body_bits, total_bits, times_smaller (than F16), n_cells, plain_layers, device and so on.
 
-        `bytes` is everything allocated for the cache; `bytes_used` what the cells written so far take; bits are per key or value element.
+        `bytes` (also `bytes_filled`) is what the cache takes when the context is full, `bytes_reserved` its addresses, `bytes_used` what the cells
+        written so far take; `bytes_recurrent`, in none of these, are states of layers without keys and values. Bits are per key or value element.
+        Where packing saves nothing, `n_cells_gain` is the length from which on it would.
         Raises ContextError after close().
         """
         if self.stock is not None:
@@ -595,6 +623,12 @@ class Llama(llama_cpp.Llama):
         """Empty the cache. What it has learnt of the queries stays, as it does between the requests to a server."""
         self.reset()
         self._ctx.kv_cache_clear()
+
+    def reset(self) -> None:
+        """Forget all tokens and give their memory back. A prompt that begins like the one before needs none: `create_completion` sees to that."""
+        super().reset()
+        if self._session is not None:  # clearing would only write to all of llama.cpp's own cache
+            self._ctx.kv_cache_clear()
 
     def ends(self, token: int) -> bool:
         """Whether a token ends the model's turn."""
@@ -696,17 +730,6 @@ def _guarded(codec: Codec, llama: Llama) -> Codec:
 def _asks_for_something(kv: KvLike) -> bool:
     """Whether `kv` asks for something other than the default."""
     return kv is not None and kv != "balanced" and kv != Kv()
-
-
-def _check_memory(n_ctx: int, need: float) -> None:
-    free = available_bytes()
-    if free is None or need <= free:
-        return
-    fits = int(n_ctx * free / need) // CELLS * CELLS
-    advice = f"at most {fits} fit" if fits >= CELLS else "not even a small context fits"
-    raise ContextTooLargeError(
-        f"A context of {n_ctx} tokens needs at least {format_bytes(need)} for its cache and {format_bytes(free)} of memory are free; {advice}."
-    )
 
 
 def _progress(on_load: Callable[[float], None]) -> Callable[[float, Any], bool]:

@@ -125,6 +125,7 @@ class Chat:
             self.say(HELP)
         elif name == "/reset":
             self.messages, self.told_of_drop = list(self.system), False
+            self.llama.reset()
             self.say("The conversation is forgotten.")
         elif name == "/memory":
             self.say(reports.format_report(self.llama.kv_stats()))

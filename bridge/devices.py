@@ -48,19 +48,11 @@ def check_device(device: str) -> str:
     return device
 
 
-def place(
-    device: str, gpus: Sequence[Gpu], missing: str, *, n_gpu_layers: int | None, n_layers: int, weights: int, cache: float, workspace: float
-) -> Placement:
-    """Choose.
-
-    device: see DEVICE_HELP. missing: why GPUs that llama.cpp has are not among `gpus`, or "". n_gpu_layers: how many layers the GPUs
-    get at most; negative: all; None: as many as fit. weights, cache: bytes that all layers take. workspace: bytes beside WORKSPACE that a GPU
-    needs for a batch.
-    Raises SettingsError for GPUs that are not there.
-    """
+def choose(device: str, gpus: Sequence[Gpu], missing: str) -> tuple[Gpu, ...]:
+    """The GPUs that `device` names; none for the CPU, and for "auto" where there is none. Arguments and errors as of `place`."""
     check_device(device)
-    if device == "cpu" or (device == "auto" and n_gpu_layers == 0):
-        return Placement()
+    if device == "cpu":
+        return ()
     names = [gpu.name for gpu in gpus]
     if device in ("auto", "gpu"):
         chosen = tuple(gpus)
@@ -71,10 +63,26 @@ def place(
             if name not in names:
                 raise SettingsError(f"There is no GPU {name!r} to use: {there}.")
         chosen = tuple(gpu for gpu in gpus if gpu.name in wanted)
-    if not chosen:
-        if device == "auto":
-            return Placement(note=f"the model is computed on the CPU: {missing}" if missing else "")
+    if not chosen and device != "auto":
         raise SettingsError(f"There is no GPU to use: {missing or NO_GPU}.")
+    return chosen
+
+
+def place(
+    device: str, gpus: Sequence[Gpu], missing: str, *, n_gpu_layers: int | None, n_layers: int, weights: int, cache: float, workspace: float
+) -> Placement:
+    """Choose.
+
+    device: see DEVICE_HELP. missing: why GPUs that llama.cpp has are not among `gpus`, or "". n_gpu_layers: how many layers the GPUs
+    get at most; negative: all; None: as many as fit. weights, cache: bytes that all layers take. workspace: bytes beside WORKSPACE that a GPU
+    needs for a batch.
+    Raises SettingsError for GPUs that are not there.
+    """
+    if device == "auto" and n_gpu_layers == 0:
+        return Placement()
+    chosen = choose(device, gpus, missing)
+    if not chosen:
+        return Placement(note=f"the model is computed on the CPU: {missing}" if missing and device == "auto" else "")
     if n_gpu_layers == 0:
         return Placement()
     if n_gpu_layers is not None:

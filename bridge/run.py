@@ -22,6 +22,7 @@ from .answer import Answer, Message, Sampling, stream_answer
 from .devices import DEVICE_HELP, check_device
 from .errors import BridgeError, ContextError, SettingsError
 from .library import native
+from .machine import physical_cores
 from .model_file import built_in_model, open_model
 from .settings import STOCK_TYPES, Kv, resolve_kv
 
@@ -52,21 +53,6 @@ class Options:
     report: str
     report_file: str | None
     verbose: bool
-
-
-def physical_cores() -> int:
-    """Cores this process may use, not counting hyper-threads: the number of threads that is fastest for llama.cpp."""
-    try:
-        cpus = os.sched_getaffinity(0)
-    except AttributeError:
-        return max(1, os.cpu_count() or 1)
-    cores = set()
-    for cpu in cpus:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores))
 
 
 def load(options: Options, console: Console) -> Llama:

@@ -153,10 +153,11 @@ def check_geometry(model: ModelFile) -> None:
 
 
 def least_bits(kv: Kv | None, stock: str | None) -> float:
-    """A lower bound of the bits per element, for the check of memory before loading."""
+    """A lower bound of the bits per element, to refuse what cannot fit without a look at it."""
     if stock is not None:
         return STOCK_TYPES[stock][1]
     if kv is None or kv.profile is not None:
         return 2.0
     name = kv.preset or DEFAULT_PRESET
-    return next((float(p["body_bits"]) for p in native().presets() if name in (p["name"], p["alias"])), 2.0)
+    of_128 = next((float(p["body_bits"]) for p in native().presets() if name in (p["name"], p["alias"])), 2.0)
+    return 0.98 * of_128  # a head of 256 has half as many scales

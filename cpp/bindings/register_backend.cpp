@@ -128,6 +128,9 @@ class Session {
         d["n_plain_layers"] = s.n_plain_layers;
         d["n_threads"] = s.n_threads;
         d["isa"] = s.isa ? s.isa : "";
+        d["bytes_reserved"] = s.bytes_reserved;
+        d["bytes_recurrent"] = s.bytes_recurrent;
+        d["n_cells_gain"] = s.n_cells_gain;
         return d;
     }
 

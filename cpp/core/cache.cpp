@@ -17,6 +17,12 @@ size_t reserve_bytes(const StoreShape & s, size_t records_per_page) {
     return size_t(s.n_streams) * (s.home_pages() * s.page_bytes() + s.record_pages() * records_per_page);
 }
 
+size_t filled_bytes(const StoreShape & s, size_t records_per_page) {
+    const int staying = std::max(1, (s.window + kPageCells - 1) / kPageCells);
+    const int packed = std::max(0, s.n_pages() - s.sink_pages() - staying);
+    return size_t(s.n_streams) * (s.home_pages() * s.page_bytes() + packed * records_per_page);
+}
+
 PageStore::PageStore(const StoreShape & shape, std::unique_ptr<PageMemory> memory, uint8_t * region, size_t region_bytes)
     : shape_(shape), memory_(std::move(memory)), region_(region), region_bytes_(region_bytes) {
     pages_.resize(size_t(shape.n_streams) * shape.n_pages());

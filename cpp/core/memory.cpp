@@ -49,7 +49,8 @@ void Region::zero() {
 }
 uint64_t physical_memory() {
     const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
-    return pages > 0 && size > 0 ? uint64_t(pages) * uint64_t(size) : 0;
+    const uint64_t machine = pages > 0 && size > 0 ? uint64_t(pages) * uint64_t(size) : 0, group = group_memory();
+    return group && (!machine || group < machine) ? group : machine;
 }
 #endif
 

@@ -108,7 +108,7 @@ Buffer * buffer_of(const ggml_tensor * t) {
 
 CacheTensor * cache_of(const ggml_tensor * t) {
     const ggml_tensor * root = root_of(t);
-    return buffer_of(root) ? static_cast<CacheTensor *>(root->extra) : nullptr;
+    return is_ours(root->buffer) ? static_cast<CacheTensor *>(root->extra) : nullptr;
 }
 
 bool is_in_memory_of_llama(const ggml_tensor * t) {
@@ -156,6 +156,7 @@ void CacheTensor::make_plain(const std::string & why, const std::string & topic)
     if (mode == Mode::plain) return;
     const StoreShape & shape = store->shape();
     uint8_t * data = owner->memory->allocate(nominal_bytes);
+    owner->more += nominal_bytes;
     std::vector<half> rows(size_t(kPageCells) * shape.row);
     for (int s = 0; s < shape.n_streams; ++s) {
         for (int p = 0; p < shape.n_pages(); ++p) {
@@ -170,7 +171,7 @@ void CacheTensor::make_plain(const std::string & why, const std::string & topic)
     mode = Mode::plain;
     ++mode_changes;
     reason = why;
-    warn_once(std::string(is_value ? "values" : "keys") + " of some layers are stored plainly in F16: " + why, topic);
+    if (!owner->dry) warn_once(std::string(is_value ? "values" : "keys") + " of some layers are stored plainly in F16: " + why, topic);
 }
 
 void CacheTensor::read(size_t offset, void * data, size_t size) const {
@@ -259,6 +260,31 @@ void free_buffer(ggml_backend_buffer_t buffer) { delete static_cast<std::shared_
 
 void * get_base(ggml_backend_buffer_t buffer) { return get(buffer).memory->base(); }
 
+void add_cache(Buffer & buffer, ggml_tensor * t, int layer, bool is_value, uint8_t * region, size_t bytes) {
+    auto cache = std::make_unique<CacheTensor>();
+    cache->owner = &buffer;
+    cache->name = t->name;
+    cache->layer = layer;
+    cache->is_value = is_value;
+    cache->nominal_bytes = ggml_nbytes(t);
+    cache->row_bytes = t->nb[1];
+    const StoreShape shape = shape_of(t, is_value, buffer.session->settings);
+    cache->store = std::make_unique<PageStore>(shape, buffer.memory->pages(*cache, shape), region, bytes);
+    cache->store->keep_statistics(keeps_statistics());
+    if (buffer.session->settings.codec) cache->store->set_codec(codec_of(*buffer.session, layer, is_value, *cache->store), kernels());
+    if (t->type != GGML_TYPE_F16) {
+        cache->mode = CacheTensor::Mode::plain;
+        cache->plain_data = region;
+        cache->reason = std::string("its type is ") + ggml_type_name(t->type);
+        if (!buffer.dry) {
+            warn_once(std::string(is_value ? "values" : "keys") + " of some layers are stored plainly: llama.cpp was asked for a cache of type " +
+                      ggml_type_name(t->type) + "; leave the type at f16 for a MixKVQ cache");
+        }
+    }
+    t->extra = cache.get();
+    buffer.tensors.push_back(std::move(cache));
+}
+
 ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
     Buffer & buffer = get(ggml_buffer);
     int layer;
@@ -268,29 +294,10 @@ ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
         return t->view_src ? GGML_STATUS_SUCCESS : buffer.memory->init(t);
     }
     try {
-        auto cache = std::make_unique<CacheTensor>();
-        cache->owner = &buffer;
-        cache->name = t->name;
-        cache->layer = layer;
-        cache->is_value = is_value;
-        cache->nominal_bytes = ggml_nbytes(t);
-        cache->row_bytes = t->nb[1];
         auto * region = static_cast<uint8_t *>(t->data);
         const size_t bytes = std::min(get_alloc_size(ggml_buffer->buft, t), buffer.size - size_t(region - buffer.memory->base()));
-        const StoreShape shape = shape_of(t, is_value, buffer.session->settings);
-        cache->store = std::make_unique<PageStore>(shape, buffer.memory->pages(*cache, shape), region, bytes);
-        cache->store->keep_statistics(keeps_statistics());
-        if (buffer.session->settings.codec) cache->store->set_codec(codec_of(*buffer.session, layer, is_value, *cache->store), kernels());
-        if (t->type != GGML_TYPE_F16) {
-            cache->mode = CacheTensor::Mode::plain;
-            cache->plain_data = region;
-            buffer.memory->init(t);
-            cache->reason = std::string("its type is ") + ggml_type_name(t->type);
-            warn_once(std::string(is_value ? "values" : "keys") + " of some layers are stored plainly: llama.cpp was asked for a cache of type " +
-                      ggml_type_name(t->type) + "; leave the type at f16 for a MixKVQ cache");
-        }
-        t->extra = cache.get();
-        buffer.tensors.push_back(std::move(cache));
+        add_cache(buffer, t, layer, is_value, region, bytes);
+        if (t->type != GGML_TYPE_F16) buffer.memory->init(t);
     } catch (const std::bad_alloc &) {
         return GGML_STATUS_ALLOC_FAILED;
     }
@@ -430,6 +437,54 @@ size_t get_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor * t) {
     const size_t records = s.codec ? 0 : records_per_page(s, layer, int(t->ne[0]), is_value, error);
     if (!error.empty()) pending_error = error;
     return reserve_bytes(shape_of(t, is_value, s), records);
+}
+
+namespace {
+
+// What is behind the tensors of a dry run: nothing. Stores keep their books over addresses that nobody follows.
+class NoMemory final : public BufferMemory {
+  public:
+    uint8_t * base() const override { return nullptr; }
+    bool is_zero() const override { return true; }
+    const char * isa() const override { return isa_name(kernels().isa); }
+    std::unique_ptr<PageMemory> pages(CacheTensor &, const StoreShape & shape) override {
+        return std::make_unique<HostMemory>(kernels(), pool_, shape.row);
+    }
+    void trim() override {}
+    size_t scratch_bytes() const override { return 0; }
+    size_t scratch_bytes_peak() const override { return 0; }
+    uint8_t * allocate(size_t) override { return nullptr; }
+    void set(uint8_t *, const void *, size_t) override {}
+    void get(void *, const uint8_t *, size_t) const override {}
+    void fill(uint8_t *, uint8_t, size_t) override {}
+    void zero_all() override {}
+
+  private:
+    ScratchPool pool_;
+};
+
+}  // namespace
+
+void take_dry(const ggml_tensor * tensor) {
+    auto * root = const_cast<ggml_tensor *>(root_of(tensor));
+    int layer;
+    bool is_value;
+    if (!is_ours(root->buffer) || root->buffer->context || root->extra || !is_cache_tensor(root, layer, is_value)) return;
+    const auto session = current_session();
+    if (session->is_default) return;  // nobody asks it for sizes
+    if (!session->dry) {
+        auto buffer = std::make_shared<Buffer>();
+        buffer->memory = std::make_unique<NoMemory>();
+        buffer->dry = true;
+        buffer->session = session;
+        session->dry = buffer;
+        std::lock_guard<std::mutex> lock(session->mutex);
+        session->buffers.push_back(buffer);
+    }
+    const size_t bytes = get_alloc_size(root->buffer->buft, root);
+    session->dry->device = &device_at(root->buffer->buft);
+    session->dry->size += bytes;
+    add_cache(*session->dry, root, layer, is_value, reinterpret_cast<uint8_t *>(uintptr_t(64)), bytes);
 }
 
 void init_buffer_type(Device & device) {

@@ -93,7 +93,7 @@ std::unique_ptr<BufferMemory> allocate(Device &, size_t size, std::string & erro
     const uint64_t memory = physical_memory();
     char text[160];
     if (memory && size > memory) {
-        std::snprintf(text, sizeof(text), "the cache needs %.1f GiB and this machine has %.1f GiB of memory; choose a smaller context",
+        std::snprintf(text, sizeof(text), "the cache needs %.1f GiB and this process can have %.1f GiB of memory; choose a smaller context",
                       size / 1073741824.0, memory / 1073741824.0);
         error = text;
         return nullptr;

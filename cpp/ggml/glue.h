@@ -59,6 +59,8 @@ struct Session {
     std::string error;
     bool codec_failed = false;  // the error is one of the codec, and the next page it takes ends it
     std::atomic<int> n_threads{1};
+    std::shared_ptr<Buffer> dry;  // the tensors of a context that llama.cpp only measures (no_alloc); until the handle is released
+    bool is_default = false;      // the process's
 };
 
 // The codec of a session as the store of a layer calls it: checks what it returns, and leaves a sentence in the session.
@@ -162,9 +164,13 @@ struct Buffer {
     std::vector<std::pair<void *, size_t>> direct;  // tensors of llama.cpp's memory that are no key or value cache
     bool touched = false;
     std::shared_ptr<Session> session;
+    size_t more = 0;   // bytes allocated beside `size`, for tensors that turned out to be plain
+    bool dry = false;  // of a dry run: sizes without memory
 };
 
 void init_buffer_type(Device & device);
+// Takes a cache tensor of a dry run (llama.cpp's no_alloc) into the books of this thread's session.
+void take_dry(const ggml_tensor * tensor);
 const ggml_tensor * root_of(const ggml_tensor * tensor);
 CacheTensor * cache_of(const ggml_tensor * tensor);  // nullptr unless the tensor is (a view of) a cache tensor
 Buffer * buffer_of(const ggml_tensor * tensor);  // nullptr unless it is in one of our buffers

@@ -264,8 +264,11 @@ bool touches_cache(const ggml_tensor * op, ggml_backend_buffer_type_t type) {
     auto is_there = [&](const ggml_tensor * t) { return is_in_memory_of_llama(t) && root_of(t)->buffer->buft == type; };
     bool touches = is_there(op);
     for (int i = 0; i < GGML_MAX_SRC && !touches; ++i) touches = op->src[i] && is_there(op->src[i]);
-    if (touches && !is_view(op->op)) learn_geometry(op);
-    return touches;
+    if (!touches || is_view(op->op)) return touches;
+    take_dry(op);
+    for (int i = 0; i < GGML_MAX_SRC && op->src[i]; ++i) take_dry(op->src[i]);
+    learn_geometry(op);
+    return true;
 }
 
 ggml_status compute(BackendContext & backend, ggml_tensor * op) {

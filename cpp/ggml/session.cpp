@@ -18,14 +18,20 @@ std::shared_ptr<Session> default_session;
 thread_local std::shared_ptr<Session> thread_session;
 thread_local std::string last_error;
 
-std::vector<std::shared_ptr<Buffer>> buffers_of(Session & session) {
+std::vector<std::shared_ptr<Buffer>> alive_buffers(Session & session) {
     std::lock_guard<std::mutex> lock(session.mutex);
     std::vector<std::shared_ptr<Buffer>> alive;
     for (auto & weak : session.buffers) {
-        auto buffer = weak.lock();
-        if (buffer && !buffer->tensors.empty()) alive.push_back(buffer);
+        if (auto buffer = weak.lock()) alive.push_back(buffer);
     }
     return alive;
+}
+
+// Those with keys and values.
+std::vector<std::shared_ptr<Buffer>> buffers_of(Session & session) {
+    auto buffers = alive_buffers(session);
+    buffers.erase(std::remove_if(buffers.begin(), buffers.end(), [](auto & b) { return b->tensors.empty(); }), buffers.end());
+    return buffers;
 }
 
 double body_bits_of(const CacheTensor & t) {
@@ -33,9 +39,47 @@ double body_bits_of(const CacheTensor & t) {
     return 8.0 * t.store->records_per_page() / (double(kPageCells) * t.store->shape().row);
 }
 
-uint64_t bytes_of(const CacheTensor & t) {
+// Bytes of a tensor once all its cells are filled. A codec's pages stay F16, as do those of a tensor that nobody reads.
+uint64_t filled_bytes_of(const CacheTensor & t) {
+    const StoreShape & shape = t.store->shape();
     if (t.mode == CacheTensor::Mode::plain) return t.nominal_bytes;
-    return reserve_bytes(t.store->shape(), t.store->records_per_page());
+    if (t.store->has_codec() || t.mode == CacheTensor::Mode::undecided) return uint64_t(shape.n_streams) * shape.n_pages() * shape.page_bytes();
+    return filled_bytes(shape, t.store->records_per_page());
+}
+
+// The same with the records of a codec, which nobody writes, at the bits that it counts (before its first page: 16).
+uint64_t counted_bytes_of(const CacheTensor & t) {
+    if (!t.store->has_codec() || t.mode != CacheTensor::Mode::packed) return filled_bytes_of(t);
+    const double bits = t.store->codec_bits() > 0 ? t.store->codec_bits() : 16;
+    return filled_bytes(t.store->shape(), size_t(bits / 8 * kPageCells * t.store->shape().row));
+}
+
+uint64_t table_bytes_of(const CacheTensor & t) { return t.store->table_bytes() + sizeof(CacheTensor); }
+
+// The same with other pages; statistics remembered for a longer stream would be some rows more.
+uint64_t table_bytes_at(const CacheTensor & t, const StoreShape & shape) {
+    const int64_t pages = int64_t(shape.n_pages()) * shape.n_streams, now = int64_t(t.store->shape().n_pages()) * t.store->shape().n_streams;
+    return table_bytes_of(t) + (pages - now) * int64_t(sizeof(PageStore::Page));
+}
+
+// From how many cells on, in steps of 256, a stream of all packed tensors takes less than in F16; 0: from none.
+int cells_of_gain(const std::vector<std::shared_ptr<Buffer>> & buffers) {
+    constexpr int kStep = 256, kMost = 1 << 20;
+    for (int n = kStep; n <= kMost; n += kStep) {
+        uint64_t packed = 0, f16 = 0;
+        for (const auto & buffer : buffers) {
+            for (const auto & t : buffer->tensors) {
+                if (t->mode != CacheTensor::Mode::packed) continue;
+                StoreShape shape = t->store->shape();
+                shape.n_cells = n, shape.n_streams = 1;
+                packed += filled_bytes(shape, t->store->records_per_page()) + table_bytes_at(*t, shape);
+                f16 += uint64_t(2) * shape.row * n;
+            }
+        }
+        if (!f16) return 0;
+        if (packed < f16) return n;
+    }
+    return 0;
 }
 
 mixkvq_session * begin(const mixkvq_settings * settings) {
@@ -59,6 +103,7 @@ void end(mixkvq_session * handle) {
 
 void release(mixkvq_session * handle) {
     end(handle);
+    if (handle) handle->session->dry.reset();  // it holds the session
     delete handle;
 }
 
@@ -66,22 +111,22 @@ int stats(mixkvq_session * handle, mixkvq_stats * out) {
     *out = mixkvq_stats{};
     const auto buffers = buffers_of(*handle->session);
     double packed_bits = 0, packed_elements = 0;
-    double simulated = 0;  // what a codec's pages would take, less the scratch that they are in
-    uint64_t peak_extra = 0;
+    uint64_t counted = 0, scratch_peak = 0;
     for (const auto & buffer : buffers) {
-        uint64_t tables = 0;
         for (const auto & t : buffer->tensors) {
             const StoreShape & shape = t->store->shape();
             const uint64_t elements = uint64_t(shape.row) * shape.n_cells * shape.n_streams;
             out->elements += elements;
             out->bytes_f16 += 2 * elements;
-            out->bytes += bytes_of(*t);
+            const uint64_t tables = table_bytes_of(*t);
+            out->bytes += filled_bytes_of(*t) + tables;
+            out->bytes_reserved += tables;
+            counted += counted_bytes_of(*t) + tables;
             out->n_cells = std::max(out->n_cells, shape.n_cells * shape.n_streams);
             out->n_layers += t->is_value ? 0 : 1;
-            tables += t->store->table_bytes() + sizeof(CacheTensor);
             if (t->mode == CacheTensor::Mode::plain) {
                 out->n_plain_layers += 1;
-                out->bytes_used += t->nominal_bytes;
+                out->bytes_used += buffer->dry ? 0 : t->nominal_bytes;
             } else {
                 out->bytes_used += t->store->bytes_used();
             }
@@ -89,18 +134,19 @@ int stats(mixkvq_session * handle, mixkvq_stats * out) {
                 const double bits = body_bits_of(*t);
                 packed_bits += bits * elements;
                 packed_elements += bits > 0 ? elements : 0;
-                if (t->store->has_codec()) simulated += (bits > 0 ? bits : 16) / 8 * shape.row * kPageCells * shape.record_pages() * shape.n_streams;
             }
         }
-        if (handle->session->settings.codec) simulated -= double(buffer->memory->scratch_bytes());
-        for (const auto & d : buffer->direct) out->bytes += d.second;
-        out->bytes += tables + buffer->memory->scratch_bytes();
-        peak_extra += buffer->memory->scratch_bytes_peak() - buffer->memory->scratch_bytes();
+        out->bytes_reserved += buffer->size + buffer->more + buffer->memory->scratch_bytes();
+        scratch_peak += buffer->memory->scratch_bytes_peak();
     }
     if (buffers.empty()) return -1;
-    out->bytes_peak = out->bytes + peak_extra;
+    for (const auto & buffer : alive_buffers(*handle->session)) {
+        for (const auto & d : buffer->direct) out->bytes_recurrent += d.second;
+    }
+    out->bytes_peak = out->bytes + scratch_peak;
+    out->n_cells_gain = out->bytes < out->bytes_f16 ? 0 : cells_of_gain(buffers);
     out->body_bits = packed_elements > 0 ? packed_bits / packed_elements : 0;
-    out->total_bits = out->elements ? 8.0 * (double(out->bytes) + simulated) / double(out->elements) : 0;
+    out->total_bits = out->elements ? 8.0 * double(counted) / double(out->elements) : 0;
     out->n_threads = handle->session->n_threads;
     out->isa = buffers[0]->memory->isa();
     return 0;
@@ -131,7 +177,7 @@ int layer_stats(mixkvq_session * handle, int index, mixkvq_layer_stats * out) {
         out->n_heads = t.n_heads;
         out->n_cells = shape.n_cells;
         out->n_streams = shape.n_streams;
-        out->bytes = bytes_of(t);
+        out->bytes = filled_bytes_of(t);
         if (t.mode == CacheTensor::Mode::packed) {
             if (coded) {
                 // the formats are not used
@@ -212,6 +258,7 @@ std::shared_ptr<Session> current_session() { return thread_session ? thread_sess
 bool init_default_session(std::string & error) {
     auto session = std::make_shared<Session>();
     if (!settings_from_environment(session->settings, error)) return false;
+    session->is_default = true;
     default_session = session;
     return true;
 }

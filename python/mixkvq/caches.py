@@ -131,13 +131,13 @@ def file_of(name: str) -> Path | None:
 def total_bits(body_k: float, body_v: float, n_ctx: int, window: int = WINDOW, sinks: int = SINKS, *, key_share: float = 0.5) -> float:
     """Bits per element that a context of `n_ctx` cells takes, from the body bits of its packed keys and values.
 
-    As the cache reserves them: F16 pages for the sinks, for the window and for the page being filled, and a record for every page but the sinks and
-    that one. Tables of about 40 bytes a page are left out. key_share: of the elements, where keys and values differ in size.
+    As a full cache has them: F16 pages for the sinks, for the window and for the page being filled, and a record for every page that is packed then.
+    Tables of about 40 bytes a page are left out. key_share: of the elements, where keys and values differ in size.
     """
     n_pages = _pages(n_ctx)
     sink_pages = min(_pages(sinks), n_pages)
     f16_pages = min(sink_pages + _pages(window) + 1, n_pages)
-    record_pages = max(0, n_pages - sink_pages - 1)
+    record_pages = max(0, n_pages - sink_pages - max(1, _pages(window)))
     body = key_share * body_k + (1 - key_share) * body_v
     return PAGE * (16 * f16_pages + body * record_pages) / n_ctx
 

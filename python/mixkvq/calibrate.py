@@ -36,6 +36,7 @@ from bridge import Llama
 from bridge.devices import DEVICE_HELP, check_device
 from bridge.errors import ProfileError, SettingsError
 from bridge.library import native
+from bridge.machine import physical_cores
 from bridge.model_file import ModelFile, open_model
 
 from . import command, tasks
@@ -43,7 +44,6 @@ from .allocate import Tables, allocate_by_kind, body_bits, thresholds
 from .caches import SINKS, WINDOW, total_bits
 from .compare import Passage, compare_caches, feed, standard_error, tokenize_text, work
 from .profile import LayerProfile, Profile, check_target, side_car, uniform_profile, write_profile
-from .record import available_cores
 from .reference import PAGE_CELLS
 from .sensitivity import Collector, Reader, measure_weights
 
@@ -463,7 +463,7 @@ def calibrate(
     Raises the errors of bridge.Llama, SettingsError, and ProfileError if no formats keep max_kld.
     """
     file = open_model(model)
-    threads = threads or available_cores()
+    threads = threads or physical_cores()
     windows: dict[int, float] = {}
     if budget is not None:
         windows = sizes_of_budget(file, *budget, window, sinks)
@@ -633,7 +633,7 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
 @click.option("--minutes", type=click.FloatRange(min=0.1), default=2, show_default=True, help="About how long it may take; less is coarser.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
-@click.option("--threads", type=click.IntRange(min=1), default=available_cores, show_default="all cores")
+@click.option("--threads", type=click.IntRange(min=1), default=physical_cores, show_default="physical cores")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 def cli(model, texts, bits, budget_mib, ctx, max_kld, out, force, policy, t16_t4, window, sinks, tokens, minutes, seed, device, threads, quiet):
     if sum(option is not None for option in (bits, budget_mib, max_kld)) > 1:

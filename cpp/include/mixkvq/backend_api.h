@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MIXKVQ_BACKEND_API_VERSION 2
+#define MIXKVQ_BACKEND_API_VERSION 3
 
 /* A page that is about to leave the recent window: all heads of one layer's keys or values. */
 typedef struct mixkvq_page {
@@ -43,11 +43,13 @@ typedef struct mixkvq_settings {
 /* The caches of the contexts created in one thread between begin and end. */
 typedef struct mixkvq_session mixkvq_session;
 
+/* Three words. Filled: bytes in memory when all cells hold tokens. Reserved: bytes of addresses. In use: bytes of the cells written so far.
+ * Of a context that llama.cpp only measures (no_alloc) they are what they would be, and nothing is in use. */
 typedef struct mixkvq_stats {
-    uint64_t bytes;          /* allocated for the caches now: records, F16 pages, their scratch, tables, plain tensors; not the buffers of one attention call */
-    uint64_t bytes_peak;     /* the most there ever was, with the scratch of long prompts */
+    uint64_t bytes;          /* filled: records, F16 pages, plain tensors and page tables; not scratch, nor the buffers of one attention call */
+    uint64_t bytes_peak;     /* filled, and the most scratch there ever was: the F16 pages of long prompts */
     uint64_t bytes_f16;      /* what an F16 cache of the same cells would take */
-    uint64_t bytes_used;     /* of the cells written so far: records in use and F16 pages in use */
+    uint64_t bytes_used;     /* in use: records and F16 pages that hold tokens; plain tensors as a whole */
     uint64_t elements;       /* key and value elements of all cells */
     double   body_bits;      /* mean over packed layers, per element of a record; with a codec by its own count, 0 before its first page */
     double   total_bits;     /* 8 * bytes / elements; with a codec: as if its pages took the bits it counts, though they are kept in F16 */
@@ -56,6 +58,9 @@ typedef struct mixkvq_stats {
     int32_t  n_plain_layers; /* key and value tensors that are stored plainly */
     int32_t  n_threads;
     const char * isa;
+    uint64_t bytes_reserved;  /* reserved: the buffers of keys and values, the scratch there is now, page tables */
+    uint64_t bytes_recurrent; /* recurrent states, which are no keys and values: in none of the other figures */
+    int32_t  n_cells_gain;    /* where packing saves nothing, the cells (a multiple of 256) from which on it would; else 0 */
 } mixkvq_stats;
 
 typedef struct mixkvq_layer_stats {
@@ -69,7 +74,7 @@ typedef struct mixkvq_layer_stats {
     int32_t  group;       /* packed keys: tokens per scale; values: dimensions per scale, 0 rotated */
     int32_t  pages_packed, pages_f16; /* pages_packed: or rewritten by the codec */
     uint64_t pages_packed_ever; /* how many times a page was packed, or rewritten */
-    uint64_t bytes;
+    uint64_t bytes;             /* filled, without tables */
     double   body_bits;         /* as above, of this layer's keys or values alone */
 } mixkvq_layer_stats;
 

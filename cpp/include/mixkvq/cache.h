@@ -28,8 +28,10 @@ struct StoreShape {
     size_t page_bytes() const { return size_t(2) * kPageCells * row; }
 };
 
-// Bytes that a store needs for its F16 pages and the records of all its pages.
+// Bytes of addresses that a store needs for its F16 pages and the records of all its pages.
 size_t reserve_bytes(const StoreShape & shape, size_t records_per_page);
+// Of these, what is in memory once all cells have been filled in order: pages of the window are not packed.
+size_t filled_bytes(const StoreShape & shape, size_t records_per_page);
 
 // A page that settles, as a codec gets it: see mixkvq_page in backend_api.h.
 struct CodecPage {
