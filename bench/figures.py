@@ -82,7 +82,7 @@ def chains(n: int) -> list[str]:
 
 def commands(step: str, given: Given) -> list[list[str]]:
     """What a step runs, in the folder of the results."""
-    profiles = [profile(bits) for bits in PROFILES]
+    profiles = [name for name in map(profile, PROFILES) if (WORK / name).exists()]  # as calibration has left them
     ours = [f"packed:of={name}" for name in (*PRESETS, *profiles)]
     if step == "calibration":
         fixed = ["-m", "mixkvq.calibrate", str(MODEL), "--device", "cpu", "--quiet", "--force"]
@@ -107,7 +107,7 @@ def commands(step: str, given: Given) -> list[list[str]]:
         names = lab(("mixkvq", *(f"mixkvq:{options}" for options in VARIATIONS)))
         return [evaluate("variations", names, "--no-floor", *texts()[:2], "--ctx", "4096"), evaluate("variations", names, "--no-floor", *chains(4))]
     if step == "problems":
-        names = ",".join(("balanced", *profiles[:2], "lab:kivi-2"))
+        names = ",".join(("balanced", *profiles, "lab:kivi-2"))
         return [evaluate("problems", names, "--problems", str(given.problems), "--levels", "medium,hard")]
     if step == "memory":
         return [[str(ROOT / "bench" / "memory.py"), str(MODEL), "--kv", "f16,balanced", "--ctx", "32768", "--threads", "1", "--out", "memory.json"]]
@@ -177,8 +177,8 @@ def prepare_texts(given: Given) -> None:
 def run_step(step: str, given: Given, head: str) -> None:
     done = WORK / f"{step}.done"
     if done.exists():
-        commit, spent = json.loads(done.read_text())
-        if same_code(commit):
+        commit, spent, made_of = json.loads(done.read_text())
+        if same_code(commit) and made_of == commands(step, given):
             print(f"{step}: done, in {spent:.0f} s, at {commit[:7]}", file=sys.stderr)
             return
     begun = WORK / f"{step}.begun"
@@ -197,7 +197,7 @@ def run_step(step: str, given: Given, head: str) -> None:
     if step == "calibration":
         note_calibration(seconds)
     spent = time.monotonic() - start
-    done.write_text(json.dumps([head, spent]))
+    done.write_text(json.dumps([head, spent, commands(step, given)]))
     begun.unlink()
     print(f"{step}: {spent:.0f} s", file=sys.stderr, flush=True)
 
