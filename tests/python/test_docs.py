@@ -157,8 +157,8 @@ def test_options_exist(document):
     text = re.sub(r"\\\n", " ", document.read_text(encoding="utf-8"))
     known = {name: commands_of(name) for name in (*MODULES, "mixkvq.lab.__main__", *SCRIPTS)}
     known["mixkvq.lab"] = known["mixkvq.lab.__main__"]
-    for code in re.findall(r"^```\w*\n(.*?)^```|`([^`]+)`", text, flags=re.DOTALL | re.MULTILINE):
-        for line in "".join(code).splitlines():
+    for block, words in re.findall(r"^```\w*\n(.*?)^```|`([^`]+)`", text, flags=re.DOTALL | re.MULTILINE):
+        for line in block.splitlines() or [" ".join(words.split())]:
             program = re.search(r"-m ((?:mixkvq|bridge)\.\w+)|bench/(\w+)\.py", line.split("#")[0])
             name = (program[1] or program[2]) if program else None
             options = re.findall(r"(?<![\w-])--[a-z][\w-]*", line)
