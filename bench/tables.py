@@ -29,10 +29,17 @@ STOCK = ("f16", "q8_0", "q4_0")
 MIB = 1 << 20
 
 
+class NotMeasured(Exception):
+    """The name of the result that is missing."""
+
+
 @cache
 def result(name: str) -> dict[str, Any]:
-    """Raises FileNotFoundError for what has not been measured."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    """Raises NotMeasured."""
+    try:
+        return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotMeasured(name) from None
 
 
 # ---- figures ---------------------------------------------------------------------------------------------
@@ -81,7 +88,7 @@ def section(name: str, text: str) -> dict[str, Any]:
     for found in result(name)["sections"]:
         if str(found.get("count", found.get("text", {}).get("name", ""))).startswith(text):
             return found["caches"]
-    raise click.ClickException(f"bench/results/{name}.json has no section {text!r}")
+    raise NotMeasured(name)
 
 
 def kld(name: str, text: str, cache: str) -> float:
@@ -372,8 +379,8 @@ def render(text: str, folder: str = "") -> str:
             raise click.ClickException(f"there is no table {found[1]!r}; the tables are {', '.join(TABLES)}")
         try:
             content = re.sub(r"\]\((?=bench/|docs/)", f"]({folder}", TABLES[found[1]]())
-        except FileNotFoundError as e:
-            content = f"*Not measured yet: `{COMMANDS[Path(e.filename).stem]}`.*\n"
+        except NotMeasured as e:
+            content = f"*Not measured yet: `{COMMANDS[str(e)]}`.*\n"
         return f"<!-- table: {found[1]} -->\n{content}<!-- end -->"
 
     def counted(found: re.Match[str]) -> str:
