@@ -39,7 +39,7 @@ def random_tables(rng, n_heads=2, head_size=32):
 # ---- allocation --------------------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.floats(2.8, 8))
 def test_allocation_keeps_the_budget_and_is_no_worse_than_uniform_formats(seed, bits):
     rng = np.random.default_rng(seed)
@@ -57,7 +57,7 @@ def test_allocation_keeps_the_budget_and_is_no_worse_than_uniform_formats(seed, 
             assert harm <= allocate.harm(layers, uniform)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1))
 def test_more_bits_do_less_harm(seed):
     layers = [random_tables(np.random.default_rng(seed))]

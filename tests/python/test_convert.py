@@ -15,7 +15,7 @@ import pytest
 import tiny_models
 from gguf import GGUFReader, GGUFWriter
 from gguf import GGUFValueType as T
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import GOLDEN, GOLDEN_LAYERS, is_sentence, profiles, refused, same, write_gguf
 
@@ -97,7 +97,7 @@ def test_the_fingerprint_stays(tiny, profile, tmp_path):
 
 
 @given(data=st.data(), alignment=st.sampled_from([None, 8, 32, 64, 256]))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=30)
 def test_keys_of_every_type(tmp_path, data, alignment):
     """Whatever else a model's header holds is carried over byte by byte."""
     numbers = {
@@ -151,7 +151,7 @@ def write_aligned(path, keys, tensors, alignment):
 
 
 @given(profile=profiles())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=20)
 def test_json_and_side_cars_of_any_profile(tmp_path, profile):
     a, b, c = (str(tmp_path / name) for name in ("a.gguf", "b.json", "c.gguf"))
     write_profile(a, profile)

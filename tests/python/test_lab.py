@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import key_formats, rows, seeds, valid_cells
 
@@ -166,7 +166,7 @@ def test_bits_do_not_depend_on_the_rows(name):
         assert len(bits) == 1
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20)
 @given(name=st.sampled_from(NAMES), valid=valid_cells(), seed=seeds, is_value=st.booleans())
 def test_cells_without_a_token_take_no_part(name, valid, seed, is_value):
     page = dataclasses.replace(lab.sample_page(64, is_value), valid=valid)
@@ -401,7 +401,7 @@ def test_without_options_it_is_the_default_preset():
         compare_with_reference("mixkvq", key_format, value_format, *half, keys.q_abs[0], everywhere)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(data=st.data())
 def test_it_is_the_reference_format_number_for_number(data):
     key_format = data.draw(key_formats())

@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 from gguf import GGUFValueType as T
 from gguf import GGUFWriter
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import GOLDEN, GOLDEN_LAYERS, is_sentence, profiles, refused, same, same_layer, write_gguf
 
@@ -20,7 +20,7 @@ from mixkvq.profile import LayerProfile, Profile, from_json, read_profile, to_js
 
 MODEL = str(built_in_model())
 FORMS = {"side-car": write_profile, "embedded": write_keys}
-in_folder = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+in_folder = settings(max_examples=40)
 
 
 # --- round trips ---
@@ -333,7 +333,7 @@ anything = st.recursive(
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_value_anywhere_in_json(data):
     """Walks to some place in the JSON of a good profile and puts something else there."""
     root = {"": as_json()}

@@ -165,7 +165,7 @@ def test_a_profile_that_does_not_fit_says_how_to_go_on(model, how):
 
 def run(*arguments):
     command = [sys.executable, "-m", "bridge.run", "-t", "1", "-p", "a", "--raw", "-n", "2", "-c", "512", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, timeout=600)
     return done.returncode, done.stderr.decode()
 
 

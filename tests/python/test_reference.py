@@ -24,8 +24,8 @@ from mixkvq.reference import (
 )
 
 CELLS = 128
-QUICK = settings(deadline=None, max_examples=40)
-SLOW = settings(deadline=None, max_examples=8)  # pure Python loops over every code of a page
+QUICK = settings(max_examples=40)
+SLOW = settings(max_examples=8)  # pure Python loops over every code of a page
 
 MIXED = KeyFormat(80, (4, 8, 16, 20, 32), 32)
 
