@@ -261,7 +261,7 @@ class Test {
                 case 1: erase(); break;
                 case 2: copy(); break;
                 case 3: edit(); break;
-                case 4: any(0, 7) ? observe() : clear(); break;
+                case 4: any(0, 7) ? observe() : any(0, 1) ? clear() : rewind(); break;
                 case 5: run_out_of_memory(); break;
                 default: write_at_end(); break;
             }
@@ -469,8 +469,13 @@ class Test {
     }
 
     void observe() {
+        const int first = any(0, shape.n_streams - 1);
+        observe(first, any(1, shape.n_streams - first));
+    }
+
+    void observe(int first, int n_streams) {
         if (c.is_value || !store->configured()) return;
-        const int n = any(1, 40), group = any(1, 3), first = any(0, shape.n_streams - 1), n_streams = any(1, shape.n_streams - first);
+        const int n = any(1, 40), group = any(1, 3);
         const size_t token = size_t(kHeads) * group * kHeadSize;
         std::vector<float> q(n_streams * n * token);
         for (float & x : q) x = std::normal_distribution<float>(0, 2)(rng) * float(any(1, 9));
@@ -502,6 +507,43 @@ class Test {
         if (queue) queue->synchronize();
         cudaFree(copy);
 #endif
+    }
+
+    // A stream that is rewound to its first 200 cells, of which 150 had been read when its statistics were remembered, and one that begins anew.
+    void rewind() {
+        if (!store->configured()) return;
+        clear();
+        const int s = any(0, shape.n_streams - 1);
+        const auto batch = [&](int first, int n) {
+            std::vector<PageStore::Cell> cells;
+            std::vector<half> mask(size_t(n) * shape.n_cells, 0xfc00);
+            for (int i = 0; i < n; ++i) {
+                cells.push_back({s, first + i});
+                std::fill_n(&mask[size_t(i) * shape.n_cells], first + i + 1, half(0));
+            }
+            write(cells);
+            store->look({mask.data(), true, size_t(shape.n_cells), 0, n, 1, s, shape.n_cells});
+        };
+        batch(0, 150);
+        observe(s, 1);
+        const Counted then = counted[s];
+        for (int first = 150; first < 300; first += 50) {
+            batch(first, 50);
+            observe(s, 1);
+        }
+        batch(200, 20);
+        if (!c.is_value) {
+            for (double & x : counted[s].sqr) x *= then.n / counted[s].n;
+            counted[s].abs = then.abs, counted[s].n = then.n;
+        }
+        check_statistics();
+        observe(s, 1);
+        check_statistics();
+        settle();
+        batch(0, 30);
+        if (!c.is_value) counted[s] = Counted(shape.row);
+        check_statistics();
+        end[s] = 30;
     }
 
     void check_statistics() {
