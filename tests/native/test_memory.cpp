@@ -77,9 +77,9 @@ void filled() {
                 std::vector<float> row(64, 0.5f);
                 for (int i = 0; i < n_cells; ++i) {
                     store.write(0, i, 1, row.data(), 64);
+                    most_half = std::max(most_half, std::min(store.pages_half(), shape.home_pages()));  // more of them are scratch, until settle
                     store.settle(1);
                     most_packed = std::max(most_packed, store.pages_packed());
-                    most_half = std::max(most_half, store.pages_half());
                 }
                 const size_t touched = most_half * shape.page_bytes() + most_packed * format.record_bytes();
                 CHECK(filled_bytes(shape, format.record_bytes()) == touched && touched <= reserved,

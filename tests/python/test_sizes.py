@@ -208,7 +208,7 @@ FILL = """
         ctypes.CDLL(None).malloc_trim(0)
         lines = open("/proc/self/status").read().splitlines()  # weights are a file's pages
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) << 10
-    for n in (512, 1024, 9216):
+    for n in (512, 1024, 5120):
         before = resident()
         llama = bridge.Llama(sys.argv[1], n_ctx=n, **options)
         llama.eval([3 + i * 7919 % 250 for i in range(n - 1)])
@@ -228,7 +228,7 @@ def test_a_full_context_takes_what_was_estimated(paths, kind):
     options = {"stock": "f16"} if kind == "f16" else {"kv": "balanced", "swa_full": False} if kind == "windowed" else {"kv": kind}
     found = in_a_process(FILL, paths(name), json.dumps(options))
     (_, small, large), (_, few, many), (_, less, more) = found["taken"], found["needs"], found["bytes"]
-    assert large - small == pytest.approx(many - few, rel=0.05, abs=1 << 20), found
+    assert large - small == pytest.approx(many - few, rel=0.05, abs=3 << 18), found
     assert more - less < large - small  # the cache is in it
     assert large < many + (1 << 20), found
 
