@@ -521,11 +521,12 @@ class Llama(llama_cpp.Llama):
     def _check_kind(self) -> None:
         """llama-cpp-python asks for the next token of a decoder. Another model would end the process."""
         name, model = f"{self._file.name} ({self._file.architecture})", self._model.model
-        if C.llama_model_has_encoder(model) and C.llama_model_has_decoder(model):
+        encoder, decoder = C.llama_model_has_encoder(model), C.llama_model_has_decoder(model)
+        if encoder and decoder:
             raise GeometryError(f"{name} has an encoder beside its decoder, which llama-cpp-python does not run; use a model with a decoder only.")
-        if not self._ctx.memory and (self.stock is None or not self.context_params.embeddings):
-            why = f"{name} has no key/value cache: it reads a text as a whole"
-            raise GeometryError(f"{why}; for its embeddings use stock='f16', embedding=True.", command=f"{why} and writes none; use another model.")
+        if (encoder or not self._ctx.memory) and (self.stock is None or not self.context_params.embeddings):
+            why = f"{name} reads a text as a whole and generates none, so it has no key/value cache to keep"
+            raise GeometryError(f"{why}; for its embeddings use stock='f16', embedding=True.", command=f"{why}; use another model.")
 
     def _verify(self) -> None:
         """The cache must be the one that was asked for: a backend in the wrong registry would be ignored without a word."""
@@ -760,16 +761,13 @@ class Llama(llama_cpp.Llama):
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         """Before anything is evaluated, and with the numbers: llama.cpp says only that it failed."""
         self._check_open()
-        n = len(tokens)
-        if not n:
-            return
-        for token in (min(tokens), max(tokens)):
-            if not isinstance(token, (int, np.integer)):
-                raise SettingsError(f"{token!r} is not a token; tokens are numbers from 0 to {self._n_vocab - 1}.")
-            if not 0 <= token < self._n_vocab:
-                raise SettingsError(f"Token {token} is not in the vocabulary; tokens are numbers from 0 to {self._n_vocab - 1}.")
-        if self.n_tokens + n > self._n_ctx:
-            raise ContextError(f"{n} tokens do not fit behind the {self.n_tokens} in a context of {self._n_ctx}.")
+        if not self._ctx.memory:
+            raise ContextError("This model has no key/value cache to evaluate tokens in: it was loaded for its vocabulary or its embeddings only.")
+        for token in tokens:
+            if not (isinstance(token, (int, np.integer)) and 0 <= token < self._n_vocab):
+                raise SettingsError(f"Token {token!r} is not in the vocabulary; tokens are numbers from 0 to {self._n_vocab - 1}.")
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise ContextError(f"{len(tokens)} tokens do not fit behind the {self.n_tokens} in a context of {self._n_ctx}.")
 
     def _failure(self, e: RuntimeError, n_tokens: int) -> BaseException:
         """What to raise in place of an evaluation's error."""
