@@ -30,6 +30,7 @@ def for_command(e: BridgeError) -> str:
     if e.command is not None:
         return e.command
     text = re.sub(r"\b(kv|stock|device|profile)='([^']*)'", r"--\1 \2", str(e))
+    text = re.sub(r"^(kv|device|window|sinks) is ", r"--\1 is ", text)
     return re.sub(r"\b(n_ctx|n_batch|n_gpu_layers)\b", lambda m: _OPTIONS[m[1]], text)
 
 
