@@ -342,7 +342,7 @@ class Llama(llama_cpp.Llama):
         **kwargs: as for `llama_cpp.Llama`; other names are refused with a TypeError. n_gpu_layers is how many layers GPUs get, the last ones,
             with their part of the cache; not given, it is as many as fit their memory, and -1 is all. flash_attn and offload_kqv are set as the
             cache needs them, whatever is given; n_ctx is rounded up to a multiple of 256 cells (as llama.cpp does inside), and 0 means the model's
-            training context.
+            training context. logprobs need logits_all=True, with a draft_model as well.
 
     Attributes:
         on_read: None, or a function called with (tokens read, tokens to read) while a prompt is evaluated: at its start and after every batch.
@@ -614,7 +614,7 @@ class Llama(llama_cpp.Llama):
 
     def last_logits(self) -> Any:
         """Logits of the last evaluated token, float32 [vocabulary]. Raises ContextError if there is none."""
-        self._check_open()
+        self._check_ready()
         with self._evaluating:
             if self.n_tokens == 0 or not self._has_logits(-1):
                 raise ContextError("There are no logits yet; evaluate a token first.")
@@ -671,7 +671,8 @@ class Llama(llama_cpp.Llama):
         self._check_tokens(tokens)
         n = len(tokens)
         report = self.on_read if n > 1 and not self._answering else None
-        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        with self._evaluating:
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         if report is not None:
             report(0, n)
         for i in range(0, n, self.n_batch):
@@ -721,7 +722,7 @@ class Llama(llama_cpp.Llama):
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """As in `llama_cpp.Llama`. Raises ContextError if there are no logits to sample from, where llama.cpp would end the process."""
-        self._check_open()
+        self._check_ready()
         idx = kwargs.get("idx")
         with self._evaluating:
             if self.n_tokens == 0 or not self._has_logits(-1 if idx is None else idx - self.n_tokens):
@@ -730,7 +731,7 @@ class Llama(llama_cpp.Llama):
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """As in `llama_cpp.Llama`. Raises ContextError if llama.cpp fails."""
-        self._check_open()
+        self._check_ready()
         with self._evaluating:
             try:
                 return super().embed(*args, **kwargs)
@@ -740,12 +741,12 @@ class Llama(llama_cpp.Llama):
 
     def reset(self) -> None:
         """As in `llama_cpp.Llama`: forget the tokens; the cache is overwritten from its first cell on."""
-        self._check_open()
+        self._check_ready()
         super().reset()
 
     def load_state(self, state: Any) -> None:
         """As in `llama_cpp.Llama`."""
-        self._check_open()
+        self._check_ready()
         super().load_state(state)
 
     def tokenizer(self) -> Any:
@@ -753,14 +754,17 @@ class Llama(llama_cpp.Llama):
         return _Tokenizer(self)
 
     def _check_open(self) -> None:
-        if self._coding:
-            raise ContextError(_BUSY)
         if self._closed:
             raise ContextError(_CLOSED)
 
+    def _check_ready(self) -> None:
+        self._check_open()
+        if self._coding:
+            raise ContextError(_BUSY)
+
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         """Before anything is evaluated, and with the numbers: llama.cpp says only that it failed."""
-        self._check_open()
+        self._check_ready()
         if not self._ctx.memory:
             raise ContextError("This model has no key/value cache to evaluate tokens in: it was loaded for its vocabulary or its embeddings only.")
         for token in tokens:

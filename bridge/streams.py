@@ -7,7 +7,6 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 
 def fill_missing() -> None:
@@ -32,14 +31,14 @@ def discard(fd: int) -> None:
 
 def say(text: str) -> None:
     """A line on stderr, if there is one that takes it."""
-    stream: Any = sys.stderr
-    if stream is None:
+    if sys.stderr is None:
         return
+    own = sys.__stderr__
     with contextlib.suppress(OSError, ValueError):
-        if stream is sys.__stderr__:  # past its buffer: what stayed there would fail again when the program ends
-            os.write(stream.fileno(), f"{text}\n".encode(stream.encoding, "backslashreplace"))
+        if own is not None and sys.stderr is own:  # past its buffer: what stayed there would fail again when the program ends
+            os.write(own.fileno(), f"{text}\n".encode(own.encoding, "backslashreplace"))
         else:
-            print(text, file=stream)
+            print(text, file=sys.stderr)
 
 
 class Notes(io.TextIOWrapper):
