@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import difflib
 import functools
+import inspect
 import os
 import re
+import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import llama_cpp
 import numpy as np
 from llama_cpp import _logger as llama_logger
-from llama_cpp import llama_chat_format
+from llama_cpp import llama_chat_format, llama_tokenizer
 from llama_cpp import llama_cpp as C
 
 from . import session as reports
+from . import streams
 from .devices import Gpu, Placement, check_device, choose, place
 from .dry_run import CELL_BYTES, DryRun, Need
 from .errors import (
@@ -31,6 +36,7 @@ from .errors import (
     ModelFileError,
     SettingsError,
     VersionError,
+    check_text,
 )
 from .library import library_path, native
 from .machine import free_memory
@@ -269,8 +275,8 @@ class _Log:
             if getattr(self._thread, "kept", False):
                 return
             verbose = 0 < llama_logger.logger.level <= 10  # 0: llama-cpp-python has not set it yet
-            # What a load says becomes the text of an exception; it need not be said twice.
-            if verbose or not (self.quiet or getattr(self._thread, "loading", False)):
+            # What a load says becomes the text of an exception; it need not be said twice. Without a stderr print would take stdout.
+            if sys.stderr is not None and (verbose or not (self.quiet or getattr(self._thread, "loading", False))):
                 llama_logger.llama_log_callback(level, text.encode(), None)
         except Exception:  # noqa: BLE001 - nothing may escape into C
             pass
@@ -281,7 +287,7 @@ class _Log:
             if text in self._said:
                 return
             self._said.add(text)
-        print(text, file=sys.stderr)
+        streams.say(text)
 
     def end(self) -> None:
         """The load has ended: errors are printed again as `verbose` says."""
@@ -340,19 +346,22 @@ class Llama(llama_cpp.Llama):
             NaN, and bits that are not positive. The function cannot use the model that calls it.
         device: where the model is computed: "auto" (a GPU if llama.cpp and MixKVQ both have one, else the CPU), "cpu", "gpu" (all
             GPUs, its layers split between them), or GPUs by llama.cpp's names, "CUDA0" or "CUDA0,CUDA1".
-        on_load: called with the share of the model that is loaded, 0.0 to 1.0.
-        **kwargs: as for `llama_cpp.Llama`. n_gpu_layers is how many layers GPUs get, the last ones, with their part of the cache; not given, it is
-            as many as fit their memory, and -1 is all. flash_attn and offload_kqv are set as the cache needs them, whatever is given; n_ctx is
-            rounded up to a multiple of 256 cells (as llama.cpp does inside), and 0 means the model's training context.
+        on_load: called with the share of the model that is loaded, 0.0 to 1.0. What it raises stops the load and is raised again; so does Ctrl-C.
+        **kwargs: as for `llama_cpp.Llama`; other names are refused with a TypeError. n_gpu_layers is how many layers GPUs get, the last ones,
+            with their part of the cache; not given, it is as many as fit their memory, and -1 is all. flash_attn and offload_kqv are set as the
+            cache needs them, whatever is given; n_ctx is rounded up to a multiple of 256 cells (as llama.cpp does inside), and 0 means the model's
+            training context. logprobs need logits_all=True, with a draft_model as well.
 
     Attributes:
         on_read: None, or a function called with (tokens read, tokens to read) while a prompt is evaluated: at its start and after every batch.
             What it raises ends the evaluation; the tokens read so far stay in the cache.
+        generated: tokens that the last `generate` (hence the last completion) has sampled, the one that ended it included.
 
     Raises (all are `bridge.BridgeError`):
         ModelFileError, SettingsError, ProfileError, GeometryError, VersionError: before anything is loaded.
         ContextTooLargeError: before weights are read, if the context cannot fit the memory that is free; it says which one would.
-        ContextError, CacheNotUsedError: after loading; what was created is freed again.
+        ContextError, CacheNotUsedError, GeometryError: after loading; what was created is freed again.
+        ContextError: from every method that needs the model, after close().
 
     Loading is serialised over threads, because llama-cpp-python turns the process's stderr off while it loads; contexts then run in
     parallel, each used by one thread at a time.
@@ -369,20 +378,25 @@ class Llama(llama_cpp.Llama):
         on_load: Callable[[float], None] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._closed = self._coding = False
+        self._evaluating = threading.RLock()  # held while llama.cpp computes
         self._stack = contextlib.ExitStack()  # close() must work whatever happens below
         self._session: Any = None
         self._model_params: Any = None
         self._devices: Any = None
         self._stock_cache: list[str] = []
         self.codec = codec
-        self._coding = False
+        self._answering = False
         self.on_read: Callable[[int, int], None] | None = None
+        self.generated = 0
 
+        _refuse_unknown("Llama", kwargs, {*_LLAMA_ARGUMENTS, "kv", "stock", "codec", "device", "on_load"})
         for name in ("type_k", "type_v"):
             if kwargs.pop(name, None) is not None:
                 raise SettingsError(f"{name} does not go together with a MixKVQ cache; use stock='q8_0' or the like for llama.cpp's own cache types.")
         model_path = os.fspath(model_path)
         self._file = open_model(model_path)
+        _check_name(model_path)
         if codec is not None and not callable(codec):
             raise SettingsError(f"codec is a {type(codec).__name__}; give a function of a bridge.Page that returns rows and bits.")
         if codec is not None and stock is not None:
@@ -404,19 +418,22 @@ class Llama(llama_cpp.Llama):
         check_device(device)
         self.device = device
 
+        streams.fill_missing()  # llama-cpp-python needs descriptors 1 and 2
         backend = _backend() if stock is None else None
         self._place(backend, kwargs)
         kwargs["flash_attn"] = True
-        self._on_load = C.llama_progress_callback(_progress(on_load)) if on_load is not None else None
+        loading = _Loading(on_load)
+        self._on_load = C.llama_progress_callback(loading)
 
-        with _load_lock:
+        with _load_lock, loading.ctrl_c_held():
             _log.begin()
             if backend is not None:
                 self._session = backend.begin(self.kv, self._file, _guarded(codec, self) if codec is not None else None)
             try:
                 super().__init__(model_path, **kwargs)
+                loading.finish()
             except BaseException as e:
-                error = self._explain(e)
+                error = loading.raised or self._explain(e)
                 self.close()
                 if error is e:
                     raise
@@ -425,11 +442,16 @@ class Llama(llama_cpp.Llama):
                 if self._session is not None:
                     self._session.end()
                 _log.end()
+        # With a draft model llama_cpp.Llama means to keep the logits of every token, in an array that holds n_batch of them.
+        self._logits_all = bool(kwargs.get("logits_all", False))
         try:
+            if not kwargs.get("vocab_only"):
+                self._check_kind()
             self._verify()
         except BaseException:
             self.close()
             raise
+        _open.add(self)
 
     # llama_cpp.Llama builds its parameters inside __init__; assigning them passes through here.
     @property
@@ -440,8 +462,7 @@ class Llama(llama_cpp.Llama):
     def model_params(self, params: Any) -> None:
         if self._devices is not None:
             params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
-        if self._on_load is not None:
-            params.progress_callback = self._on_load
+        params.progress_callback = self._on_load
         self._model_params = params
 
     def _place(self, backend: _Backend | None, kwargs: dict[str, Any]) -> None:
@@ -525,6 +546,16 @@ class Llama(llama_cpp.Llama):
         n_ctx = (n_ctx + CELLS - 1) // CELLS * CELLS
         return n_ctx
 
+    def _check_kind(self) -> None:
+        """llama-cpp-python asks for the next token of a decoder. Another model would end the process."""
+        name, model = f"{self._file.name} ({self._file.architecture})", self._model.model
+        encoder, decoder = C.llama_model_has_encoder(model), C.llama_model_has_decoder(model)
+        if encoder and decoder:
+            raise GeometryError(f"{name} has an encoder beside its decoder, which llama-cpp-python does not run; use a model with a decoder only.")
+        if (encoder or not self._ctx.memory) and (self.stock is None or not self.context_params.embeddings):
+            why = f"{name} reads a text as a whole and generates none, so it has no key/value cache to keep"
+            raise GeometryError(f"{why}; for its embeddings use stock='f16', embedding=True.", command=f"{why}; use another model.")
+
     def _verify(self) -> None:
         """The cache must be the one that was asked for: a backend in the wrong registry would be ignored without a word."""
         if self.stock is not None:
@@ -533,8 +564,6 @@ class Llama(llama_cpp.Llama):
         try:
             self._session.stats()
         except RuntimeError:
-            if not self._ctx.memory:
-                raise GeometryError(f"{self._file.name} ({self._file.architecture}) has no key/value cache; stock='f16' runs it as it is.") from None
             why = self._session.error()
             raise CacheNotUsedError(
                 _sentence(why) if why else f"llama.cpp did not put the cache of {self._file.path} on a device of MixKVQ, so MixKVQ is not in use."
@@ -567,10 +596,9 @@ class Llama(llama_cpp.Llama):
         Where packing saves nothing, `n_cells_gain` is the length from which on it would.
         Raises ContextError after close().
         """
+        self._check_open()
         if self.stock is not None:
             return {**reports.stock_stats(self.stock, self._stock_cache, self.n_tokens), "device": self._placement.describe(self._file.n_layers)}
-        if self._session is None:
-            raise ContextError("The model is closed.")
         stats = reports.mixkvq_stats(self.kv, self._session.stats(), self._session.layers(), self.codec)
         return {**stats, "device": self._placement.describe(self._file.n_layers)}
 
@@ -585,8 +613,9 @@ class Llama(llama_cpp.Llama):
         Layers that are stored plainly or have not been read yet are left out. Raises ContextError after close() and on one of llama.cpp's own
         caches.
         """
+        self._check_open()
         if self._session is None:
-            raise ContextError("The model is closed." if self.stock is None else "llama.cpp's own cache counts no queries.")
+            raise ContextError("llama.cpp's own cache counts no queries.")
         found = {}
         for i, layer in enumerate(self._session.layers()):
             statistics = self._session.query_statistics(i)
@@ -597,30 +626,40 @@ class Llama(llama_cpp.Llama):
     def forward(self, tokens: Sequence[int], n_logits: int = 1) -> Any:
         """Evaluate at most n_batch tokens behind those before; logits of the last `n_logits` of them.
 
-        Returns float32 [n_logits, vocabulary], a view of the context's memory: the next evaluation overwrites it. Llama(logits_all=True) would keep
-        the logits of the whole context. Raises ContextError.
+        Returns float32 [n_logits, vocabulary]. Llama(logits_all=True) would keep the logits of the whole context.
+        Raises SettingsError for numbers that do not fit together, ContextError if the context is full or llama.cpp fails.
         """
         n = len(tokens)
-        self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=False)
-        for i in range(n - n_logits, n):
-            self._batch.batch.logits[i] = True
-        try:
-            self._ctx.decode(self._batch)
-        except RuntimeError as e:
-            failure = self._failure(e, n)
-            raise failure from failure.__cause__
-        self.input_ids[self.n_tokens : self.n_tokens + n] = tokens
-        self.n_tokens += n
-        if not n_logits:
-            return np.empty((0, self.n_vocab()), np.float32)
-        return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n_logits, self.n_vocab()))
+        if n > self.n_batch:
+            raise SettingsError(f"{n} tokens are more than a batch holds; n_batch is {self.n_batch}.")
+        if isinstance(n_logits, bool) or not isinstance(n_logits, (int, np.integer)) or not 0 <= n_logits <= n:
+            raise SettingsError(f"n_logits is {n_logits!r}; of {n} tokens it must be a number from 0 to {n}.")
+        self._check_tokens(tokens)
+        with self._evaluating:
+            if n:
+                self._evaluate(tokens, int(n_logits))
+            return self._logits(int(n_logits))
 
     def last_logits(self) -> Any:
-        """Logits of the last evaluated token, float32 [vocabulary]: a view that the next evaluation overwrites."""
-        return np.ctypeslib.as_array(C.llama_get_logits_ith(self._ctx.ctx, -1), shape=(self.n_vocab(),))
+        """Logits of the last evaluated token, float32 [vocabulary]. Raises ContextError if there is none."""
+        self._check_ready()
+        with self._evaluating:
+            if self.n_tokens == 0 or not self._has_logits(-1):
+                raise ContextError("There are no logits yet; evaluate a token first.")
+            return np.ctypeslib.as_array(C.llama_get_logits_ith(self._ctx.ctx, -1), shape=(self.n_vocab(),)).copy()
+
+    def _logits(self, n: int) -> Any:
+        """Logits of the last batch's n outputs: a copy, since the next evaluation and close() take the context's."""
+        if not n:
+            return np.empty((0, self.n_vocab()), np.float32)
+        return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n, self.n_vocab())).copy()
+
+    def _has_logits(self, row: int) -> bool:
+        with _log.kept():  # llama.cpp says there that a row is missing
+            return bool(C.llama_get_logits_ith(self._ctx.ctx, row))
 
     def clear(self) -> None:
-        """Empty the cache. What it has learnt of the queries stays, as it does between the requests to a server."""
+        """Empty the cache, and what it has learnt of the queries."""
         self.reset()
         self._ctx.kv_cache_clear()
 
@@ -635,13 +674,23 @@ class Llama(llama_cpp.Llama):
         return bool(C.llama_vocab_is_eog(self._model.vocab, token))
 
     def chat_tokens(self, messages: Sequence[Any], **kwargs: Any) -> list[int]:
-        """The prompt that `create_chat_completion` would evaluate for these messages, as tokens."""
+        """The prompt that `create_chat_completion` would evaluate for these messages, as tokens.
+
+        Raises SettingsError if a message is not Unicode text, or the chat template refuses the messages.
+        """
+        self._check_open()
+        for i, message in enumerate(messages):
+            content = message.get("content") if isinstance(message, Mapping) else None
+            if isinstance(content, str):
+                check_text(content, f"The text of message {i + 1}")
         name = str(self.chat_format)
         handler: Any = self.chat_handler or self._chat_handlers.get(name) or llama_chat_format.get_chat_completion_handler(name)
         try:
             handler(llama=_PromptOnly(self), messages=list(messages), **kwargs)
         except _Prompt as p:
             return p.tokens
+        except BridgeError:
+            raise
         except Exception as e:  # a template is a program of the model's author and may refuse anything
             raise SettingsError(f"The model's chat template does not accept these messages: {_sentence(str(e))}") from e
         raise ContextError(f"The chat format {self.chat_format} does not show its prompt.")
@@ -649,18 +698,114 @@ class Llama(llama_cpp.Llama):
     # --- inherited, with a guard ---
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens in batches of n_batch, reporting progress to `on_read` when there is more than one token."""
+        """Evaluate tokens in batches of n_batch. Of more than one, progress is reported to `on_read`, unless they continue an answer.
+
+        Raises SettingsError for what is no token, ContextError if they do not fit the context or llama.cpp fails.
+        """
+        self._check_tokens(tokens)
+        n = len(tokens)
+        report = self.on_read if n > 1 and not self._answering else None
+        with self._evaluating:
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        if report is not None:
+            report(0, n)
+        for i in range(0, n, self.n_batch):
+            batch = tokens[i : i + self.n_batch]
+            with self._evaluating:
+                past, all_logits = self.n_tokens, self._logits_all or self._answering  # a draft is checked by the logits of each of its tokens
+                self._evaluate(batch, len(batch) if all_logits else 1)
+                if self._logits_all:
+                    self.scores[past : past + len(batch)] = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(batch), self._n_vocab))
+            if report is not None:
+                report(i + len(batch), n)
+
+    def _evaluate(self, tokens: Sequence[int], n_logits: int) -> None:
+        """One batch behind the tokens before it, with logits of its last tokens."""
+        n, past = len(tokens), self.n_tokens
+        self._batch.set_batch(batch=tokens, n_past=past, logits_all=False)
+        for i in range(n - n_logits, n):
+            self._batch.batch.logits[i] = True
         try:
-            if self.on_read is None or len(tokens) < 2:
-                super().eval(tokens)
-                return
-            self.on_read(0, len(tokens))
-            for i in range(0, len(tokens), self.n_batch):
-                super().eval(tokens[i : i + self.n_batch])
-                self.on_read(min(i + self.n_batch, len(tokens)), len(tokens))
+            self._ctx.decode(self._batch)
         except RuntimeError as e:
-            failure = self._failure(e, len(tokens))
+            failure = self._failure(e, n)
             raise failure from failure.__cause__
+        self.input_ids[past : past + n] = tokens
+        self.n_tokens = past + n
+        self._requires_eval = False
+
+    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As in `llama_cpp.Llama`. What is evaluated after the first token is the answer's, drafts included, and not reported to `on_read`."""
+        tokens = super().generate(*args, **kwargs)
+        self.generated = n = 0
+        more: Sequence[int] | None = None
+        try:
+            while True:
+                self._answering = n > 0
+                try:
+                    token = tokens.send(more)
+                except StopIteration:
+                    return
+                finally:
+                    self._answering = False
+                n += 1
+                self.generated = n
+                more = yield token
+        finally:
+            tokens.close()
+
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """As in `llama_cpp.Llama`. Raises ContextError if there are no logits to sample from, where llama.cpp would end the process."""
+        self._check_ready()
+        idx = kwargs.get("idx")
+        with self._evaluating:
+            if self.n_tokens == 0 or not self._has_logits(-1 if idx is None else idx - self.n_tokens):
+                raise ContextError("There are no logits to sample from; evaluate a token first.")
+            return int(super().sample(*args, **kwargs))
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `llama_cpp.Llama`. Raises ContextError if llama.cpp fails."""
+        self._check_ready()
+        with self._evaluating:
+            try:
+                return super().embed(*args, **kwargs)
+            except RuntimeError as e:
+                failure = self._failure(e, self._batch.n_tokens())
+                raise failure from failure.__cause__
+
+    def reset(self) -> None:
+        """As in `llama_cpp.Llama`: forget the tokens; the cache is overwritten from its first cell on."""
+        self._check_ready()
+        super().reset()
+
+    def load_state(self, state: Any) -> None:
+        """As in `llama_cpp.Llama`."""
+        self._check_ready()
+        super().load_state(state)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. It keeps the model, and ends with it."""
+        return _Tokenizer(self)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ContextError(_CLOSED)
+
+    def _check_ready(self) -> None:
+        self._check_open()
+        if self._coding:
+            raise ContextError(_BUSY)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        """Before anything is evaluated, and with the numbers: llama.cpp says only that it failed."""
+        self._check_ready()
+        if not self._ctx.memory:
+            raise ContextError("This model has no key/value cache to evaluate tokens in: it was loaded for its vocabulary or its embeddings only.")
+        for token in tokens:
+            if not (isinstance(token, (int, np.integer)) and 0 <= token < self._n_vocab):
+                raise SettingsError(f"Token {token!r} is not in the vocabulary; tokens are numbers from 0 to {self._n_vocab - 1}.")
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise ContextError(f"{len(tokens)} tokens do not fit behind the {self.n_tokens} in a context of {self._n_ctx}.")
 
     def _failure(self, e: RuntimeError, n_tokens: int) -> BaseException:
         """What to raise in place of an evaluation's error."""
@@ -677,12 +822,23 @@ class Llama(llama_cpp.Llama):
         return failure
 
     def close(self) -> None:
-        """Free the context and the model; safe to call twice and after a failed construction."""
+        """Free the context and the model, once an evaluation in another thread has ended; safe to call twice and after a failed construction."""
         if getattr(self, "_coding", False):
             raise ContextError(_BUSY)
         stack = getattr(self, "_stack", None)
-        if stack is not None:
+        if stack is None:
+            return
+        with self._evaluating:
+            self._closed = True
             stack.close()
+            closed: Any = _Closed()
+            # Whoever has kept one of these gets an error from it as well, and not what now lies at the freed address.
+            for owner, names in (("_ctx", ("ctx", "memory")), ("_model", ("model", "vocab")), ("_batch", ("batch",))):
+                for name in names:
+                    if isinstance(getattr(self, owner, closed), _Closed):
+                        continue
+                    setattr(getattr(self, owner), name, closed)
+            self._ctx = self._model = self._batch = self.tokenizer_ = closed
         self._session = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -699,6 +855,7 @@ class Llama(llama_cpp.Llama):
         return state
 
 
+_CLOSED = "The model is closed."
 _BUSY = "The codec cannot use the model that is evaluating: it only gets the page."
 
 
@@ -707,6 +864,39 @@ class _Busy:
 
     def __getattr__(self, name: str) -> Any:
         raise ContextError(_BUSY)
+
+
+class _Closed:
+    """Stands in for what close() has freed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ContextError(_CLOSED)
+
+
+class _Tokenizer(llama_tokenizer.LlamaTokenizer):
+    """llama-cpp-python's tokenizer holds on to a model that may be freed; this one asks for it every time."""
+
+    def __init__(self, llama: Llama) -> None:
+        self._llama = llama
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_model":
+            return self._llama._model
+        raise AttributeError(name)
+
+
+_open: weakref.WeakSet[Llama] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_open.clear)
+_LAST_BATCH = 60  # seconds
+
+
+@atexit.register
+def _stop_computing() -> None:
+    """At the end of the program: a thread that still computes ends its batch and gets no further, before the libraries are torn down."""
+    with contextlib.suppress(KeyboardInterrupt):
+        for llama in list(_open):
+            llama._evaluating.acquire(timeout=_LAST_BATCH)  # and keep it
 
 
 def _guarded(codec: Codec, llama: Llama) -> Codec:
@@ -732,15 +922,76 @@ def _asks_for_something(kv: KvLike) -> bool:
     return kv is not None and kv != "balanced" and kv != Kv()
 
 
-def _progress(on_load: Callable[[float], None]) -> Callable[[float, Any], bool]:
-    def call(share: float, _: Any) -> bool:
-        try:
-            on_load(share)
-        except Exception:  # noqa: BLE001 - nothing may escape into C
-            pass
-        return True
+class _Loading:
+    """llama.cpp's progress callback. What `on_load` raises, and Ctrl-C, stop the load; `raised` is then what to raise."""
 
-    return call
+    def __init__(self, on_load: Callable[[float], None] | None) -> None:
+        self.on_load = on_load
+        self.raised: BaseException | None = None
+        self._held: tuple[Any, ...] | None = None
+        self._handler: Any = None
+
+    def __call__(self, share: float, _: Any) -> bool:
+        try:  # nothing may escape into C
+            self._deliver()
+            if self.on_load is not None:
+                self.on_load(share)
+        except BaseException as e:  # noqa: BLE001 - raised again after llama.cpp has given up
+            self.raised = e
+        return self.raised is None
+
+    @contextlib.contextmanager
+    def ctrl_c_held(self) -> Iterator[None]:
+        """Keep a SIGINT for the callback: Python would raise KeyboardInterrupt wherever it stands, and ctypes drops what reaches it."""
+        handler = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(handler):
+            yield
+            return
+
+        def hold(*arguments: Any) -> None:
+            self._held = arguments
+
+        self._handler = handler
+        signal.signal(signal.SIGINT, hold)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+    def _deliver(self) -> None:
+        if self._held is not None:
+            arguments, self._held = self._held, None
+            self._handler(*arguments)
+
+    def finish(self) -> None:
+        """After a load that went through: raise what came in too late to stop it."""
+        self._deliver()
+        if self.raised is not None:
+            raise self.raised
+
+
+_LLAMA_ARGUMENTS = tuple(inspect.signature(llama_cpp.Llama.__init__).parameters)[2:-1]  # without self, model_path and **kwargs
+
+
+def _refuse_unknown(function: str, given: Iterable[str], known: set[str]) -> None:
+    """llama_cpp.Llama takes any keyword and does nothing with it: a typing error would silently mean the default."""
+    fields = {"preset", "profile", "window", "sinks"}
+    for name in given:
+        if name in known:
+            continue
+        nearest = difflib.get_close_matches(name, known | fields, n=1)
+        hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
+        if nearest and nearest[0] in fields:
+            hint += f", a field of kv: kv={{{nearest[0]!r}: ...}}"
+        raise TypeError(f"{function} has no argument {name!r}{hint}.")
+
+
+def _check_name(path: str) -> None:
+    """llama-cpp-python passes the name of a file on as UTF-8."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ModelFileError(f"The file name {path!r} is not UTF-8, so llama-cpp-python cannot open it; rename it, or make a link to it.") from None
 
 
 class _Prompt(Exception):
@@ -810,7 +1061,7 @@ class Attachment:
 _attached = threading.local()
 
 
-def attach(kv: KvLike = None, *, model: str | None = None) -> Attachment:
+def attach(kv: KvLike = None, *, model: str | None = None, **unknown: Any) -> Attachment:
     """Give MixKVQ caches to the contexts that this thread creates from now on, by whatever code.
 
         with bridge.attach("balanced") as cache:
@@ -823,8 +1074,10 @@ def attach(kv: KvLike = None, *, model: str | None = None) -> Attachment:
 
     model: path of the model, if it is known here; then a profile is checked against it, and one that lies with the model is found.
 
-    Raises SettingsError, ProfileError, ModelFileError, VersionError.
+    Raises SettingsError, ProfileError, ModelFileError, VersionError; TypeError for other keywords.
     """
+    _refuse_unknown("attach", unknown, {"model"})
+    streams.fill_missing()
     settings = resolve_kv(kv)
     file = open_model(model) if model is not None else None
     if file is not None:

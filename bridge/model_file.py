@@ -38,7 +38,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             _check_version(path, f.read(8))
             header = parse(f)
     except FileNotFoundError:
-        raise ModelFileError(f"{path} does not exist.") from None
+        raise ModelFileError(f"{path} does not exist{_how_to_get(path)}.") from None
     except ParseError as e:
         raise ModelFileError(f"{path} is truncated or damaged: {e}.") from None
     except ModelFileError:
@@ -48,6 +48,16 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     if header.end > size:
         raise ModelFileError(f"{path} is truncated: its tensors end at byte {header.end}, the file at byte {size}; download or copy it again.")
     return header
+
+
+def _how_to_get(path: str) -> str:
+    """What to do about a name that is no file but an address, or a model's name on a hub."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+        return "; a model must be a file here: download it first, e.g. with curl -LO"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", path) and not path.endswith(".gguf") and not os.path.isdir(os.path.dirname(path)):
+        name = path.partition(":")[0]
+        return f"; if it is the name of a model on a hub, download a GGUF file of it first: pip install huggingface_hub, hf download {name} FILE.gguf"
+    return ""
 
 
 def _check_version(path: str, start: bytes) -> None:
