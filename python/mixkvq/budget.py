@@ -89,7 +89,8 @@ def make_plan(demand: Demand, speed: Speed, clock: Clock) -> Plan:
     """The finest plan that the minutes allow. Raises SettingsError, with the minutes that it takes, if there is none."""
     left = clock.left()
     needed = 0.0
-    for every_kind, tries, parts in ((True, demand.tries, True), (True, min(1, demand.tries), True), (False, min(1, demand.tries), True), (False, 0, False)):
+    one = min(1, demand.tries)
+    for every_kind, tries, parts in ((True, demand.tries, True), (True, one, True), (False, one, True), (False, 0, False)):
         parts = parts and demand.parts
         n_windows = demand.windows if every_kind else 0
         passes = 1 + (tries > 0) + tries * demand.sizes + n_windows

@@ -83,7 +83,7 @@ class Material:
 
 
 def gather(llm: Llama, texts: Sequence[Path], plan: Plan, seed: int) -> Material:
-    """At most `plan.tokens` tokens of each kind for each of the two purposes (of problems twice as many to calibrate), and some of the model's own words.
+    """At most `plan.tokens` tokens of each kind for each purpose, of problems twice as many to calibrate; and some of the model's own words.
 
     Raises SettingsError if a text is too short to calibrate with.
     """
@@ -436,7 +436,10 @@ def measure_parts(calibration: Calibration, probe: Formats, steps: Steps, speed:
 
 @dataclass
 class Verdict:
-    """A kind of held-out text: the figures of caches by name, and the mean paired difference of divergence, profile less what it could fall back to."""
+    """A kind of held-out text: the figures of caches by name, and the mean paired difference of divergence.
+
+    difference: profile less what it could fall back to.
+    """
 
     figures: dict[str, dict[str, Any]]
     difference: float = 0.0
@@ -618,7 +621,7 @@ class _Run:
         """Open the model, find out what there is time for, read the texts and measure the parts of the cache."""
         request, fit = self.request, preset_within(self.presets, self.bits)
         n_ctx = min(LONGEST, self.file.n_ctx_train or LONGEST)
-        threads = {"n_threads": self.threads, "n_threads_batch": self.threads}
+        threads: dict[str, Any] = {"n_threads": self.threads, "n_threads_batch": self.threads}
         llm = Llama(self.model, stock="f16", n_ctx=n_ctx, n_batch=PAGE_CELLS, verbose=False, device=request.device, **threads)
         try:
             self.plan = self.make_plan(llm, fit)
@@ -772,7 +775,8 @@ class _Run:
         best = self.calibration.best
         if self.request.policy == "gain" and self.request.max_kld is None and best is not None and best[0] < 1:
             profile = self.make(best[1], self.chosen)
-            return profile, self.found(profile, {}, interrupted="an allocation that is better than the preset on what was read, not measured on other text")
+            what = "an allocation that is better than the preset on what was read; it was not measured on other text"
+            return profile, self.found(profile, {}, interrupted=what)
         profile = self.fallback()
         name = preset_within(self.presets, self.bits).name
         return profile, self.found(profile, {}, True, f"the formats of the preset {name}, with what was seen of queries and keys")
@@ -835,11 +839,11 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
     type=command.Number(LEAST_BITS, MOST_BITS),
     help="Body bits per element to take at most.  [default: those of `balanced`]",
 )
-@click.option("--budget-mib", type=command.Number(min=0, min_open=True), help="Instead: what the whole cache may take at --ctx tokens.")
+@click.option("--budget-mib", type=command.Number(0, 1e9, min_open=True), help="Instead: what the whole cache may take at --ctx tokens.")
 @click.option("--ctx", type=click.IntRange(256, 1 << 30), help="Tokens of context that --budget-mib is for.")
 @click.option(
     "--max-kld",
-    type=command.Number(min=0, min_open=True),
+    type=command.Number(0, 1e3, min_open=True),
     help="Instead: as few bits as keep the mean divergence on held-out text at that, in nats.",
 )
 @click.option(

@@ -80,6 +80,10 @@ def run(command: click.Command, program: str, arguments: Sequence[str] | None = 
     except BrokenPipeError:
         _forget_stdout()  # the reader went away, as `head` does
         return 0
+    except SystemExit as e:
+        if isinstance(e.__context__, BrokenPipeError):  # rich's way to say so
+            return 0
+        raise
     except Exception as e:  # noqa: BLE001 - a person at a terminal gets a sentence
         if os.environ.get(DEBUG, "") not in ("", "0"):
             traceback.print_exc()

@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 from gguf import GGUFValueType
@@ -91,7 +91,10 @@ def embed(model: str | os.PathLike[str], profile: Profile, out: str | os.PathLik
 
 
 def extract(model: str | os.PathLike[str], out: str | os.PathLike[str]) -> Profile:
-    """Write the profile that is embedded in a model as a side-car. Raises ProfileError if there is none, SettingsError if `out` is no profile, OSError."""
+    """Write the profile that is embedded in a model as a side-car.
+
+    Raises ProfileError if there is none, SettingsError if `out` cannot be written or is no profile, OSError.
+    """
     profile = _embedded(os.fspath(model))
     write_profile(out, profile)
     return profile
@@ -329,13 +332,17 @@ def remove_command(model: str, out: str, force: bool) -> None:
 def to_json_command(profile: str, out: str | None, force: bool) -> None:
     """Write PROFILE, a side-car or a model with one inside, as JSON."""
     if out is not None:
-        check_json(out, "that of a profile", lambda found: isinstance(found, dict) and {"fingerprint", "layers"} <= set(found), force=force, inputs=[profile])
+        check_json(out, "that of a profile", _is_profile, force=force, inputs=[profile])
     text = to_json(read_profile(profile))
     if out is None:
         click.echo(text.encode(), nl=False)  # UTF-8 whatever the terminal's encoding is
         return
     write_atomically(out, text)
     _say(f"{out} is the profile {profile} as JSON.")
+
+
+def _is_profile(found: Any) -> bool:
+    return isinstance(found, dict) and {"fingerprint", "layers"} <= set(found)
 
 
 @command.command("from-json")

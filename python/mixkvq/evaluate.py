@@ -114,7 +114,8 @@ def load_or_start(out: Path | None, fresh: dict[str, Any], restart: bool) -> dic
         known = found["files"]
         changed = [name for name in fresh["files"] if name in known and known[name] != fresh["files"][name]]
         if not changed:
-            return {**found, **{key: fresh[key] for key in ("date", "command", "commit", "machine", "versions")}, "files": {**known, **fresh["files"]}}
+            newer = {key: fresh[key] for key in ("date", "command", "commit", "machine", "versions")}
+            return {**found, **newer, "files": {**known, **fresh["files"]}}
         other = f"content of {changed[0]}"
     raise SettingsError(f"{out} holds a run with another {other}; give another --out, or --restart to replace it.")
 
@@ -405,7 +406,12 @@ GIVEN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--window", type=F16_TOKENS, help="Recent tokens in F16, for every cache but llama.cpp's.  [default: its own, or 128]")
 @click.option("--sinks", type=F16_TOKENS, help="First tokens in F16, for every cache but llama.cpp's.  [default: its own, or 128]")
 @click.option("--floor/--no-floor", default=None, help="Measure the baseline in other batches as well.  [default: unless --guarantee]")
-@click.option("--guarantee", "limit", type=Number(min=0, min_open=True), help="Find the smallest preset (or cache of --kv) whose mean KLD stays below this.")
+@click.option(
+    "--guarantee",
+    "limit",
+    type=Number(0, 1e3, min_open=True),
+    help="Find the smallest preset (or cache of --kv) whose mean KLD stays below this.",
+)
 @click.option("--derivations", type=COUNT, help="Teacher-force the derivations of so many built-in problems.")
 @click.option("--problems", "count", type=COUNT, help="Let the model answer so many problems, with every cache.")
 @click.option("--problems-file", type=GIVEN_FILE, help='Problems as JSON lines with "question" and "answer" ("... #### number"), as GSM8K.')

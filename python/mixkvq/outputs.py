@@ -26,13 +26,13 @@ def check_output(path: PathLike, what: str, *, force: bool, inputs: Iterable[Pat
 
 
 def check_json(path: PathLike, what: str, fits: Callable[[Any], bool], *, force: bool, inputs: Iterable[PathLike] = ()) -> None:
-    """`check_output` for JSON of one kind: `fits` tells whether something is that, `what` is how it is called. Raises SettingsError."""
-    check_output(path, "JSON", force=True, inputs=inputs)
-    if not os.path.exists(path) or not os.path.getsize(path):
+    """`check_target` for JSON of one kind: `fits` tells whether something is that, `what` is how it is called. Raises SettingsError."""
+    check_target(path, force=True, what="JSON", inputs=inputs)
+    if not os.path.isfile(path) or not os.path.getsize(path):
         return
     if not fits(json.loads(Path(path).read_bytes())):
         raise SettingsError(f"{os.fspath(path)} is JSON, but not {what}, so it is not replaced; give another name.")
-    check_output(path, "JSON", force=force, inputs=inputs)
+    check_target(path, force=force, what="JSON", inputs=inputs)
 
 
 def check_different(first: PathLike | None, second: PathLike | None) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -406,7 +406,9 @@ def check_model(profile: Profile, model_path: str | os.PathLike[str]) -> ModelFi
     return model
 
 
-def uniform_profile(model: str | os.PathLike[str] | ModelFile, preset: str = "balanced", *, window: int | None = None, sinks: int | None = None) -> Profile:
+def uniform_profile(
+    model: str | os.PathLike[str] | ModelFile, preset: str = "balanced", *, window: int | None = None, sinks: int | None = None
+) -> Profile:
     """A profile that gives every layer and head of a model the formats of one preset: the start of an allocation.
 
     model: its path, or what was read of it. Raises SettingsError for an unknown preset, ModelFileError for an unreadable model, GeometryError for a

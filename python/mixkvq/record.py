@@ -21,12 +21,14 @@ import numpy as np
 from bridge.files import PathLike, write_atomically
 
 from .command import command_line
-from .outputs import check_json
+from .outputs import check_json, check_output
 
 _BLOCK = 1 << 22
 
 
-def describe_run(bench: str, model: Path, settings: dict[str, Any], *, hashed: bool, progress: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
+def describe_run(
+    bench: str, model: Path, settings: dict[str, Any], *, hashed: bool, progress: Callable[[int], None] = lambda n: None
+) -> dict[str, Any]:
     """The head of a result: which program (`bench`) ran, when, where, on which model, with which command line and settings.
 
     hashed: whether the result is written to a file, which needs the model's SHA-256; that takes seconds per GiB. progress: see `describe_file`.
@@ -55,6 +57,7 @@ def describe_file(path: Path, progress: Callable[[int], None] = lambda n: None) 
 
 def check_result(path: PathLike, bench: str, *, force: bool, inputs: Iterable[PathLike] = ()) -> None:
     """Raises SettingsError unless a result of `bench` can be written there without a loss: what is replaced must be one, too."""
+    check_output(path, "JSON", force=True, inputs=inputs)
     check_json(path, f"a result of {bench}", lambda found: isinstance(found, dict) and found.get("bench") == bench, force=force, inputs=inputs)
 
 

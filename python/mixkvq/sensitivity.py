@@ -208,7 +208,8 @@ class Reader:
         """Keep what the exact cache predicts; show every page to the collector."""
         self.probe.rounding, self.probe.collector = {}, collector
         self._exact = {
-            kind: [[log_softmax(rows, np.float32) for rows in self._chunks(passage, progress)] for passage in some] for kind, some in self.passages.items()
+            kind: [[log_softmax(rows, np.float32) for rows in self._chunks(passage, progress)] for passage in some]
+            for kind, some in self.passages.items()
         }
         self.probe.collector = None
 
@@ -324,8 +325,8 @@ def measure_weights(
 ) -> int:
     """Sets the weights of `layers`: what rounding one part at a time to the formats of `probe` does to the predictions, per unit of its error.
 
-    groups: see `parts_of`. A part's effect on a kind of text is its share of the effects of all parts, so the sum over all parts of weight times error
-    is 1 for `probe`: for every kind, and for `key_weight` and `value_weight`, in which kinds count alike.
+    groups: see `parts_of`. A part's effect on a kind of text is its share of the effects of all parts, so the sum over all parts of weight times
+    error is 1 for `probe`: for every kind, and for `key_weight` and `value_weight`, in which kinds count alike.
 
     Whatever changes a layer at all moves the predictions a little, through the rounding of all that comes behind it. What the group's values do at
     8 bits is taken for that and subtracted.
@@ -348,7 +349,7 @@ def measure_weights(
                 break
             reader.probe.rounding = {}
             for i, heads in piece:
-                formats = _formats_of(layers[i], probe[i])[is_value]
+                formats: Sequence[KeyFormat | ValueFormat] = _formats_of(layers[i], probe[i])[is_value]
                 reader.probe.rounding[i, is_value] = [f if h in heads else None for h, f in enumerate(formats)]
             found = reader.divergence_now(progress, sample, power=1)
             effects.append({kind: max(0.0, kld - floor[kind]) for kind, kld in found.items()})

@@ -21,6 +21,7 @@ from mixkvq.compare import Passage
 from mixkvq.profile import read_profile, uniform_profile
 from mixkvq.reference import KeyFormat, ValueFormat, pack_keys, pack_values, unpack_keys, unpack_values
 from mixkvq.sensitivity import SHORT
+from mixkvq.texts import DEFAULT_TEXT
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "cot-tiny-34m-q8_0.gguf"
@@ -160,7 +161,7 @@ def test_key_error_is_that_of_the_packer(group):
 @pytest.fixture(scope="module")
 def reader():
     llm = bridge.Llama(str(MODEL), stock="f16", n_ctx=1024, verbose=False)
-    tokens = llm.tokenize(calibrate.DEFAULT_TEXT.read_bytes())[:900]
+    tokens = llm.tokenize(DEFAULT_TEXT.read_bytes())[:900]
     llm.close()
     reader = sensitivity.Reader(str(MODEL), {"text": [Passage(tokens)]}, window=128, sinks=128, threads=2)
     yield reader
@@ -184,7 +185,8 @@ def test_exact_cache_does_not_diverge_and_rounding_does(reader):
     assert reader.passages_from(900) == {"text": [(0, 900)]} and reader.passages_from(901) == reader.sample(900)
     sample = reader.sample(400)
     assert sample == {"text": [(0, SHORT + 1)]}
-    sensitivity.measure_weights(reader, tables, profile.layers, by_head=False, sample=sample, progress=lambda n: None)
+    parts = sensitivity.parts_of(tables, profile.layers, 1, by_head=False)
+    assert sensitivity.measure_weights(reader, tables, profile.layers, parts, sample=sample, progress=lambda n: None) == 20
     assert allocate.harm([t.weighted({"text": 1.0}) for t in tables], profile.layers) == pytest.approx(1, rel=0.01)
     assert allocate.harm(tables, profile.layers) == pytest.approx(1, rel=0.01)
     weights = np.concatenate([t.key_weight / t.key_even for t in tables])
@@ -264,9 +266,9 @@ def test_budget_holds_for_the_whole_cache(tmp_path):
     file = open_model(MODEL)
     for mib, n_ctx, window in ((20, 8192, 128), (70, 32768, 256), (9, 2048, 128)):
         bits = calibrate.bits_of_budget(file, mib, n_ctx, window, 128)
-        name, _, body = calibrate.preset_of_size(str(MODEL), bits)
-        assert body <= bits
-        llm = bridge.Llama(str(MODEL), kv=bridge.Kv(preset=name, window=window), n_ctx=n_ctx, verbose=False)
+        preset = calibrate.preset_within(calibrate.presets_of(file), bits)
+        assert preset.bits <= bits
+        llm = bridge.Llama(str(MODEL), kv=bridge.Kv(preset=preset.name, window=window), n_ctx=n_ctx, verbose=False)
         llm.eval(llm.tokenize(b"A short text."))
         assert llm.kv_stats()["bytes"] <= mib * 2**20
         llm.close()
@@ -335,11 +337,3 @@ def test_measured_figures_are_json(calibrated):
     assert json.loads(json.dumps(profile.measured)) == profile.measured
 
 
-def test_a_slow_machine_reads_fewer_tokens(monkeypatch):
-    """The clock says that a page takes so many seconds; all in all 700 of them are read for 3584 tokens."""
-    llm = bridge.Llama(str(MODEL), stock="f16", n_ctx=512, n_batch=128, verbose=False)
-    for seconds, tokens in ((0.5, 3584), (0.55, 1117), (5.0, 1024)):
-        clock = itertools.count(step=seconds)
-        monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda clock=clock: next(clock)))
-        assert calibrate.affordable_tokens(llm, minutes=2) == pytest.approx(tokens, abs=1)
-    llm.close()

@@ -22,6 +22,7 @@ from bridge.model_file import built_in_model
 from mixkvq import caches, compare, evaluate, plots, problems
 from mixkvq.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed, log_softmax
 from mixkvq.profile import uniform_profile, write_profile
+from mixkvq.texts import default_text
 
 MODEL = str(built_in_model())
 PROSE = Path(evaluate.__file__).with_name("calibration.txt")
@@ -37,7 +38,7 @@ def tiny(tmp_path_factory):
 def prose():
     """Tokens of running text for the built-in model."""
     llm = caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
-    return compare.tokenize_text(llm, evaluate.default_text().encode())[0]
+    return compare.tokenize_text(llm, default_text()[1].encode())[0]
 
 
 def random_tokens(n, seed=0):
@@ -534,7 +535,7 @@ def test_bad_checker_is_one_sentence(tmp_path, capsys, text, words):
         ([MODEL, "--style", "sideways"], "no style 'sideways'"),
         ([MODEL, "--style", ","], "no style"),
         ([MODEL, "--ctx", "100", "--skip", "99"], "--skip 99 leaves nothing"),
-        ([MODEL, "--plot", "x.gif"], "must end in .png or .svg"),
+        ([MODEL, "--plot", "x.gif"], "ends in .png or .svg"),
         ([MODEL, "--guarantee", "-1"], "number above 0"),
         ([MODEL, "--guarantee", "0.01", "--kv", "q8_0"], "q8_0 is neither"),
         ([MODEL, "--guarantee", "0.01", "--ctx", "300", "--kv", "tiny"], "at least 512 predictions"),
@@ -546,7 +547,7 @@ def test_bad_checker_is_one_sentence(tmp_path, capsys, text, words):
         ([MODEL, "--problems-file", "SHORT"], "line 1, is not"),
         ([MODEL, "--problems-file", "EMPTY"], "holds no problems"),
         ([MODEL, "--problems-file", "ONE", "--problems", "2"], "holds 1 problems, fewer than 2"),
-        ([MODEL, "--out", "SHORT"], "not a result"),
+        ([MODEL, "--out", "SHORT"], "is text, so it is not replaced by JSON"),
         ([MODEL, "--at-once", "0"], "at-once"),
         ([MODEL, "--device", "cpu,"], "device is 'cpu,'"),
         ([MODEL, "--device", "CUDA7", "--ctx", "300"], "no GPU 'CUDA7' to use"),

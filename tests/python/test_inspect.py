@@ -177,7 +177,7 @@ def test_pictures(profile, tmp_path):
 
 
 def test_without_matplotlib(profile, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with refused(r"pip install 'mixkvq\[plot\]'", bridge.SettingsError):
         inspect.plot(profile, tmp_path / "p.png")
     assert not list(tmp_path.iterdir())

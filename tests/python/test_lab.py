@@ -670,7 +670,7 @@ def test_a_file_that_is_no_codec_is_one_sentence(tmp_path):
         with pytest.raises(bridge.SettingsError, match=says):
             lab.get(name)
     path.write_text("1 / 0\n")
-    with pytest.raises(bridge.SettingsError, match="cannot be run: ZeroDivisionError"):
+    with pytest.raises(bridge.SettingsError, match="cannot be loaded: ZeroDivisionError"):
         lab.get(f"{path}:x")
 
 
