@@ -316,7 +316,8 @@ WRITERS = {
     "upgrade": (["upgrade", "p.gguf"], "profile"),
     "upgrade a model": (["upgrade", "e.gguf"], "model"),
 }
-EXISTING = ("m.gguf", "e.gguf", "p.gguf", "p.json", "result.json", "notes.txt", "picture.png", "damaged.gguf", "link.gguf", "hard.gguf", "./sub/../p.gguf")
+EXISTING = ["m.gguf", "e.gguf", "p.gguf", "p.json", "result.json", "notes.txt", "picture.png", "damaged.gguf"]
+EXISTING += ["link.gguf", "hard.gguf", "./sub/../p.gguf"]  # other names of e.gguf and p.gguf
 
 
 @pytest.fixture
