@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 STYLES = ("decode", "prefill", "token")
 NOISE_FLOOR = "noise floor"  # the baseline's own cache in batches of another size
 CELLS = 256  # a context is a multiple of this
+BLOCK, LEAST_BLOCKS = 128, 4  # predictions of a block, and blocks that a standard error takes
 SINGLE_STEPS = 64  # single tokens that a cache is fed before the next one's turn
 _BATCH = {"decode": PAGE_CELLS, "prefill": 512, "token": 1}
 # A size at which the CPU backend takes another path through attention: one query at a time, or a tile of 64.
@@ -144,14 +145,19 @@ def summarise(parts: Sequence[Comparison]) -> dict[str, Any]:
     }
 
 
-def standard_error(parts: Sequence[Sequence[float] | npt.NDArray[Any]], block: int = 128) -> float | None:
+def n_blocks(lengths: Iterable[int]) -> int:
+    """Into how many blocks `standard_error` cuts parts of these lengths."""
+    return sum(max(1, n // BLOCK) for n in lengths if n)
+
+
+def standard_error(parts: Sequence[Sequence[float] | npt.NDArray[Any]], block: int = BLOCK) -> float | None:
     """Standard error of the mean of all values, from blocks: neighbouring tokens are not independent.
 
     Each part is cut into blocks of at least `block` values (a shorter part is one). None with fewer than four blocks.
     """
     blocks = [piece for part in parts if len(part) for piece in np.array_split(np.asarray(part, np.float64), max(1, len(part) // block))]
     m = len(blocks)
-    if m < 4:
+    if m < LEAST_BLOCKS:
         return None
     sums, counts = np.array([piece.sum() for piece in blocks]), np.array([len(piece) for piece in blocks])
     rest = sums - sums.sum() / counts.sum() * counts

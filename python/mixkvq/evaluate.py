@@ -32,8 +32,20 @@ from bridge.run import physical_cores
 
 from . import plots, problems, tasks
 from .caches import CACHE_HELP, check_name, file_of, is_stock, open_cache, split_names
-from .command import COUNT, COUNT_OR_ZERO, F16_TOKENS, SEED, THREADS, Number, force_option, interrupted, open_stderr, run, tool
-from .compare import NOISE_FLOOR, STYLES, Measured, Passage, compare_caches, draw_windows, tokenize_text, windows_of, work
+from .command import COUNT, COUNT_OR_ZERO, F16_TOKENS, SEED, THREADS, Number, force_option, interrupted, run, tool
+from .compare import (
+    LEAST_BLOCKS,
+    NOISE_FLOOR,
+    STYLES,
+    Measured,
+    Passage,
+    compare_caches,
+    draw_windows,
+    n_blocks,
+    tokenize_text,
+    windows_of,
+    work,
+)
 from .outputs import check_different
 from .record import available_cores, check_result, describe_file, describe_run, save_json
 from .texts import DEFAULT_TEXT, default_text, read_utf8
@@ -246,6 +258,8 @@ def guarantee(evaluation: Evaluation, texts: Sequence[Text], names: Sequence[str
 
     Measured in decode style, `at_once` caches at a time, and no more caches than it takes. The result gets "guarantee".
     """
+    if any(n_blocks([len(p.tokens) - p.first for p in text.passages]) < LEAST_BLOCKS for text in texts):
+        raise SettingsError("A guarantee needs at least 512 predictions per text; give a larger --ctx or more --windows.")
     tried = []
     best = None
     for i in range(0, len(names), evaluation.at_once):
@@ -253,8 +267,6 @@ def guarantee(evaluation: Evaluation, texts: Sequence[Text], names: Sequence[str
         sections = [measure_text(evaluation, text, "decode", group) for text in texts]
         for name in group:
             figures = [section["caches"][name] for section in sections]
-            if any(f["kld_standard_error"] is None for f in figures):
-                raise SettingsError("A guarantee needs at least 512 predictions per text; give a larger --ctx or more --windows.")
             worst = max(figures, key=lambda f: f["kld_mean"] + f["kld_standard_error"])
             holds = worst["kld_mean"] + worst["kld_standard_error"] <= limit
             tried.append({"cache": name, "holds": holds, **{key: worst[key] for key in ("body_bits", "kld_mean", "kld_standard_error")}})
@@ -441,11 +453,10 @@ def command(**given: Any) -> int:
     result: dict[str, Any] = {}
     texts: list[Text] = []
     try:
-        with open_stderr() as stderr:
-            console = Console(file=stderr, highlight=False)
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
-            with Progress(*columns, console=console, transient=True, disable=given["quiet"] or not console.is_terminal) as bar:
-                evaluate(given, bar, result, texts)
+        console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True, disable=given["quiet"] or not console.is_terminal) as bar:
+            evaluate(given, bar, result, texts)
     except KeyboardInterrupt:
         _show_some(result, given)
         return interrupted(_kept(result, given))

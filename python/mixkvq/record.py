@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from bridge.command import command_line
 from bridge.files import PathLike, write_atomically
 
-from .command import command_line
 from .outputs import check_json, check_output
 
 _BLOCK = 1 << 22

@@ -306,7 +306,7 @@ def test_existing_file_is_not_lost(calibrated):
     assert path.read_bytes() == before
 
 
-def test_targets_are_checked_before_anything_is_read(tiny, tmp_path, monkeypatch, capsys):
+def test_targets_are_checked_before_anything_is_read(tiny, tmp_path, monkeypatch, capfd):
     """Also with --force: neither the model nor a text, nor anything that is no profile, is replaced."""
     monkeypatch.chdir(tmp_path)
     Path("model.gguf").write_bytes(tiny.read_bytes())
@@ -318,12 +318,12 @@ def test_targets_are_checked_before_anything_is_read(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(calibrate, "open_model", lambda *_: pytest.fail("the model is opened"))
     for out in ("model.gguf", "link.gguf", "hard.gguf", "./model.gguf", "notes.txt", "/proc/x.gguf", "none/x.gguf", ".", "/dev/null"):
         assert main("model.gguf", "--text", "notes.txt", "-o", out, "--force") == 2
-        out_, err = capsys.readouterr()
+        out_, err = capfd.readouterr()
         assert not out_ and err.startswith("error: ") and len(err.splitlines()) == 1 and f"{Path(out)}" in err and ".mixkvq-" not in err, err
     assert {path: path.read_bytes() for path in Path().iterdir()} == before
 
 
-def test_what_was_measured_is_not_lost_where_it_can_no_longer_be_written(tiny, tmp_path, monkeypatch, capsys):
+def test_what_was_measured_is_not_lost_where_it_can_no_longer_be_written(tiny, tmp_path, monkeypatch, capfd):
     Pace(60, monkeypatch)
     out, written = tmp_path / "gone" / "out.gguf", calibrate.write_profile
     out.parent.mkdir()
@@ -335,7 +335,7 @@ def test_what_was_measured_is_not_lost_where_it_can_no_longer_be_written(tiny, t
 
     monkeypatch.setattr(calibrate, "write_profile", write)
     assert main(tiny, "--bits", 3, "--minutes", 2, "-o", out) == 2
-    said, err = capsys.readouterr()
+    said, err = capfd.readouterr()
     instead = re.search(r"the profile is in (\S+)\.$", err.strip())
     assert instead and read_profile(instead[1], tiny).measured and "this profile" in said and "No space left" in err
     shutil.rmtree(Path(instead[1]).parent)
@@ -353,10 +353,10 @@ def test_what_was_measured_is_not_lost_where_it_can_no_longer_be_written(tiny, t
         (240, []),
     ],
 )
-def test_minutes_are_kept_and_what_is_left_out_is_said(tiny, tmp_path, monkeypatch, capsys, speed, words):
+def test_minutes_are_kept_and_what_is_left_out_is_said(tiny, tmp_path, monkeypatch, capfd, speed, words):
     pace, out = Pace(speed, monkeypatch), tmp_path / "out.gguf"
     assert main(tiny, "--bits", 3, "--minutes", 5, "--tokens", 1100, "-o", out) == 0
-    said, err = capsys.readouterr()
+    said, err = capfd.readouterr()
     assert pace.now <= 1.25 * 300
     assert all(word in " ".join(said.split()) for word in words), said
     assert ("coarser" in said) == bool(words)
@@ -367,17 +367,17 @@ def test_minutes_are_kept_and_what_is_left_out_is_said(tiny, tmp_path, monkeypat
     assert [entry["text"] for entry in profile.measured] == ["the default text", *([] if "no solved problems" in said else ["retrieval"])]
 
 
-def test_a_machine_that_becomes_slower_reads_less(tiny, tmp_path, monkeypatch, capsys):
+def test_a_machine_that_becomes_slower_reads_less(tiny, tmp_path, monkeypatch, capfd):
     pace = Pace(240, monkeypatch)
     pace.when[15000] = lambda: setattr(pace, "speed", 80)
     assert main(tiny, "--bits", 3, "--minutes", 5, "--tokens", 1100, "-o", tmp_path / "out.gguf") == 0
     assert not pace.when and pace.now <= 1.25 * 300
 
 
-def test_too_few_minutes_are_refused_with_the_number_that_does(tiny, tmp_path, monkeypatch, capsys):
+def test_too_few_minutes_are_refused_with_the_number_that_does(tiny, tmp_path, monkeypatch, capfd):
     pace, out = Pace(8, monkeypatch), tmp_path / "out.gguf"
     assert main(tiny, "--minutes", 2, "-o", out) == 2
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     said = re.search(r"reads about 8 tokens a second .* takes ([\d.]+) minutes at least; --minutes 2 is too short", err)
     assert said and len(err.splitlines()) == 2 and not out.exists() and pace.now < 30
     pace.now = 0.0
@@ -385,7 +385,7 @@ def test_too_few_minutes_are_refused_with_the_number_that_does(tiny, tmp_path, m
     assert pace.now <= 1.25 * 60 * float(said[1]) and out.exists()
 
 
-def test_a_divergence_is_looked_for_as_long_as_there_is_time(tiny, tmp_path, monkeypatch, capsys):
+def test_a_divergence_is_looked_for_as_long_as_there_is_time(tiny, tmp_path, monkeypatch, capfd):
     pace, out = Pace(240, monkeypatch), tmp_path / "out.gguf"
     assert main(tiny, "--max-kld", 0.05, "--minutes", 5, "--tokens", 1024, "-o", out) == 0
     assert pace.now <= 1.25 * 300
@@ -401,11 +401,11 @@ def test_a_divergence_is_looked_for_as_long_as_there_is_time(tiny, tmp_path, mon
         (45000, "has an allocation that is better than the preset on what was read"),
     ],
 )
-def test_ctrl_c_keeps_what_there_is(tiny, tmp_path, monkeypatch, capsys, tokens, words):
+def test_ctrl_c_keeps_what_there_is(tiny, tmp_path, monkeypatch, capfd, tokens, words):
     pace, out = Pace(240, monkeypatch), tmp_path / "out.gguf"
     pace.when[tokens] = stop
     assert main(tiny, "--bits", 3, "--minutes", 5, "--tokens", 1100, "-o", out) == 130
-    said, err = capsys.readouterr()
+    said, err = capfd.readouterr()
     assert not said and "Traceback" not in err and "stopped: " in err and words in " ".join(err.split())
     assert out.exists() == ("not been read" not in words)
     if out.exists():
@@ -448,13 +448,13 @@ def test_a_larger_window_leaves_fewer_bits_and_only_fitting_ones_are_tried():
     assert list(calibrate.sizes_of_budget(file, 70, 32768, 200, None)) == [200]
 
 
-def test_a_window_is_chosen_where_the_budget_is_bytes(tiny, tmp_path, monkeypatch, capsys):
+def test_a_window_is_chosen_where_the_budget_is_bytes(tiny, tmp_path, monkeypatch, capfd):
     out, file = tmp_path / "out.gguf", open_model(tiny)
     mib = caches.total_bits(3.6, 3.6, 32768) * file.cache_elements(32768) / 8 / 2**20
     assert len(calibrate.sizes_of_budget(file, mib, 32768, None, None)) == 3
     Pace(200, monkeypatch)
     assert main(tiny, "--budget-mib", mib, "--ctx", 32768, "--minutes", 5, "--tokens", 1024, "-o", out) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(capfd.readouterr().out.split())
     profile = read_profile(out, tiny)
     if "No allocation was better" in said:
         assert profile.window is None

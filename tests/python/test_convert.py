@@ -274,13 +274,13 @@ def test_a_damaged_profile_can_be_taken_out(tiny, profile, tmp_path):
     assert out.read_bytes() == Path(tiny).read_bytes()
 
 
-def test_command_line(tiny, profile, tmp_path, monkeypatch, capsys):
+def test_command_line(tiny, profile, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_profile("p.gguf", profile)
 
     def do(*arguments):
         assert run(convert.command, "mixkvq.convert", [str(a) for a in arguments]) == 0
-        captured = capsys.readouterr()
+        captured = capfd.readouterr()
         assert captured.err.count("\n") <= 1
         return captured
 
@@ -346,11 +346,11 @@ def kind_of(name):
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("out", EXISTING)
 @pytest.mark.parametrize("which", WRITERS)
-def test_only_a_file_of_the_same_kind_is_replaced_and_only_by_force(files, which, out, force, capsys):
+def test_only_a_file_of_the_same_kind_is_replaced_and_only_by_force(files, which, out, force, capfd):
     arguments, kind = WRITERS[which]
     real, there = kind_of(out)
     code = run(convert.command, "mixkvq.convert", [*arguments, "-o", out, *(["--force"] if force else [])])
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     lost = {path.name for path, before in files.items() if path.read_bytes() != before}
     if force and kind == there and real not in arguments:
         assert code == 0 and lost <= {real, "link.gguf"}, err
@@ -361,13 +361,13 @@ def test_only_a_file_of_the_same_kind_is_replaced_and_only_by_force(files, which
     assert {path for path in Path().iterdir() if path.is_file()} == set(files)
 
 
-def test_a_device_and_a_folder_that_is_read_only(files, tmp_path, capsys):
+def test_a_device_and_a_folder_that_is_read_only(files, tmp_path, capfd):
     for arguments, _ in WRITERS.values():
         for out in ("/dev/null", "/proc/x.gguf", "sub", "none/x.gguf"):
             if arguments[0] == "to-json" and out == "/dev/null":
                 continue  # text can be written there
             assert run(convert.command, "mixkvq.convert", [*arguments, "-o", out, "--force"]) == 2
-            err = capsys.readouterr().err
+            err = capfd.readouterr().err
             assert f"{out} cannot be written" in err and len(err.splitlines()) == 1, err
     assert Path("/dev/null").is_char_device()
     assert run(convert.command, "mixkvq.convert", ["to-json", "p.gguf", "-o", "/dev/null"]) == 0
@@ -414,7 +414,7 @@ def test_functions_do_not_replace_a_file_of_another_kind_either(files, profile):
         (["upgrade", "p.gguf", "--fast"], "--fast"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_code_2(tiny, profile, tmp_path, monkeypatch, capsys, arguments, words):
+def test_mistakes_are_one_sentence_and_exit_code_2(tiny, profile, tmp_path, monkeypatch, capfd, arguments, words):
     monkeypatch.chdir(tmp_path)
     write_profile("p.gguf", profile)
     write_profile("other.gguf", Profile("0" * 32, GOLDEN_LAYERS))
@@ -422,18 +422,18 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tiny, profile, tmp_path, monk
     Path("latin.json").write_bytes(b'{"a": "\xe9"}')
     there = sorted(p.name for p in tmp_path.iterdir())
     code = run(convert.command, "mixkvq.convert", [tiny if a == "MODEL" else a for a in arguments])
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: "), err
     assert re.search(words, err), err
     assert sorted(p.name for p in tmp_path.iterdir()) == there
 
 
-def test_failures_of_the_machine_are_exit_code_1(tiny, profile, tmp_path, monkeypatch, capsys):
+def test_failures_of_the_machine_are_exit_code_1(tiny, profile, tmp_path, monkeypatch, capfd):
     def full(self):
         raise OSError(28, "No space left on device", "x.gguf")
 
     write_profile(tmp_path / "p.gguf", profile)
     monkeypatch.setattr(gguf.GGUFWriter, "write_kv_data_to_file", full)
     assert run(convert.command, "mixkvq.convert", ["upgrade", str(tmp_path / "p.gguf"), "-o", str(tmp_path / "x.gguf")]) == 1
-    assert capsys.readouterr().err == "error: x.gguf: No space left on device.\n"
+    assert capfd.readouterr().err == "error: x.gguf: No space left on device.\n"
     assert [p.name for p in tmp_path.iterdir()] == ["p.gguf"]
