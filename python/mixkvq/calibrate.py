@@ -191,11 +191,12 @@ def bits_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int, sinks:
     Raises SettingsError if that is less than the smallest formats take.
     """
     elements = model.cache_elements(n_ctx)
+    tables = TABLE_BYTES * 2 * model.served_layers() * -(-n_ctx // PAGE_CELLS)
     fixed, slope = total_bits(0, 0, n_ctx, window, sinks), total_bits(1, 1, n_ctx, window, sinks) - total_bits(0, 0, n_ctx, window, sinks)
-    share = 0.995  # tables and scratch
-    bits = (8 * mib * 2**20 * share / elements - fixed) / slope
+    share = 0.998  # scratch
+    bits = (8 * (mib * 2**20 * share - tables) / elements - fixed) / slope
     if bits < LEAST_BITS:
-        least = (fixed + LEAST_BITS * slope) * elements / 8 / share / 2**20
+        least = ((fixed + LEAST_BITS * slope) * elements / 8 + tables) / share / 2**20
         raise SettingsError(f"A context of {n_ctx} tokens of {model.name} needs at least {math.ceil(least)} MiB; {mib:g} MiB are not enough.")
     return bits
 
@@ -215,6 +216,7 @@ def sizes_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int | None
     return sizes
 
 
+TABLE_BYTES = 40  # of a page of keys or values
 TOLERANCE = 0.05
 LEAST_BITS = 2.25
 MOST_BITS = 8.0

@@ -255,7 +255,7 @@ def stop():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return tiny_models.llama(tmp_path_factory.mktemp("models") / "tiny.gguf", n_layers=4)
+    return tiny_models.llama(tmp_path_factory.mktemp("models") / "tiny.gguf", n_layers=3)
 
 
 def main(*arguments):
@@ -349,7 +349,7 @@ def test_what_was_measured_is_not_lost_where_it_can_no_longer_be_written(tiny, t
     [
         (20, ["no solved problems", "no part of the cache was measured by itself"]),
         (40, ["no solved problems", "layers were rounded at a time instead of one"]),
-        (120, ["1 allocation was tried instead of 4", "2 layers were rounded at a time instead of one"]),
+        (120, ["1 allocation was tried instead of 4"]),
         (240, []),
     ],
 )
@@ -398,7 +398,7 @@ def test_a_divergence_is_looked_for_as_long_as_there_is_time(tiny, tmp_path, mon
         (100, "The model has not been read yet"),
         (3000, "The model has not been read yet"),
         (12000, "has the formats of the preset mix2.5, with what was seen of queries and keys"),
-        (45000, "has an allocation that is better than the preset on what was read"),
+        (42000, "has an allocation that is better than the preset on what was read"),
     ],
 )
 def test_ctrl_c_keeps_what_there_is(tiny, tmp_path, monkeypatch, capfd, tokens, words):
