@@ -18,7 +18,7 @@ from rich.console import Console
 from bridge import Llama
 from mixkvq.caches import CACHE_HELP, split_names
 from mixkvq.caches import open_cache as open_model
-from mixkvq.command import COUNT, COUNT_OR_ZERO, SEED, THREADS, force_option, run, tool
+from mixkvq.command import COUNT, COUNT_OR_ZERO, SEED, THREADS, Model, force_option, run, tool
 from mixkvq.record import available_cores, check_result, describe_run, save_json
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "COUNT_OR_ZERO",
     "SEED",
     "THREADS",
+    "Model",
     "available_cores",
     "cache_statistics",
     "check_result",

@@ -22,6 +22,7 @@ from _common import (
     COUNT,
     COUNT_OR_ZERO,
     THREADS,
+    Model,
     available_cores,
     check_result,
     copy_bandwidth,
@@ -154,7 +155,7 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
 
 @tool(help=__doc__.split("\n\n")[0])
 @click.argument("program", type=click.Path(exists=True, dir_okay=False))
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("model", type=Model(), callback=lambda _context, _parameter, path: Path(path))
 @click.option("--device", default="CUDA0", show_default=True, help="ggml's name for it: CPU, or that of a GPU.")
 @click.option("--kv", default="f16,q8_0,q4_0,balanced", show_default=True, help=CACHE_HELP)
 @click.option("--depths", default="0,8192,32768,131072", show_default=True, callback=parse_depths, help="Tokens already in the context.")

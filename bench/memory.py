@@ -24,6 +24,7 @@ from _common import (
     COUNT,
     SEED,
     THREADS,
+    Model,
     available_cores,
     cache_statistics,
     check_result,
@@ -81,7 +82,7 @@ def measure_in_new_process(*arguments: str) -> dict[str, Any]:
 
 
 @tool(help=__doc__.split("\n\n")[0])
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("model", type=Model(), callback=lambda _context, _parameter, path: Path(path))
 @click.option("--kv", default="f16,q8_0,q4_0,balanced", show_default=True, help=CACHE_HELP)
 @click.option("--ctx", type=COUNT, default=32768, show_default=True)
 @click.option("--tokens", type=COUNT, help="Fill the context with that many tokens.  [default: all of it]")

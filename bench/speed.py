@@ -27,6 +27,7 @@ from _common import (
     COUNT_OR_ZERO,
     SEED,
     THREADS,
+    Model,
     available_cores,
     cache_statistics,
     check_result,
@@ -169,7 +170,7 @@ def fit_line(rows: list[dict[str, Any]], cache: str, start: int) -> dict[str, An
 
 
 @tool(help=__doc__.split("\n\n")[0])
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("model", type=Model(), callback=lambda _context, _parameter, path: Path(path))
 @click.option("--kv", default="f16,q8_0,q4_0,balanced", show_default=True, help=CACHE_HELP + "; the first is what ratios refer to")
 @click.option("--depths", default="0,2048,4096,8192,16384,32768", show_default=True, callback=parse_depths, help="Tokens already in the context.")
 @click.option("--tokens", type=COUNT, default=16, show_default=True, help="Tokens decoded per round.")

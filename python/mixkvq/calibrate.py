@@ -506,10 +506,11 @@ class Steps:
 
     def __init__(self, quiet: bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
+        self.quiet, console = quiet, Console(stderr=True)
+        self.bar = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
 
     def say(self, sentence: str) -> None:
-        if not self.bar.disable:
+        if not self.quiet:
             self.bar.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
@@ -828,7 +829,7 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
 
 
 @command.tool(help=(__doc__ or "").split("\n\n")[0])
-@click.argument("model", type=click.Path(dir_okay=False))
+@click.argument("model", type=command.Model())
 @click.option(
     "--text",
     "texts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,9 @@ import click
 
 from bridge import streams
 from bridge.command import INTERRUPTED, run
+from bridge.model_file import read_header
 
-__all__ = ["COUNT", "COUNT_OR_ZERO", "F16_TOKENS", "SEED", "SETTINGS", "THREADS", "Number", "force_option", "interrupted", "run", "tool"]
+__all__ = ["COUNT", "COUNT_OR_ZERO", "F16_TOKENS", "SEED", "SETTINGS", "THREADS", "Model", "Number", "force_option", "interrupted", "run", "tool"]
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -40,6 +42,17 @@ class Number(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+class Model(click.ParamType):
+    """The path of a model, as text. What is no file gets the sentence of `bridge.model_file`: advice where it is an address or a name on a hub."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not os.path.isfile(value):
+            read_header(value)
+        return str(value)
 
 
 SEED = click.IntRange(0, (1 << 32) - 1)

@@ -32,7 +32,7 @@ from bridge.run import physical_cores
 
 from . import plots, problems, tasks
 from .caches import CACHE_HELP, check_name, file_of, is_stock, open_cache, split_names
-from .command import COUNT, COUNT_OR_ZERO, F16_TOKENS, SEED, THREADS, Number, force_option, interrupted, run, tool
+from .command import COUNT, COUNT_OR_ZERO, F16_TOKENS, SEED, THREADS, Model, Number, force_option, interrupted, run, tool
 from .compare import (
     LEAST_BLOCKS,
     NOISE_FLOOR,
@@ -407,7 +407,7 @@ GIVEN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @tool()
-@click.argument("model", type=FILE)
+@click.argument("model", type=Model(), callback=lambda _context, _parameter, path: Path(path))
 @click.option("--kv", multiple=True, help=f"The {CACHE_HELP}; may be repeated.  [default: {DEFAULT_CACHES}]")
 @click.option("--baseline", default="f16", show_default=True, help="What all caches are compared with.")
 @click.option("--text", "texts", multiple=True, type=GIVEN_FILE, help="Text to read; may be repeated.  [default: a text that comes with MixKVQ]")

@@ -17,6 +17,7 @@ import random_model
 import speed
 
 import bridge
+import bridge.model_file
 import mixkvq.__main__
 import mixkvq.lab.__main__
 from bridge.command import command_line
@@ -103,6 +104,20 @@ def test_a_mistake_says_where_help_is(name, capfd):
     assert run(TOOLS[name], name, ["--no-such-option"]) == 2
     err = capfd.readouterr().err
     assert len(err.splitlines()) == 1 and "No such option" in err and "See --help" in err
+
+
+ADDRESSES = [("https://example.org/m.gguf", "download it first"), ("org/name", "the name of a model on a hub"), ("none.gguf", "none.gguf does not")]
+TAKES_A_MODEL = ["mixkvq.calibrate", "mixkvq.evaluate", "mixkvq.inspect", "bench/speed.py", "bench/memory.py"]
+
+
+@pytest.mark.skipif("_how_to_get" not in vars(bridge.model_file), reason="bridge gives no advice yet")
+@pytest.mark.parametrize(("address", "words"), ADDRESSES)
+@pytest.mark.parametrize("name", TAKES_A_MODEL)
+def test_an_address_in_place_of_a_model_gets_advice(name, address, words, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(TOOLS[name], name, [address]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: {address} does not exist") and words in err and len(err.splitlines()) == 1, err
 
 
 def test_the_package_itself_lists_the_tools():

@@ -20,10 +20,11 @@ import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge import ContextError, Kv, Llama, SettingsError
+import bridge._llama
+from bridge import ContextError, GeometryError, Kv, Llama, SettingsError
 from bridge.library import native
 from bridge.model_file import built_in_model
-from mixkvq import caches, compare, evaluate, plots, problems, record
+from mixkvq import caches, calibrate, compare, evaluate, plots, problems, record
 from mixkvq.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed, log_softmax
 from mixkvq.profile import uniform_profile, write_profile
 from mixkvq.texts import default_text
@@ -684,6 +685,27 @@ def test_mistakes_are_one_sentence(tmp_path, capfd, arguments, words):
     code, out, err = run(capfd, *arguments, *THREADS)
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
     assert re.search(words, err), err
+
+
+ENCODERS = pytest.mark.skipif("has_encoder" not in Path(bridge._llama.__file__).read_text(), reason="bridge does not refuse encoders yet")
+
+
+@ENCODERS
+@pytest.mark.parametrize("tool", ["evaluate", "calibrate"])
+def test_an_encoder_decoder_model_is_refused(tmp_path, tool):
+    model = tiny_models.t5(tmp_path / "t5.gguf")
+    done = subprocess.run([sys.executable, "-m", f"mixkvq.{tool}", str(model), *THREADS], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: t5") and len(done.stderr.splitlines()) == 1, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("tool", [evaluate, calibrate])
+def test_a_model_that_bridge_refuses_is_one_sentence(tiny, tool, monkeypatch, capfd):
+    def refuse(*_, **__):
+        raise GeometryError("It has an encoder.")
+
+    monkeypatch.setattr(Llama, "__init__", refuse)
+    assert tool.main([tiny, *THREADS]) == 2
+    assert capfd.readouterr() == ("", "error: It has an encoder.\n")
 
 
 def test_presets_are_tried_by_rising_size():
