@@ -368,7 +368,7 @@ def measure_speed(llm: Llama) -> Speed:
 
 def measure_speed_rounded(model: str, formats: Formats, speed: Speed, **options: Any) -> Speed:
     """The speed with which a small model is read through the codec: rounding its pages takes longer than computing it."""
-    passage = Passage([1] * (least_tokens(options["window"], options["sinks"]) + 2 * PAGE_CELLS))
+    passage = Passage([1] * least_tokens(options["window"], options["sinks"]))
     reader = Reader(model, {"text": [passage]}, **options)
     try:
         collector = Collector(KEY_GROUPS)
@@ -420,7 +420,7 @@ def measure_parts(calibration: Calibration, probe: Formats, steps: Steps, speed:
         for sample in samples:
             work = n_passes * sum(n - 1 for some in sample.values() for _, n in some)
             if work <= most * speed:
-                what = "head" if by_head else "layer" if group == 1 else f"{group} layers"
+                what = "head" if by_head else "layer" if group == 1 else f"{group} layers" if group < len(seen) else "all layers"
                 with steps(f"{n_passes - len(groups)} parts, one {what} at a time" if group == 1 else f"parts of {what}", work) as progress:
                     done = measure_weights(reader, tables, probe, groups, sample=sample, progress=progress, enough=lambda: clock.taken() > 1.2 * most)
                 return what if done else ""
@@ -657,7 +657,7 @@ class _Run:
             judged=3 if nearest_preset(self.presets, self.bits).name == fit.name else 4,
         )
         speed = measure_speed(llm)
-        if demand.least / speed.read < 0.02 * 60 * request.minutes:
+        if demand.least / speed.read < 0.03 * 60 * request.minutes:
             options: dict[str, Any] = {"window": self.window, "sinks": self.sinks, "threads": self.threads, "device": request.device}
             speed = measure_speed_rounded(self.model, fit.formats, speed, **options)
         plan = make_plan(demand, speed, self.clock)
