@@ -665,6 +665,7 @@ class Llama(llama_cpp.Llama):
 
     def reset(self) -> None:
         """Forget all tokens and give their memory back. A prompt that begins like the one before needs none: `create_completion` sees to that."""
+        self._check_ready()
         super().reset()
         if self._session is not None:  # clearing would only write to all of llama.cpp's own cache
             self._ctx.kv_cache_clear()
@@ -772,11 +773,6 @@ class Llama(llama_cpp.Llama):
             except RuntimeError as e:
                 failure = self._failure(e, self._batch.n_tokens())
                 raise failure from failure.__cause__
-
-    def reset(self) -> None:
-        """As in `llama_cpp.Llama`: forget the tokens; the cache is overwritten from its first cell on."""
-        self._check_ready()
-        super().reset()
 
     def load_state(self, state: Any) -> None:
         """As in `llama_cpp.Llama`."""

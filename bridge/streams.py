@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 def fill_missing() -> None:
@@ -31,14 +32,14 @@ def discard(fd: int) -> None:
 
 def say(text: str) -> None:
     """A line on stderr, if there is one that takes it."""
-    if sys.stderr is None:
+    stream: Any = sys.stderr
+    if stream is None:
         return
-    own = sys.__stderr__
     with contextlib.suppress(OSError, ValueError):
-        if own is not None and sys.stderr is own:  # past its buffer: what stayed there would fail again when the program ends
-            os.write(own.fileno(), f"{text}\n".encode(own.encoding, "backslashreplace"))
+        if stream is sys.__stderr__:  # past its buffer: what stayed there would fail again when the program ends
+            os.write(stream.fileno(), f"{text}\n".encode(stream.encoding, "backslashreplace"))
         else:
-            print(text, file=sys.stderr)
+            print(text, file=stream)
 
 
 class Notes(io.TextIOWrapper):
