@@ -20,7 +20,7 @@ from test_architectures import PLAIN, SERVED
 
 import bridge
 from bridge import Kv, _llama
-from bridge.dry_run import DryRun
+from bridge.dry_run import DryRun, Need
 from bridge.settings import STOCK_TYPES
 
 SPARE = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
@@ -121,6 +121,17 @@ def test_of_a_codec_which_keeps_its_pages_in_f16(paths, device):
     stats = llama.kv_stats()
     assert need.cache == stats["bytes"] and stats["bytes_f16"] < stats["bytes"] < 1.05 * stats["bytes_f16"]
     llama.close()
+
+
+def test_what_stays_on_the_cpu():
+    """A cache is divided layer by layer, as far as layers are known; work is where it is computed, and on both sides of a model that is divided."""
+    need = Need(cache=100, layers={0: 40, 1: 50}, recurrent=10, books=5, work={"CPU": 7, "MIXKVQ-CUDA0": 9})
+    gpu = {"CUDA0", "MIXKVQ-CUDA0"}
+    assert need.all == need.on_cpu(2, 1.0, ()) == 100 + 10 + 5 + 7 + 9
+    assert need.on_cpu(0, 0.0, gpu) == 5 + 7
+    assert need.on_cpu(1, 0.5, gpu) == 40 + 5 + 5 + 7 + 9
+    stock = Need(cache=100, layers={}, recurrent=0, books=5, work={"CPU": 7, "CUDA0": 9})
+    assert stock.on_cpu(1, 0.25, gpu) == 25 + 5 + 7 + 9 and stock.on_cpu(4, 1.0, ()) == stock.all
 
 
 # --- several sequences, and contexts that are filled ---
