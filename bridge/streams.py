@@ -31,14 +31,24 @@ def discard(fd: int) -> None:
 
 def say(text: str) -> None:
     """A line on stderr, if there is one that takes it."""
-    if sys.stderr is None:
+    stream = sys.stderr
+    if stream is None:
         return
-    own = sys.__stderr__
     with contextlib.suppress(OSError, ValueError):
-        if own is not None and sys.stderr is own:  # past its buffer: what stayed there would fail again when the program ends
-            os.write(own.fileno(), f"{text}\n".encode(own.encoding, "backslashreplace"))
-        else:
-            print(text, file=sys.stderr)
+        if not isinstance(stream, io.TextIOWrapper) or not _has_descriptor(stream):
+            print(text, file=stream)
+            return
+        stream.flush()
+        # Past its buffer: what stayed there would fail again when the program ends, and change its exit status.
+        os.write(stream.fileno(), f"{text}\n".encode(stream.encoding, "backslashreplace"))
+
+
+def _has_descriptor(stream: io.TextIOWrapper) -> bool:
+    try:
+        stream.fileno()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class Notes(io.TextIOWrapper):
