@@ -7,7 +7,6 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 
 def fill_missing() -> None:
@@ -32,14 +31,24 @@ def discard(fd: int) -> None:
 
 def say(text: str) -> None:
     """A line on stderr, if there is one that takes it."""
-    stream: Any = sys.stderr
+    stream = sys.stderr
     if stream is None:
         return
     with contextlib.suppress(OSError, ValueError):
-        if stream is sys.__stderr__:  # past its buffer: what stayed there would fail again when the program ends
-            os.write(stream.fileno(), f"{text}\n".encode(stream.encoding, "backslashreplace"))
-        else:
+        if not isinstance(stream, io.TextIOWrapper) or not _has_descriptor(stream):
             print(text, file=stream)
+            return
+        stream.flush()
+        # Past its buffer: what stayed there would fail again when the program ends, and change its exit status.
+        os.write(stream.fileno(), f"{text}\n".encode(stream.encoding, "backslashreplace"))
+
+
+def _has_descriptor(stream: io.TextIOWrapper) -> bool:
+    try:
+        stream.fileno()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class Notes(io.TextIOWrapper):

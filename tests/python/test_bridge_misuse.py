@@ -252,9 +252,10 @@ def test_programs_end_quietly(code):
         "sys.stderr.close()",
         "sys.stdin.close(); sys.stdout.close(); sys.stderr.close()",
         "r, w = os.pipe(); os.close(r); os.dup2(w, 2)",
+        "r, w = os.pipe(); os.close(r); os.dup2(w, 2); sys.stderr = os.fdopen(2, 'w', buffering=1)",
         "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)",
     ],
-    ids=["None", "StringIO", "closed stderr", "all closed", "broken pipe", "full"],
+    ids=["None", "StringIO", "closed stderr", "all closed", "broken pipe", "broken pipe of its own", "full"],
 )
 def test_a_program_without_streams_computes(before, tmp_path):
     model = tiny_models.gemma4(tmp_path / "m.gguf")  # some layers are stored plainly, which is said on stderr
