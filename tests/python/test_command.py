@@ -133,6 +133,32 @@ def test_what_writes_can_be_forced_and_nothing_else():
         assert bool(writes) == ("force" in {param.name for param in command.params}), (name, words)
 
 
+RECIPE = {
+    "prep.py": (["--novels", "none", "--gsm8k", "none", "--out", "OUT"], "gsm8k.npz", ["--until"]),
+    "train.py": (["--data", "none", "--out", "OUT"], "final.npz", ["--budget", "--layers", "--learning-rate", "--seed"]),
+    "export.py": (["none.npz", "none.json", "OUT"], "cot-tiny-34m-q8_0.gguf", []),
+}
+
+
+@pytest.mark.parametrize("name", RECIPE)
+def test_the_recipe_of_the_model_replaces_nothing_unasked(name, tmp_path):
+    arguments, there, numbers = RECIPE[name]
+    (tmp_path / there).write_text("mine")
+
+    def refused(out, *more):
+        command = [sys.executable, ROOT / "models/recipe" / name, *[out if a == "OUT" else a for a in arguments], *more]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+        return done.stderr.splitlines()[-1]
+
+    assert refused(tmp_path) == f"error: {tmp_path / there} exists; give another folder, or --force to replace it."
+    assert refused("/proc/x").startswith("error: /proc/x cannot be written: ")
+    for option in numbers:
+        for value in ("nan", "inf", "-1"):
+            assert option in refused(tmp_path / "new", option, value)
+    assert (tmp_path / there).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
 # ---- errors ------------------------------------------------------------------------------------------------
 
 
