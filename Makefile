@@ -72,19 +72,19 @@ neon: .venv/.tools
 bench: $(NATIVE)/.built .venv/.plot $(BENCH)/8b-2layers.gguf
 	@for bench in $(NATIVE)/bench_*; do [ ! -x "$$bench" ] || { echo "== $${bench##*/}"; "$$bench" || [ $$? -eq 77 ] || exit 1; }; done
 	@echo "== Speed in llama.cpp: this takes a while, less with DEPTHS=0,2048,8192; results go to $(BENCH)"
-	@$(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --depths "$(DEPTHS)" --rounds 5 --out $(BENCH)/speed-builtin.json
-	@$(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --depths "$(DEPTHS)" --tokens 8 --rounds 5 --out $(BENCH)/speed-8b-2layers.json
+	@$(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --depths "$(DEPTHS)" --rounds 5 --force --out $(BENCH)/speed-builtin.json
+	@$(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --depths "$(DEPTHS)" --tokens 8 --rounds 5 --force --out $(BENCH)/speed-8b-2layers.json
 	@rm -f $(BENCH)/speed-*-cuda.json
 	@if $(PY) -c 'from bridge._llama import _backend; raise SystemExit("MIXKVQ-CUDA0" not in _backend().devices)' 2>/dev/null; then \
-	    $(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --out $(BENCH)/speed-builtin-cuda.json && \
-	    $(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --out $(BENCH)/speed-8b-2layers-cuda.json; \
+	    $(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --force --out $(BENCH)/speed-builtin-cuda.json && \
+	    $(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --force --out $(BENCH)/speed-8b-2layers-cuda.json; \
 	fi
-	@$(PY) bench/plot.py $(BENCH)/speed-*.json --out $(BENCH)/speed.svg
+	@$(PY) bench/plot.py $(BENCH)/speed-*.json --force --out $(BENCH)/speed.svg
 
 # The geometry of an 8B model with random weights; it need not be written anew when MixKVQ is.
 $(BENCH)/8b-2layers.gguf: bench/random_model.py | .venv/.installed
 	@mkdir -p $(BENCH)
-	@$(PY) bench/random_model.py $@ --layers 2
+	@$(PY) bench/random_model.py $@ --force --layers 2
 
 lint: .venv/.dev
 	@$(PY) -m ruff check .

@@ -18,21 +18,31 @@ from rich.console import Console
 from bridge import Llama
 from mixkvq.caches import CACHE_HELP, split_names
 from mixkvq.caches import open_cache as open_model
-from mixkvq.record import available_cores, describe_run, save_json
+from mixkvq.command import COUNT, COUNT_OR_ZERO, SEED, THREADS, Model, force_option, run, tool
+from mixkvq.record import available_cores, check_result, describe_run, save_json
 
 __all__ = [
     "CACHE_HELP",
+    "COUNT",
+    "COUNT_OR_ZERO",
+    "SEED",
+    "THREADS",
+    "Model",
     "available_cores",
     "cache_statistics",
+    "check_result",
     "copy_bandwidth",
     "describe_run",
+    "force_option",
     "gpu_number",
     "open_model",
     "parse_depths",
     "read_bandwidth",
     "round_up",
+    "run",
     "save_json",
     "split_names",
+    "tool",
     "wide_console",
 ]
 
@@ -112,8 +122,8 @@ def copy_bandwidth(gpu: int, passes: int = 21) -> dict[str, Any]:
 
 def parse_depths(_context: Any, _option: Any, text: str) -> list[int]:
     """In order, and always with 0: attention is what a depth takes beyond it."""
-    if not all(name.isdigit() for name in split_names(text)):
-        raise click.BadParameter(f"{text!r} is not a comma-separated list of numbers")
+    if not all(name.isascii() and name.isdigit() and int(name) <= 1 << 30 for name in split_names(text)):
+        raise click.BadParameter(f"{text!r} is not a comma-separated list of numbers of tokens")
     return sorted({0, *map(int, split_names(text))})
 
 

@@ -24,7 +24,8 @@ import numpy.typing as npt
 
 from bridge.errors import ContextTooLargeError, SettingsError
 
-from .caches import LENGTHS, PAGE, f16_tokens, is_stock, open_cache, sizes
+from .caches import LENGTHS, f16_tokens, is_stock, open_cache, sizes
+from .reference import PAGE_CELLS
 
 if TYPE_CHECKING:
     from bridge import Llama
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 STYLES = ("decode", "prefill", "token")
 NOISE_FLOOR = "noise floor"  # the baseline's own cache in batches of another size
 CELLS = 256  # a context is a multiple of this
+BLOCK, LEAST_BLOCKS = 128, 4  # predictions of a block, and blocks that a standard error takes
 SINGLE_STEPS = 64  # single tokens that a cache is fed before the next one's turn
-_BATCH = {"decode": PAGE, "prefill": 512, "token": 1}
+_BATCH = {"decode": PAGE_CELLS, "prefill": 512, "token": 1}
 # A size at which the CPU backend takes another path through attention: one query at a time, or a tile of 64.
 _OTHER_BATCH = {"decode": 8, "prefill": 8, "token": 64}
 _BLOCK = 1 << 21  # logits that are turned into float64 at a time
@@ -52,15 +54,15 @@ class Passage:
     first: int = 1
 
 
-def cut(n: int, style: str, windows: Iterable[int] = (PAGE,)) -> list[int]:
+def cut(n: int, style: str, windows: Iterable[int] = (PAGE_CELLS,)) -> list[int]:
     """Where `n` tokens are cut into batches: positions from 0 to n, the same for every cache of a comparison.
 
     windows: recent tokens in F16, of all caches that are compared. The query at position c sees page p packed if c >= 128 (p + 1) + max(window, 1)
     (the page being written is never packed), so with cuts at max(window, 1) modulo 128 nothing changes inside a batch.
     """
     if style == "decode":
-        phases = {max(window, 1) % PAGE for window in windows} or {0}
-        inner = {start + phase for start in range(0, n, PAGE) for phase in phases}
+        phases = {max(window, 1) % PAGE_CELLS for window in windows} or {0}
+        inner = {start + phase for start in range(0, n, PAGE_CELLS) for phase in phases}
     elif style in STYLES:
         inner = set(range(0, n, SINGLE_STEPS if style == "token" else _BATCH[style]))
     else:
@@ -82,11 +84,11 @@ def feed(llm: Llama, tokens: Sequence[int], batch: int, wanted: int) -> npt.NDAr
     return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
-def log_softmax(logits: npt.NDArray[Any]) -> Float:
-    """Over the last axis, in float64."""
-    shifted = logits.astype(np.float64)
+def log_softmax(logits: npt.NDArray[Any], dtype: Any = np.float64) -> npt.NDArray[Any]:
+    """Over the last axis, as `dtype`: float64, or float32 with a sum in float64."""
+    shifted = logits.astype(dtype)
     shifted -= shifted.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64))
     return shifted
 
 
@@ -143,14 +145,19 @@ def summarise(parts: Sequence[Comparison]) -> dict[str, Any]:
     }
 
 
-def standard_error(parts: Sequence[Sequence[float] | npt.NDArray[Any]], block: int = 128) -> float | None:
+def n_blocks(lengths: Iterable[int]) -> int:
+    """Into how many blocks `standard_error` cuts parts of these lengths."""
+    return sum(max(1, n // BLOCK) for n in lengths if n)
+
+
+def standard_error(parts: Sequence[Sequence[float] | npt.NDArray[Any]], block: int = BLOCK) -> float | None:
     """Standard error of the mean of all values, from blocks: neighbouring tokens are not independent.
 
     Each part is cut into blocks of at least `block` values (a shorter part is one). None with fewer than four blocks.
     """
     blocks = [piece for part in parts if len(part) for piece in np.array_split(np.asarray(part, np.float64), max(1, len(part) // block))]
     m = len(blocks)
-    if m < 4:
+    if m < LEAST_BLOCKS:
         return None
     sums, counts = np.array([piece.sum() for piece in blocks]), np.array([len(piece) for piece in blocks])
     rest = sums - sums.sum() / counts.sum() * counts
@@ -220,7 +227,7 @@ def compare_caches(
     if windows is None:
         windows = windows_of([baseline, *names], window)
     n_ctx = -(-max(len(p.tokens) for p in passages) // CELLS) * CELLS
-    n_batch = max(_BATCH[style], _OTHER_BATCH[style]) if style in STYLES else PAGE
+    n_batch = max(_BATCH[style], _OTHER_BATCH[style]) if style in STYLES else PAGE_CELLS
     options: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_batch, "window": window, "sinks": sinks}
     options["device"] = device
     if threads:

@@ -12,11 +12,11 @@ Every answer is made in a fresh context, so it depends neither on the order of t
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import multiprocessing
 import re
+import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +32,8 @@ from bridge.errors import BridgeError, SettingsError
 from . import tasks
 from .caches import is_stock, open_cache, sizes
 from .compare import CELLS, Passage
+from .texts import read_utf8
+from .user_code import load_module, said
 
 if TYPE_CHECKING:
     from bridge import Llama
@@ -82,12 +84,7 @@ class NumberFile:
     instruction: str = INSTRUCTION
 
     def draw(self, seed: int, n: int | None) -> list[Problem]:
-        try:
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-        except OSError as e:
-            raise SettingsError(f"{self.path} cannot be read: {e.strerror or e}.") from None
-        except UnicodeDecodeError as e:
-            raise SettingsError(f"{self.path} is not UTF-8 text (byte {e.start}).") from None
+        lines = read_utf8(self.path).split("\n")
         found: list[Problem] = []
         for i, line in enumerate(lines, 1):
             if not line.strip():
@@ -119,14 +116,7 @@ class Module:
     def load(self) -> ModuleType:
         """The module, loaded once in a process."""
         if self.path not in _modules:
-            try:
-                spec = importlib.util.spec_from_file_location(f"checker_{self.path.stem}", self.path)
-                if spec is None or spec.loader is None or not self.path.is_file():
-                    raise FileNotFoundError("it is not a Python file")
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-            except Exception as e:  # noqa: BLE001 - anything may happen in a user's module
-                raise SettingsError(f"{self.path} cannot be loaded: {_said(e)}.") from e
+            module = load_module(self.path)
             for name in ("problems", "check"):
                 if not callable(getattr(module, name, None)):
                     raise SettingsError(f"{self.path} has no function {name}(); it needs problems(rng, n) and check(problem, text).")
@@ -139,7 +129,7 @@ class Module:
             drawn = [dict(problem) for problem in module.problems(Random(seed), n)]
             json.dumps(drawn)
         except Exception as e:  # noqa: BLE001
-            raise SettingsError(f"problems() of {self.path} failed: {_said(e)}.") from e
+            raise SettingsError(f"problems() of {self.path} failed: {said(e)}.") from e
         if len(drawn) != n or any(not isinstance(p.get("prompt"), str) or "answer" not in p for p in drawn):
             raise SettingsError(f"problems(rng, {n}) of {self.path} must give {n} dictionaries with a text 'prompt' and an 'answer'.")
         return drawn
@@ -150,7 +140,7 @@ class Module:
         except BridgeError:
             raise
         except Exception as e:  # noqa: BLE001
-            raise SettingsError(f"check() of {self.path} failed: {_said(e)}.") from e
+            raise SettingsError(f"check() of {self.path} failed: {said(e)}.") from e
 
 
 Source = BuiltIn | NumberFile | Module
@@ -175,10 +165,6 @@ def last_number(text: str) -> Fraction | None:
         return number(found[0])
     found = _NUMBER.findall(text)
     return number(found[-1]) if found else None
-
-
-def _said(e: BaseException) -> str:
-    return " ".join(f"{type(e).__name__}: {e}".split()).rstrip(".: ")
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------
@@ -288,6 +274,7 @@ _solver: list[Solver] = []  # of a worker process
 def _start_worker(solver: Solver) -> None:
     from bridge.library import llama
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the one that started this ends it
     llama().quiet_log()
     _solver[:] = [solver]
 

@@ -375,19 +375,21 @@ def test_invalid_formats_are_not_written(tmp_path, tiers, values, words):
 
 def test_places_where_nothing_can_be_written(tmp_path):
     profile = Profile("0" * 32, GOLDEN_LAYERS)
-    with refused("it is a folder"):
+    with refused("it is a folder", bridge.SettingsError):
         write_profile(tmp_path, profile)
-    with refused("its folder does not exist"):
+    with refused("its folder does not exist", bridge.SettingsError):
         write_profile(tmp_path / "none" / "p.gguf", profile)
 
 
 def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "p.gguf"
-    path.write_text("old")
+    write_profile(path, Profile("1" * 32, GOLDEN_LAYERS))
+    old = path.read_bytes()
     monkeypatch.setattr(GGUFWriter, "write_kv_data_to_file", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as e:
         write_profile(path, Profile("0" * 32, GOLDEN_LAYERS))
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["p.gguf"]
+    assert e.value.filename == str(path)  # not the temporary file's
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["p.gguf"]
 
 
 # --- which model ---
