@@ -7,13 +7,16 @@ import ctypes
 import os
 import re
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from rich.console import Console
+from rich.progress import Progress
 
 from bridge import Llama
 from mixkvq.caches import CACHE_HELP, split_names
@@ -32,7 +35,7 @@ __all__ = [
     "cache_statistics",
     "check_result",
     "copy_bandwidth",
-    "describe_run",
+    "describe",
     "force_option",
     "gpu_number",
     "open_model",
@@ -50,6 +53,14 @@ __all__ = [
 def cache_statistics(llm: Llama) -> dict[str, Any]:
     """The library's own account of the cache (bytes, bits per element), as JSON can hold it."""
     return {key: value for key, value in llm.kv_stats().items() if isinstance(value, (str, int, float, bool))}
+
+
+def describe(bench: str, model: Path, settings: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    """The head of a result, with the model's SHA-256, and a progress bar for it, if it is to be written to `out`."""
+    hashed = out is not None
+    with Progress(console=Console(stderr=True), transient=True, disable=not hashed or not sys.stderr.isatty()) as bar:
+        step = bar.add_task(f"SHA-256 of {model.name}", total=model.stat().st_size)
+        return describe_run(bench, model, settings, hashed=hashed, progress=lambda n: bar.advance(step, n))
 
 
 def round_up(n: int, step: int) -> int:

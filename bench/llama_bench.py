@@ -26,7 +26,7 @@ from _common import (
     available_cores,
     check_result,
     copy_bandwidth,
-    describe_run,
+    describe,
     force_option,
     gpu_number,
     parse_depths,
@@ -189,7 +189,7 @@ def main(program, model, device, kv, depths, tokens, prefill, prefill_depth, uba
         "repetitions": repetitions,
         "threads": threads,
     }
-    result = describe_run("llama_bench", model, settings, hashed=out is not None)
+    result = describe("llama_bench", model, settings, out)
     gpu = gpu_number(device)
     if gpu is not None:
         result["copy_bandwidth"] = copy_bandwidth(gpu)

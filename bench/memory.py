@@ -28,7 +28,7 @@ from _common import (
     available_cores,
     cache_statistics,
     check_result,
-    describe_run,
+    describe,
     force_option,
     open_model,
     run,
@@ -100,7 +100,7 @@ def main(model, kv, ctx, tokens, seed, threads, out, force, child):
         check_result(out, "memory", force=force, inputs=[model])
     caches = split_names(kv)
     settings = {"ctx": ctx, "tokens": n_tokens, "seed": seed, "threads": threads, "baseline": caches[0], "text": "random tokens"}
-    result = describe_run("memory", model, settings, hashed=out is not None) | {"caches": []}
+    result = describe("memory", model, settings, out) | {"caches": []}
     for cache in caches:
         options = {"ctx": ctx, "tokens": n_tokens, "seed": seed, "threads": threads, "kv": cache}
         arguments = [f"--{name}={value}" for name, value in options.items()]

@@ -32,7 +32,7 @@ from _common import (
     cache_statistics,
     check_result,
     copy_bandwidth,
-    describe_run,
+    describe,
     force_option,
     gpu_number,
     open_model,
@@ -233,7 +233,7 @@ def main(model, kv, depths, tokens, rounds, device, batch, ubatch, prefill, pref
         "threads": threads,
         "n_ctx": n_ctx,
     }
-    result = describe_run("speed", model, settings, hashed=out is not None)
+    result = describe("speed", model, settings, out)
     result["read_bandwidth"] = read_bandwidth(threads) if gpu is None else copy_bandwidth(gpu)
     if gpu is not None:
         result["machine"]["gpu"] = result["read_bandwidth"]["gpu"]
