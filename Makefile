@@ -20,8 +20,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 override export MODEL := $(value MODEL)
 override export PROMPT := $(value PROMPT)
 
-# Tests run side by side, each on one thread.
-CORES := $(shell nproc 2>/dev/null || echo 1)
+# Tests run side by side, each on one thread; those of Python one after the other where there is a GPU, whose memory they measure.
+CORES := $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n > 8 ? 8 : n)))
 
 SANITIZE := build/sanitize
 NEON := build/neon
@@ -64,7 +64,7 @@ test: .venv/.installed $(NATIVE)/.built
 	@echo "== Native tests"
 	@ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error --parallel $(CORES)
 	@echo "== Python tests"
-	@$(PY) -m pytest $(if $(filter-out 1,$(CORES)),-n $(CORES) --dist worksteal)
+	@$(PY) -m pytest $(if $(GPUS),,-n $(CORES) --dist worksteal)
 
 # A second program keeps a core busy, as it may be where others work.
 repeat: .venv/.installed $(NATIVE)/.built

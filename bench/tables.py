@@ -116,7 +116,7 @@ def figure(expression: str) -> float:
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = list(head)
     lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n".replace("|  |", "| |") for cells in lines)
+    return "".join("|" + "".join(f" {cell} |" if cell else " |" for cell in cells) + "\n" for cells in lines)
 
 
 def source(*names: str) -> str:
@@ -280,7 +280,8 @@ def problems_table() -> str:
         low, high = f["accuracy_95%"]
         lost = "" if name == "f16" else f"{f['lost']} / {f['won']}"
         interval = f"{share(f['accuracy'])} ({100 * low:.1f} to {100 * high:.1f})"
-        rows.append([label(name), f"{part['sizes'][name]['body_bits']:.2f}", str(f["correct"]), interval, lost])
+        bits = part["sizes"][name]["body_bits"]  # 0: a codec that has packed nothing in the last problem
+        rows.append([label(name), f"{bits:.2f}" if bits else "", str(f["correct"]), interval, lost])
     return table(["cache", "body bits", "right", "accuracy, 95 % interval", "right in F16 but not here / the reverse"], rows) + source("problems")
 
 

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import click
+import figures
 import pytest
 import tables
 
 from bridge.library import native
+from mixkvq import caches
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "models/README.md")] + sorted((ROOT / "docs").glob("*.md"))
@@ -166,6 +168,18 @@ def test_options_exist(document):
                 continue  # of another program
             allowed = known[name] if name in known else set().union({"--budget"}, *known.values())  # of the recipe of the built-in model
             assert set(options) <= allowed, f"{line}: {sorted(set(options) - allowed)}"
+
+
+@pytest.mark.parametrize("step", figures.STEPS)
+def test_what_is_measured_can_be_measured(step):
+    """The commands of `make figures`: their options exist, and so does every cache."""
+    for command in figures.commands(step, figures.Given(None, None, 3)):
+        program = command[1] if command[0] == "-m" else Path(command[0]).stem
+        assert {word for word in command if word.startswith("-") and word != "-m"} <= commands_of(program)
+        for name in caches.split_names(command[command.index("--kv") + 1] if "--kv" in command else ""):
+            caches.check_name(name)
+    for name in figures.STEPS[step]:
+        assert name in tables.COMMANDS and "make figures" in tables.COMMANDS[name]
 
 
 @each
