@@ -53,7 +53,7 @@ def place(
 ) -> Placement:
     """Choose.
 
-    device: see DEVICE_HELP. missing: why GPUs that llama.cpp has are not among `gpus`, or "". n_gpu_layers: how many layers the GPUs
+    device: see DEVICE_HELP. missing: why GPUs that llama.cpp has are not among `gpus` (each has been judged by itself), or "". n_gpu_layers: how many layers the GPUs
     get at most; negative: all; None: as many as fit. weights, cache: bytes that all layers take. workspace: bytes beside WORKSPACE that a GPU
     needs for a batch.
     Raises SettingsError for GPUs that are not there.
@@ -66,7 +66,7 @@ def place(
         chosen = tuple(gpus)
     else:
         wanted = device.split(",")
-        there = missing or (f"there is {', '.join(names)}" if names else NO_GPU)
+        there = "; ".join(filter(None, [f"there is {', '.join(names)}" if names else "", missing])) or NO_GPU
         for name in wanted:
             if name not in names:
                 raise SettingsError(f"There is no GPU {name!r} to use: {there}.")
