@@ -6,6 +6,8 @@ import pytest
 import tiny_models
 from emulated import run
 
+FAR = 2e-2  # the kernels turn queries into F16; wrong numbers lie ten times as far apart, and more
+
 # A context on CUDA0 and one on the CPU with the same cache; `step` evaluates a token on a model and gives its logits.
 MODELS = """
 import numpy as np
@@ -95,7 +97,7 @@ print(json.dumps([len(set(found)), lists[0] is None, right, found[0][1] != found
 def test_decoding_is_recorded_and_gives_the_numbers_of_the_cpu(tiny):
     code = MODELS + "print(json.dumps([apart(tokens[150:190]), library.emulated_cuda_launches(), gpu.kv_stats()['device']]))"
     (far, launches, device), said = run(code, tiny)
-    assert far < 1e-3 and launches >= 30 and device == "CUDA0" and said == []
+    assert far < FAR and launches >= 30 and device == "CUDA0" and said == []
 
 
 @pytest.mark.parametrize("call", ["capture", "instantiate", "launch"])
@@ -109,7 +111,7 @@ rest = apart(tokens[190:200])
 print(json.dumps([first, rest, once]))
 """
     (first, rest, launches), said = run(code, tiny)
-    assert first < 1e-3 and rest < 1e-3 and launches <= 1 and said == []
+    assert first < FAR and rest < FAR and launches <= 1 and said == []
 
 
 @pytest.mark.parametrize("call", ["malloc", "host"])
@@ -132,7 +134,7 @@ gpu.eval(new), cpu.eval(new)
 print(json.dumps([apart(tokens[290:300]), results]))
 """
     (far, failures), said = run(code, tiny)
-    assert far < 1e-3
+    assert far < FAR
     if call == "malloc":
         assert failures and said == ["mixkvq: out of GPU memory in the cache"]
 
@@ -158,7 +160,7 @@ thread.join(60)
 print(json.dumps([far, library.emulated_cuda_frees() - before, library.emulated_cuda_frees_while_recording()]))
 """
     (far, freed, too_early), _ = run(code, tiny)
-    assert far < 1e-3 and freed == 1 and too_early == 0
+    assert far < FAR and freed == 1 and too_early == 0
 
 
 # --- threads ---
@@ -188,4 +190,4 @@ same = [np.allclose(a, b, rtol=1e-3) for a, b in zip(gpu.query_statistics()[0], 
 print(json.dumps([far, asked[0] > 0, failures, same]))
 """
     (far, asked, failures, same), said = run(code, tiny)
-    assert far < 1e-3 and asked and failures == [] and same == [True, True] and said == []
+    assert far < FAR and asked and failures == [] and same == [True, True] and said == []
