@@ -54,8 +54,8 @@ size_t records_for(const Settings & s, const LayerProfile * layer, bool is_value
     return bytes;
 }
 
-// As many as a page may need. The head size is known from the settings or a profile; otherwise llama.cpp tells it only when the tensor is first read,
-// and there is room for any.
+// The head size is known from the settings or a profile; otherwise llama.cpp tells it only when the tensor is first read, and the largest answer that a
+// usual head size gives is reserved, or, for a row that has none, that of any.
 size_t records_per_page(const Settings & s, int layer, bool is_value, int row) {
     const ProfileFit fit = profile_fit(s, layer, is_value, row, 0, 0);
     if (fit.layer) return records_for(s, fit.layer, is_value, int(fit.layer->keys.size()), row / int(fit.layer->keys.size()));
@@ -64,11 +64,17 @@ size_t records_per_page(const Settings & s, int layer, bool is_value, int row) {
         const int d = is_value ? s.head_sizes[layer].second : s.head_sizes[layer].first;
         if (d >= kMinHeadSize && d <= kMaxHeadSize && d % 8 == 0 && row % d == 0) return records_for(s, nullptr, is_value, row / d, d);
     }
-    size_t most = 0;
-    for (int d = kMinHeadSize; d <= std::min(row, kMaxHeadSize); d += 8) {
-        if (row % d == 0) most = std::max(most, records_for(s, nullptr, is_value, row / d, d));
-    }
-    return most;
+    const auto most_of = [&](const std::vector<int> & sizes) {
+        size_t most = 0;
+        for (int d : sizes) {
+            if (row % d == 0) most = std::max(most, records_for(s, nullptr, is_value, row / d, d));
+        }
+        return most;
+    };
+    if (const size_t usual = most_of({64, 80, 96, 112, 128, 160, 192, 224, 256})) return usual;
+    std::vector<int> all;
+    for (int d = kMinHeadSize; d <= kMaxHeadSize; d += 8) all.push_back(d);
+    return most_of(all);
 }
 
 size_t size_of(const Settings & s, const ggml_tensor * t, int layer, bool is_value) {
@@ -158,10 +164,8 @@ void CacheTensor::decide(int heads_size, int heads) {
         make_plain(fit.why, settings.profile->path);  // one line for a profile, not one for every layer
         return;
     }
-    if (!settings.codec && reserve_bytes(store->shape(), records_for(settings, fit.layer, is_value, n_heads, head_size)) > region_bytes) {
-        make_plain("their pages need more room than was reserved for heads of another size");
-        return;
-    }
+    const size_t bytes = reserve_bytes(store->shape(), settings.codec ? 0 : records_for(settings, fit.layer, is_value, n_heads, head_size));
+    if (bytes > region_bytes) move_to_larger_region(bytes);
     std::string error;
     if (is_value) {
         std::vector<ValueFormat> formats;
@@ -177,6 +181,24 @@ void CacheTensor::decide(int heads_size, int heads) {
     }
     mode = Mode::packed;
     ++mode_changes;
+}
+
+// The pages of heads of this size take more than was reserved for others.
+void CacheTensor::move_to_larger_region(size_t bytes) {
+    const StoreShape shape = store->shape();
+    auto larger = std::make_unique<PageStore>(shape, owner->memory->pages(*this, shape), owner->memory->allocate(bytes), bytes);
+    std::vector<half> rows(size_t(kPageCells) * shape.row);
+    for (int s = 0; s < shape.n_streams; ++s) {
+        for (int p = 0; p < shape.n_pages(); ++p) {
+            if (store->page(s, p).empty()) continue;
+            const int cell = p * kPageCells, n = std::min(kPageCells, shape.n_cells - cell);
+            store->read(s, cell, n, rows.data());
+            larger->write(s, cell, n, rows.data(), shape.row);
+        }
+    }
+    store = std::move(larger);
+    if (!owner->memory->is_zero()) unused_bytes = region_bytes;  // fresh memory of the machine is not there before it is written
+    region_bytes = bytes;
 }
 
 void CacheTensor::make_plain(const std::string & why, const std::string & topic) {

@@ -181,6 +181,7 @@ struct CacheTensor {
     size_t nominal_bytes = 0;
     size_t row_bytes = 0;
     size_t region_bytes = 0;
+    size_t unused_bytes = 0;  // of memory that is taken and that nothing is in
     Mode mode = Mode::undecided;
     const char * reason = "";  // why it is plain; lives as long as the process
     int head_size = 0, n_heads = 0;
@@ -190,6 +191,7 @@ struct CacheTensor {
 
     // The first reader says how a cell is divided into heads.
     void decide(int head_size, int n_heads);
+    void move_to_larger_region(size_t bytes);
     void make_plain(const std::string & reason, const std::string & topic = "");
     // Byte ranges in nominal layout.
     void read(size_t offset, void * data, size_t size) const;

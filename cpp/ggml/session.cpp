@@ -71,7 +71,7 @@ double body_bits_of(const CacheTensor & t) {
 
 uint64_t bytes_of(const CacheTensor & t) {
     if (t.mode == CacheTensor::Mode::plain) return t.nominal_bytes;
-    return reserve_bytes(t.store->shape(), t.store->records_per_page());
+    return reserve_bytes(t.store->shape(), t.store->records_per_page()) + t.unused_bytes;
 }
 
 mixkvq_session * begin(const mixkvq_settings * settings) {

@@ -298,6 +298,13 @@ std::string misfit(const Profile & profile, int layer, bool is_value, int row, i
 }  // namespace
 
 ProfileFit profile_fit(const Settings & s, int layer, bool is_value, int row, int n_heads, int head_size) {
+    // llama.cpp comes with the keys of a layer and then with its values, whose head size a profile does not say: if the keys are another model's, so are
+    // they.
+    static thread_local struct {
+        const Profile * profile = nullptr;
+        int layer = -1;
+        std::string why;
+    } keys;
     ProfileFit fit;
     if (!s.profile) return fit;
     const Profile & profile = *s.profile;
@@ -306,8 +313,14 @@ ProfileFit profile_fit(const Settings & s, int layer, bool is_value, int row, in
         fit.why = "the profile " + profile.path + " has no formats for this layer";
     } else {
         fit.why = misfit(profile, layer, is_value, row, n_heads, head_size);
+        if (is_value && fit.why.empty() && s.any_model && keys.profile == &profile && keys.layer == layer) fit.why = keys.why;
         fit.kind = fit.why.empty() ? ProfileFit::fits : ProfileFit::wrong;
         if (fit.why.empty()) fit.layer = &profile.layers[layer];
+    }
+    if (!is_value) {
+        keys.profile = &profile;
+        keys.layer = layer;
+        keys.why = fit.why;
     }
     if (fit.why.empty() || !s.any_model) return fit;
     warn_once((fit.kind == ProfileFit::wrong ? fit.why : "the profile " + profile.path + " has no formats for layer " + std::to_string(layer)) +
