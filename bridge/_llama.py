@@ -153,7 +153,7 @@ class _Backend:
         except (RuntimeError, ValueError) as e:
             raise VersionError(f"{_sentence(str(e))}") from None
 
-    def begin(self, kv: Kv, model: ModelFile | None, codec: Codec | None = None) -> Any:
+    def begin(self, kv: Kv, model: ModelFile | None, codec: Codec | None = None, *, all_threads: bool = False) -> Any:
         """A native session. With a codec only the window and the sinks of `kv` matter."""
         try:
             return self.native.begin(
@@ -163,6 +163,7 @@ class _Backend:
                 sinks=-1 if kv.sinks is None else kv.sinks,
                 head_sizes=model.head_sizes if model is not None else None,
                 codec=None if codec is None else lambda *fields: codec(Page(*fields)),
+                all_threads=all_threads,
             )
         except (RuntimeError, ValueError) as e:
             raise SettingsError(_sentence(str(e))) from None
@@ -203,10 +204,15 @@ def _stock_gpus() -> list[Gpu]:
 
 
 def _our_gpus(backend: _Backend) -> tuple[list[Gpu], str]:
-    """The GPUs that can hold our cache, under llama.cpp's names for them, and why there are no others."""
+    """The GPUs that can hold our cache, under llama.cpp's names for them, and why the others cannot, or ""."""
     ours = [_gpu(device, name.removeprefix(OURS)) for name, device in backend.devices.items() if name != CPU_DEVICE]
-    others = [gpu.name for gpu in _stock_gpus()]
-    if ours or not others:
+    others = [gpu.name for gpu in _stock_gpus() if gpu.name not in {gpu.name for gpu in ours}]
+    if not others:
+        return ours, ""
+    reasons = {name: backend.native.why_unused(name) for name in others}
+    if any(reasons.values()):
+        return ours, "; ".join(f"{name} has no MixKVQ cache: {why}" for name, why in reasons.items() if why)
+    if ours:
         return ours, ""
     if not any(name.startswith("CUDA") for name in others):
         return ours, f"MixKVQ has kernels for NVIDIA GPUs under CUDA only, and llama.cpp has {', '.join(others)}"
@@ -1012,7 +1018,7 @@ class _PromptOnly:
 
 
 class Attachment:
-    """A session of the thread that called `attach`: the contexts that it creates until `detach` get a MixKVQ cache."""
+    """What `attach` returns: the contexts that are created until `detach` get a MixKVQ cache."""
 
     def __init__(self, session: Any, kv: Kv) -> None:
         self._session, self._thread = session, threading.get_ident()
@@ -1058,7 +1064,10 @@ _attached = threading.local()
 
 
 def attach(kv: KvLike = None, *, model: str | None = None, **unknown: Any) -> Attachment:
-    """Give MixKVQ caches to the contexts that this thread creates from now on, by whatever code.
+    """Give MixKVQ caches to the contexts that are created from now on, by whatever code, in this thread and in others (a pool's workers).
+
+    A thread that has called `attach` itself, or creates a `bridge.Llama`, keeps to its own settings; of several attachments in other threads the last
+    counts.
 
         with bridge.attach("balanced") as cache:
             llama = llama_cpp.Llama("model.gguf", n_gpu_layers=-1, flash_attn=True)
@@ -1081,6 +1090,6 @@ def attach(kv: KvLike = None, *, model: str | None = None, **unknown: Any) -> At
         settings = with_profile(settings, file)
     if getattr(_attached, "current", None) is not None:
         raise SettingsError("This thread is attached already; call detach() first.")
-    attachment = Attachment(_backend().begin(settings, file), settings)
+    attachment = Attachment(_backend().begin(settings, file, all_threads=True), settings)
     _attached.current = attachment
     return attachment

@@ -58,7 +58,7 @@ def choose(device: str, gpus: Sequence[Gpu], missing: str) -> tuple[Gpu, ...]:
         chosen = tuple(gpus)
     else:
         wanted = device.split(",")
-        there = missing or (f"there is {', '.join(names)}" if names else NO_GPU)
+        there = "; ".join(filter(None, [f"there is {', '.join(names)}" if names else "", missing])) or NO_GPU
         for name in wanted:
             if name not in names:
                 raise SettingsError(f"There is no GPU {name!r} to use: {there}.")

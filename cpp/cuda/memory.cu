@@ -129,7 +129,20 @@ void Queue::join() {
 }
 
 void Queue::note(int code) {
-    if (code != cudaSuccess && error_.empty()) error_ = std::string("the GPU failed: ") + cudaGetErrorString(cudaError_t(code));
+    held_ |= holding_ && code != cudaSuccess;
+    if (code != cudaSuccess && !holding_ && error_.empty()) error_ = std::string("the GPU failed: ") + cudaGetErrorString(cudaError_t(code));
+}
+
+void Queue::forget_foreign_error() {
+    if (error_.empty()) cudaGetLastError();
+}
+
+bool Queue::recover() {
+    cudaGetLastError();
+    if (cudaStreamSynchronize(stream_of(stream())) != cudaSuccess) return false;
+    error_.clear();
+    if (counters_) note(cudaMemsetAsync(counters_, 0, n_counters_ * sizeof(uint32_t), stream_of(stream_)));
+    return true;
 }
 
 void * Queue::mark() {
@@ -156,10 +169,15 @@ void Queue::make_ring(size_t part_bytes) {
         cudaGetLastError();
         throw std::bad_alloc();
     }
+    try {
+        ring_copy_ = static_cast<uint8_t *>(allocate(kParts * part_bytes));
+    } catch (...) {
+        cudaFreeHost(ring);
+        throw;
+    }
     ring_ = static_cast<uint8_t *>(ring);
     part_bytes_ = part_bytes;
     used_ = 0;
-    ring_copy_ = static_cast<uint8_t *>(allocate(kParts * part_bytes));
 }
 
 void Queue::free_ring() {
@@ -374,10 +392,11 @@ void Recording::send() {
     queue_->note(cudaMemcpyAsync(rows_there_, queue_->send(rows_.data(), rows_.size()), bytes, cudaMemcpyDefault, stream_of(queue_->stream())));
 }
 
-void Recording::begin() {
+bool Recording::begin() {
     queue_->note(cudaGetLastError());
-    queue_->note(cudaStreamBeginCapture(stream_of(queue_->stream()), cudaStreamCaptureModeRelaxed));
-    queue_->recording_ = true;
+    queue_->recording_ = cudaStreamBeginCapture(stream_of(queue_->stream()), cudaStreamCaptureModeRelaxed) == cudaSuccess;
+    if (!queue_->recording_) cudaGetLastError();
+    return queue_->recording_;
 }
 
 bool Recording::end(Recording * older) {
@@ -399,7 +418,16 @@ bool Recording::end(Recording * older) {
     return code == cudaSuccess;
 }
 
-void Recording::launch() { queue_->note(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_), stream_of(queue_->stream()))); }
+bool Recording::launch() {
+    const cudaError_t code = cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_), stream_of(queue_->stream()));
+    if (code != cudaErrorMemoryAllocation) {
+        queue_->note(code);
+        return true;
+    }
+    cudaGetLastError();
+    cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(std::exchange(graph_, nullptr)));
+    return false;
+}
 
 }  // namespace mixkvq::cuda
 
@@ -427,7 +455,7 @@ template <class Format> void send_heads(cuda::Queue & queue, const std::vector<F
 
 }  // namespace
 
-CudaMemory::CudaMemory(std::shared_ptr<cuda::Queue> queue, int row, int n_pages) : queue_(std::move(queue)), row_(row) {
+CudaMemory::CudaMemory(std::shared_ptr<cuda::Queue> queue, int row, int n_pages) : queue_(std::move(queue)), row_(row), n_pages_(n_pages) {
     const size_t bytes = n_pages * sizeof(cuda::PageRef);
     table_ = static_cast<cuda::PageRef *>(queue_->allocate(bytes));
     queue_->note(cudaMemsetAsync(table_, 0, bytes, on(*queue_)));
@@ -439,10 +467,16 @@ CudaMemory::~CudaMemory() {
     queue_->release(sums_);
 }
 
+void CudaMemory::recover() {
+    queue_->note(cudaMemsetAsync(table_, 0, n_pages_ * sizeof(cuda::PageRef), on(*queue_)));
+    if (layout_) set_layout(*layout_);
+}
+
 void CudaMemory::set_layout(const PageLayout & layout) {
     layout_ = &layout;
-    queue_->release(heads_);  // of an earlier call that threw
-    heads_ = nullptr;
+    any_queries_ = false;
+    queue_->release(std::exchange(heads_, nullptr));  // of an earlier call
+    queue_->release(std::exchange(sums_, nullptr));
     if (layout.is_value()) {
         heads_ = queue_->allocate(layout.n_heads * sizeof(cuda::ValueHead));
         send_heads(*queue_, layout.values, layout, heads_);

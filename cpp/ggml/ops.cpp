@@ -273,6 +273,10 @@ bool touches_cache(const ggml_tensor * op, ggml_backend_buffer_type_t type) {
 
 ggml_status compute(BackendContext & backend, ggml_tensor * op) {
     if (is_view(op->op) || !(op->flags & GGML_TENSOR_FLAG_COMPUTE) || ggml_is_empty(op)) return GGML_STATUS_SUCCESS;
+    BufferLocks locks;
+    locks.add(buffer_of(op));
+    for (int i = 0; i < GGML_MAX_SRC; ++i) locks.add(op->src[i] ? buffer_of(op->src[i]) : nullptr);
+    locks.lock();
     learn_geometry(op);
     CacheTensor * to = cache_of(op);
     if (to) {

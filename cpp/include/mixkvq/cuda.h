@@ -39,8 +39,8 @@ struct PageJob {
     CellMask valid;  // for packing
 };
 
-// nullptr, or a sentence that says why there is no usable GPU (no driver, too old): call it before anything else.
-const char * unavailable();
+// nullptr, or a sentence that says why this GPU cannot be used (no driver, too old): call it before anything else.
+const char * unavailable(int device = 0);
 
 // Rows to F16 pages as the cache stores them: NaN becomes 0, infinity +-65504. Cell i goes to destination[i] (nullptr: skipped), a row of `row`
 // halfs; source rows are `stride` bytes apart. A second write, to other cells, may come along.
