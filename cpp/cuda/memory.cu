@@ -474,7 +474,6 @@ void CudaMemory::recover() {
 
 void CudaMemory::set_layout(const PageLayout & layout) {
     layout_ = &layout;
-    any_queries_ = false;
     queue_->release(std::exchange(heads_, nullptr));  // of an earlier call
     queue_->release(std::exchange(sums_, nullptr));
     if (layout.is_value()) {
