@@ -168,7 +168,7 @@ def reader():
     llm = bridge.Llama(str(MODEL), stock="f16", n_ctx=1024, verbose=False)
     tokens = llm.tokenize(DEFAULT_TEXT.read_bytes())[:900]
     llm.close()
-    reader = sensitivity.Reader(str(MODEL), {"text": [Passage(tokens)]}, window=128, sinks=128, threads=2)
+    reader = sensitivity.Reader(str(MODEL), {"text": [Passage(tokens)]}, window=128, sinks=128, threads=1)
     yield reader
     reader.close()
 
