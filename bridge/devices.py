@@ -53,7 +53,7 @@ def place(
 ) -> Placement:
     """Choose.
 
-    device: see DEVICE_HELP. missing: why GPUs that llama.cpp has are not among `gpus` (each has been judged by itself), or "". n_gpu_layers: how many layers the GPUs
+    device: see DEVICE_HELP. missing: why GPUs that llama.cpp has are not among `gpus`, or "". n_gpu_layers: how many layers the GPUs
     get at most; negative: all; None: as many as fit. weights, cache: bytes that all layers take. workspace: bytes beside WORKSPACE that a GPU
     needs for a batch.
     Raises SettingsError for GPUs that are not there.
