@@ -415,6 +415,27 @@ void test_observations() {
     }
 }
 
+#if defined(MIXKVQ_EMULATED)
+// A list longer than any before, for which there is no memory at first: the queue is as it was, and the next try gets the list to the GPU.
+void test_lists_without_memory() {
+    const std::vector<uint8_t> list(1 << 20, 7);
+    for (const char * call : {"malloc", "host"}) {
+        cuda::Queue queue(0);
+        bool thrown = false;
+        emulator::fail(call, 0, 1);
+        try {
+            queue.reserve(list.size());
+        } catch (const std::bad_alloc &) {
+            thrown = true;
+        }
+        std::memcpy(queue.reserve(list.size()), list.data(), list.size());
+        const void * there = queue.send();
+        queue.synchronize();
+        CHECK(thrown && there && !queue.error() && std::memcmp(there, list.data(), list.size()) == 0, "%s fails once", call);
+    }
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -429,6 +450,9 @@ int main() {
     test_write_rows();
     test_recordings();
     test_observations();
+#if defined(MIXKVQ_EMULATED)
+    test_lists_without_memory();
+#endif
     std::printf("%d cases compared\n", n_compared);
     finish("the end");
     return check_result();

@@ -108,7 +108,8 @@ class Api(ctypes.Structure):
         ("version", ctypes.c_int), ("begin", ctypes.CFUNCTYPE(P, P)), ("end", ctypes.CFUNCTYPE(None, P)), ("release", ctypes.CFUNCTYPE(None, P)),
         ("stats", ctypes.CFUNCTYPE(ctypes.c_int, P, P)), ("n_layers", ctypes.CFUNCTYPE(ctypes.c_int, P)),
         ("layer_stats", ctypes.CFUNCTYPE(ctypes.c_int, P, ctypes.c_int, P)), ("error", ctypes.CFUNCTYPE(ctypes.c_char_p, P)),
-        ("query_statistics", ctypes.CFUNCTYPE(ctypes.c_int, P, ctypes.c_int, P, P)), ("why_unused", ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_char_p)),
+        ("query_statistics", ctypes.CFUNCTYPE(ctypes.c_int, P, ctypes.c_int, P, P)),
+        ("why_unused", ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_char_p)),
     ]  # fmt: skip
 
 
@@ -171,10 +172,12 @@ results = [C.llama_decode(context, C.llama_batch_get_one(tokens, 400)) for _ in 
 C.llama_free(context)
 print(json.dumps(results))
 """
-    done = subprocess.run([sys.executable, "-c", code, model.path, str(tmp_path / "codec.so")], capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", code, model.path, str(tmp_path / "codec.so")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(result < 0 for result in json.loads(done.stdout.splitlines()[-1]))
-    assert [line for line in done.stderr.splitlines() if line.startswith("mixkvq:")] == ["mixkvq: the cache failed: a codec of C++; reset the context"]
+    said = [line for line in done.stderr.splitlines() if line.startswith("mixkvq:")]
+    assert said == ["mixkvq: the cache failed: a codec of C++; reset the context"]
 
 
 # --- threads ---
@@ -244,7 +247,11 @@ def test_figures_while_another_thread_decodes(model):
 def test_one_line_for_a_cause(tmp_path):
     """Twelve tensors that are stored plainly for one reason."""
     path = tiny_models.llama(tmp_path / "m.gguf", 100, 2, 1, n_layers=6)
-    code = "import sys, bridge, llama_cpp\nwith bridge.attach():\n    llama_cpp.Llama(sys.argv[1], n_gpu_layers=-1, flash_attn=True, n_ctx=256, n_threads=1)"
+    code = """
+import sys, bridge, llama_cpp
+with bridge.attach():
+    llama_cpp.Llama(sys.argv[1], n_gpu_layers=-1, flash_attn=True, n_ctx=256, n_threads=1)
+"""
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60, check=True)
     said = [line for line in done.stderr.splitlines() if line.startswith("mixkvq:")]
     assert said == ["mixkvq: keys or values of some layers are stored plainly in F16: its head size 100 is not a multiple of 8 from 32 to 256"]

@@ -132,7 +132,8 @@ def test_layers_without_formats_stay_f16(model, tmp_path):
     profile.layers[1] = None
     write_profile(side_car(model), profile)
     plain = cache(model)[0]["plain_layers"]
-    assert [layer["name"] for layer in plain] == ["cache_k_l1", "cache_v_l1"] and all("no formats for this layer" in layer["reason"] for layer in plain)
+    assert [layer["name"] for layer in plain] == ["cache_k_l1", "cache_v_l1"]
+    assert all("no formats for this layer" in layer["reason"] for layer in plain)
 
 
 def spoil(model, how):
