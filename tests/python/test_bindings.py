@@ -208,7 +208,10 @@ def declarations() -> str:
 class FakeBackend:
     """The struct of function pointers, filled by Python: what the handle sends and what it makes of the answers."""
 
+    made: list["FakeBackend"] = []  # kept, as a library is: a session that is collected together with its backend would call what is gone
+
     def __init__(self, version=3):
+        self.made.append(self)
         self.ffi = ffi = FFI()
         ffi.cdef(declarations())
         self.calls, self.created, self.failure = [], True, ffi.new("char[]", b"")
