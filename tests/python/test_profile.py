@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 
@@ -91,7 +92,7 @@ def test_other_versions_are_refused(tmp_path, form, version, words):
 def test_damaged_files_are_one_sentence(tmp_path, form, data):
     path = tmp_path / "p.gguf"
     if not path.exists():
-        profile = Profile("0" * 32, GOLDEN_LAYERS, 64, 128, measured=[{"text": "a", "kld_mean": 0.5}], made_by="me", body_bits=3.5)
+        profile = Profile("0" * 32, copy.deepcopy(GOLDEN_LAYERS), 64, 128, measured=[{"text": "a", "kld_mean": 0.5}], made_by="me", body_bits=3.5)
         profile.layers[0].key_range = np.ones((2, 64), np.float32)
         FORMS[form](path, profile)
         (tmp_path / "base").write_bytes(path.read_bytes())
