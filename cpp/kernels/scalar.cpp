@@ -199,32 +199,29 @@ void by_tiers(const KeyFormat & f, Function && call) {
     for (const Tier & tier : Tiers(f).tier) call(tier.bits, tier.count);
 }
 
-// How many of the cells that count read back as they are if the channel is packed at these bits.
-template <class Counts>
-int unchanged(const KeyFormat & f, const Channels & page, int d, int bits, Counts counts) {
-    int n = 0;
-    for (int g = 0; g < f.n_groups(); ++g) {
-        const Affine a(page.range[d][g], bits);
-        for (int t = g * f.group; t < (g + 1) * f.group; ++t) {
-            const float x = half_to_float(page.x[d][t]);
-            n += counts(t) && a.back(x) == x;
-        }
-    }
-    return n;
-}
-
 // The bits at which a channel seems to have been packed before, of those that the format has; 16 if it does not seem so. `whole`: every cell reads
 // back as it is. `most`: half of a sample does, and no other bits suit more of it.
 void own_bits(const KeyFormat & f, const Channels & page, const CellMask & valid, int d, uint8_t & whole, uint8_t & most) {
     const auto in_sample = [&](int t) { return t % 32 < 8 && valid.test(t); };
-    int n = 0, n_sample = 0, best = 0;
-    for (int t = 0; t < kPageCells; ++t) n += valid.test(t), n_sample += in_sample(t);
+    int n_sample = 0, best = 0;
+    for (int t = 0; t < kPageCells; ++t) n_sample += in_sample(t);
     whole = most = 16;
     for (int i = 3; i >= 0; --i) {
         const Tier tier = Tiers(f).tier[i];
         if (tier.count == 0) continue;
-        if (whole == 16 && unchanged(f, page, d, tier.bits, [&](int t) { return valid.test(t); }) == n) whole = uint8_t(tier.bits);
-        const int same = unchanged(f, page, d, tier.bits, in_sample);
+        bool all = true;
+        int same = 0;
+        for (int g = 0; g < f.n_groups(); ++g) {
+            const Affine a(page.range[d][g], tier.bits);
+            for (int t = g * f.group; t < (g + 1) * f.group; ++t) {
+                if (!valid.test(t) || !(all || in_sample(t))) continue;
+                const float x = half_to_float(page.x[d][t]);
+                const bool back = a.back(x) == x;
+                all = all && back;
+                same += back && in_sample(t);
+            }
+        }
+        if (all && whole == 16) whole = uint8_t(tier.bits);
         if (2 * same >= n_sample && same > best) best = same, most = uint8_t(tier.bits);
     }
 }
