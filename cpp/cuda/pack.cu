@@ -707,25 +707,29 @@ __device__ bool rotated_means(ValueShared<slots> & s, const half * rows, int row
     const int n_kept = __syncthreads_count(kept && lane() == 0);
     const bool from_record = (valid.word[0] | valid.word[1]) != 0 && 2 * n_kept >= looked;
     int8_t * phase = reinterpret_cast<int8_t *>(s.codes);
-    for (int t = threadIdx.x / 32; t < kPageCells && from_record; t += kValueWarps) {
-        float inv = 0;
-        if (holds(valid, t)) {
-            float x[slots];
-            rotated_row(rows + size_t(t) * row, n, s.mean, x);
-            const uint8_t scale = kept_scale(bits, n, x, n);
-            if (scale > 0) inv = 1.0f / scale_of(scale);
+    for (int round = 0; round < 2 && from_record; ++round) {  // with better means, more rows find their scale
+        for (int t = threadIdx.x / 32; t < kPageCells; t += kValueWarps) {
+            float inv = 0;
+            if (holds(valid, t)) {
+                float x[slots];
+                rotated_row(rows + size_t(t) * row, n, s.mean, x);
+                const uint8_t scale = kept_scale(bits, n, x, n);
+                if (scale > 0) inv = 1.0f / scale_of(scale);
 #pragma unroll
-            for (int i = 0; i < slots; ++i) {
-                if (inv > 0 && lane() + 32 * i < n) phase[t * n + lane() + 32 * i] = int8_t(phase_of(x[i], inv));
+                for (int i = 0; i < slots; ++i) {
+                    if (inv > 0 && lane() + 32 * i < n) phase[t * n + lane() + 32 * i] = int8_t(phase_of(x[i], inv));
+                }
             }
+            if (lane() == 0) s.inv[t] = inv;
         }
-        if (lane() == 0) s.inv[t] = inv;
+        __syncthreads();
+        if (d < n) {
+            record[d] = s.near[d] = kept_mean(phase, s.inv, n, d, s.least, s.near[d]);
+            s.mean[d] = mean_of(record[d]);
+        }
+        __syncthreads();
     }
-    __syncthreads();
-    if (d < n) {
-        if (from_record) record[d] = kept_mean(phase, s.inv, n, d, s.least, s.near[d]);
-        s.mean[d] = mean_of(record[d]);
-    }
+    if (d < n) s.mean[d] = mean_of(record[d]);
     __syncthreads();
     return from_record;
 }

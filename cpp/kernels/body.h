@@ -648,8 +648,9 @@ bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
         kept += kept_scale(f, z, kSampleDims) > 0;
     }
     const bool from_record = looked > 0 && 2 * kept >= looked;
-    if (from_record) {
-        Phases p;
+    Phases p;
+    for (int round = 0; round < 2 && from_record; ++round) {  // with better means, more rows find their scale
+        p.n = 0;
         for (int t = 0; t < kPageCells; ++t) {
             if (!valid.test(t)) continue;
             rotated_row(f, rows + t * stride, means, z);
@@ -660,6 +661,8 @@ bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
             ++p.n;
         }
         kept_means(f, p, least, near, bytes);
+        std::memcpy(near, bytes, n);
+        for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(near + d));
     }
     for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(bytes + d));
     return from_record;

@@ -517,16 +517,20 @@ bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
     if (looked == 0 || 2 * kept < looked) return false;
 
     Phases p;
-    for (int t = 0; t < kPageCells; ++t) {
-        if (!valid.test(t)) continue;
-        rotated_row(f, rows + t * stride, near, z);
-        const uint8_t s = kept_scale(f, z, n);
-        if (s == 0) continue;
-        p.scale[p.n] = scale_of(s);
-        for (int d = 0; d < n; ++d) p.phase[p.n][d] = int8_t(phase_of(z[d], 1.0f / p.scale[p.n]));
-        ++p.n;
+    for (int round = 0; round < 2; ++round) {  // with better means, more rows find their scale
+        p.n = 0;
+        for (int t = 0; t < kPageCells; ++t) {
+            if (!valid.test(t)) continue;
+            rotated_row(f, rows + t * stride, near, z);
+            const uint8_t s = kept_scale(f, z, n);
+            if (s == 0) continue;
+            p.scale[p.n] = scale_of(s);
+            for (int d = 0; d < n; ++d) p.phase[p.n][d] = int8_t(phase_of(z[d], 1.0f / p.scale[p.n]));
+            ++p.n;
+        }
+        kept_means(f, p, least, near, means);
+        std::memcpy(near, means, n);
     }
-    kept_means(f, p, least, near, means);
     return true;
 }
 

@@ -470,7 +470,10 @@ def _rotated_mean(
     sample = [t for t in SAMPLE_ORDER if valid[t]][:SAMPLE]
     if not sample or 2 * np.count_nonzero(_kept_scale(z[sample], fmt.bits, SAMPLE_DIMS)) < len(sample):
         return _no_small_means(exact, near, least), False
-    return _kept_mean(near, z[valid], _kept_scale(z[valid], fmt.bits, fmt.head_size), least), True
+    for _ in range(2):  # with better means, more rows find their scale
+        z = y[valid] - unpack_mean(near)
+        near = _kept_mean(near, z, _kept_scale(z, fmt.bits, fmt.head_size), least)
+    return near, True
 
 
 def _kept_mean(near: NDArray[np.uint8], z: NDArray[np.float32], scale: NDArray[np.uint8], least: np.float32) -> NDArray[np.uint8]:
