@@ -301,17 +301,17 @@ def _tiers(fmt: KeyFormat, x: NDArray[np.float32], valid: NDArray[np.bool_], imp
         kept = np.flatnonzero((most == bits) & (bits < 16))
         parts.append(np.concatenate([kept, others[: n - len(kept)]]))
         others = others[n - len(kept) :]
-    order = _by_index(fmt, np.concatenate(parts))
+    dealt = _by_index(fmt, np.concatenate(parts))
     bits_of = np.empty(fmt.head_size, dtype=np.int64)
-    bits_of[order] = at_rank
-    return _Tiers(order, bits_of)
+    bits_of[dealt] = at_rank
+    return _Tiers(dealt, bits_of)
 
 
 def _own_bits(fmt: KeyFormat, x: NDArray[np.float32], valid: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The bits at which each channel seems to have been packed before, of those that the format has; 16 if it does not seem so.
 
-    The first array wants every cell to read back as it is. The second, for pages of which a part was written anew, takes the bits that suit most cells
-    of a sample if they suit half of it.
+    The first array wants every cell to read back as it is. The second, for pages of which a part was written anew, takes the bits that suit most
+    cells of a sample if they suit half of it.
     """
     whole, most, best = np.full(fmt.head_size, 16), np.full(fmt.head_size, 16), np.zeros(fmt.head_size, dtype=np.int64)
     sample = valid & (np.arange(PAGE_CELLS) % 32 < 8)
@@ -365,7 +365,9 @@ def _quantise(
     return _codes(x, low, scale, top).astype(np.uint8), scale
 
 
-def _codes(x: NDArray[np.float32], low: NDArray[np.float32], scale: NDArray[np.float16], top: NDArray[np.float32] | np.float32) -> NDArray[np.float32]:
+def _codes(
+    x: NDArray[np.float32], low: NDArray[np.float32], scale: NDArray[np.float16], top: NDArray[np.float32] | np.float32
+) -> NDArray[np.float32]:
     return np.clip(np.rint((x - low) * _inverse(scale)), np.float32(0), top)
 
 
@@ -450,9 +452,7 @@ def unpack_values(fmt: ValueFormat, record: NDArray[np.uint8]) -> NDArray[np.flo
     return to_half(rotate(y, fmt.rotation_block) if fmt.rotated else y)
 
 
-def _rotated_mean(
-    fmt: ValueFormat, x: NDArray[np.float32], y: NDArray[np.float32], valid: NDArray[np.bool_]
-) -> tuple[NDArray[np.uint8], bool]:
+def _rotated_mean(fmt: ValueFormat, x: NDArray[np.float32], y: NDArray[np.float32], valid: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], bool]:
     """The means of rotated rows, a byte for each dimension, and whether the rows come from a record: then they are the means of that one.
 
     x: float32 [128, Dv], y: the same rotated.
@@ -461,7 +461,7 @@ def _rotated_mean(
     for row in x[valid]:  # in this order
         total = total + row
         squares = squares + row * row
-    count = max(np.count_nonzero(valid), 1)
+    count = max(int(np.count_nonzero(valid)), 1)
     least = np.sqrt(_sum_of_lanes(squares[None])[0, 0] / np.float32(count * fmt.head_size)) * LEAST_MEAN
     exact = rotate(total / np.float32(count), fmt.rotation_block)
     near = pack_mean(exact)
@@ -500,7 +500,8 @@ def _kept_mean(near: NDArray[np.uint8], z: NDArray[np.float32], scale: NDArray[n
     fewest = off(best)
     settled = fewest <= PHASES // 16 * len(z)
     magnitude = (near & 0x7F).astype(np.int32)
-    for byte in [(near & 0x80) | np.clip(magnitude + by, 0, 0x7B).astype(np.uint8) for by in (1, -1)] + [np.zeros_like(near)]:
+    sign = near & np.uint8(0x80)
+    for byte in [*(sign | np.clip(magnitude + by, 0, 0x7B).astype(np.uint8) for by in (1, -1)), np.zeros_like(near)]:
         better = ~settled & (off(byte) < fewest)
         best, fewest = np.where(better, byte, best), np.where(better, off(byte), fewest)
     return best
