@@ -74,9 +74,9 @@ size_t first_difference(const T * a, const T * b, size_t n) {
 }
 
 // Every head of the store has a format of its own, every page another kind of data or mask. scalar_pack(head, rows, valid, record) and so on
-// are given what the device is.
+// are given what the device is. `again`: the rows were packed before, and in every third page some were written anew since.
 template <class Head, class Format, class ScalarPack, class ScalarUnpack, class Pack, class Unpack>
-void compare_records(const std::vector<Format> & formats, ScalarPack scalar_pack, ScalarUnpack scalar_unpack, Pack pack, Unpack unpack) {
+void compare_records(const std::vector<Format> & formats, bool again, ScalarPack scalar_pack, ScalarUnpack scalar_unpack, Pack pack, Unpack unpack) {
     const int d = formats[0].head_size, n_heads = int(formats.size()), row = n_heads * d + (d % 64 == 0 ? 24 : 0);
     const size_t page = size_t(kPageCells) * row;
     std::vector<Head> heads;
@@ -97,6 +97,13 @@ void compare_records(const std::vector<Format> & formats, ScalarPack scalar_pack
         const std::vector<half> data = make_rows(scalar, Data(job / kMasks), row, row);
         for (int t = 0; t < kPageCells; ++t) {
             if (masks[job].test(t) || job % 2) std::copy_n(&data[size_t(t) * row], n_heads * d, &rows[job * page + size_t(t) * row]);
+        }
+        for (int h = 0; h < n_heads && again; ++h) {
+            half * head_rows = &rows[job * page + h * d];
+            std::vector<uint8_t> before(formats[h].record_bytes());
+            scalar_pack(h, head_rows, row, masks[job], before.data());
+            scalar_unpack(h, before.data(), head_rows, row);
+            for (int t = 0; t < kPageCells && job % 3 == 1; t += 5) std::copy_n(&data[size_t(t) * row + h * d], d, head_rows + size_t(t) * row);
         }
         for (int h = 0; h < n_heads; ++h) {
             uint8_t * record = &records[job * size_t(page_bytes) + heads[h].record_offset];
@@ -144,7 +151,7 @@ void compare_records(const std::vector<Format> & formats, ScalarPack scalar_pack
     CHECK(got_rows == unpacked, "%s: unpack wrote between rows", describe(formats[0]).c_str());
 }
 
-void test_keys(int d) {
+void test_keys(int d, bool again) {
     std::vector<KeyFormat> formats = key_formats(d);
     std::shuffle(formats.begin(), formats.end(), rng);
     std::vector<float> importance(formats.size() * d);
@@ -156,7 +163,7 @@ void test_keys(int d) {
     }
     const Device<float> device_importance(importance);
     compare_records<cuda::KeyHead>(
-        formats,
+        formats, again,
         [&](int h, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
             scalar.pack_keys(formats[h], rows, stride, valid, &importance[h * d], record);
         },
@@ -169,11 +176,11 @@ void test_keys(int d) {
         });
 }
 
-void test_values(int d) {
+void test_values(int d, bool again) {
     std::vector<ValueFormat> formats = value_formats(d);
     std::shuffle(formats.begin(), formats.end(), rng);
     compare_records<cuda::ValueHead>(
-        formats,
+        formats, again,
         [&](int h, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
             scalar.pack_values(formats[h], rows, stride, valid, record);
         },
@@ -444,8 +451,10 @@ int main() {
         return 77;
     }
     for (int d : kHeadSizes) {
-        test_keys(d);
-        test_values(d);
+        for (bool again : {false, true}) {
+            test_keys(d, again);
+            test_values(d, again);
+        }
     }
     test_write_rows();
     test_recordings();

@@ -150,6 +150,7 @@ inline unsigned ballot(bool yes) {
 
 inline void __syncthreads() { emulator::barrier(0, 0, false); }
 inline int __syncthreads_or(int x) { return emulator::barrier(0, 0, x != 0).yes > 0; }
+inline int __syncthreads_count(int x) { return emulator::barrier(0, 0, x != 0).yes; }
 inline int __syncthreads_and(int x) {
     const emulator::Count n = emulator::barrier(0, 0, x != 0);
     return n.yes == n.all;
