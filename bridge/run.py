@@ -267,7 +267,8 @@ def command(**given: Any) -> int:
     Without a prompt on a terminal this is a chat. With --prompt, --file, --demo or piped input the answer goes to stdout and everything
     else to stderr.
 
-    Exit status: 0, or 3 if the context was full before the answer ended, 2 for a mistake in the command, 1 for a failure, 130 after Ctrl-C.
+    Exit status: 0 (also at the limit of -n, which is said), 3 if the context was full before the answer ended, 2 for a mistake in the command,
+    1 for a failure, 130 after Ctrl-C.
     """
     if given["presets"]:
         list_presets()
