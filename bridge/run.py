@@ -95,7 +95,13 @@ def load(options: Options, console: Console) -> Llama:
         redirect_stderr=False,
     ) as progress:
         task = progress.add_task("", total=1.0, name=Path(options.model).name)
-        return Llama(options.model, on_load=lambda share: progress.update(task, completed=share), **arguments)
+
+        def on_load(share: float) -> None:
+            progress.update(task, completed=share)
+            if share >= 1:
+                progress.stop()  # what is said while the context is created has a line of its own
+
+        return Llama(options.model, on_load=on_load, **arguments)
 
 
 def print_report(llama: Llama, answer: Answer, options: Options, console: Console) -> None:
