@@ -95,7 +95,13 @@ def load(options: Options, console: Console) -> Llama:
         redirect_stderr=False,
     ) as progress:
         task = progress.add_task("", total=1.0, name=Path(options.model).name)
-        return Llama(options.model, on_load=lambda share: progress.update(task, completed=share), **arguments)
+
+        def on_load(share: float) -> None:
+            progress.update(task, completed=share)
+            if share >= 1:
+                progress.stop()  # what is said while the context is created has a line of its own
+
+        return Llama(options.model, on_load=on_load, **arguments)
 
 
 def print_report(llama: Llama, answer: Answer, options: Options, console: Console) -> None:
@@ -267,7 +273,8 @@ def command(**given: Any) -> int:
     Without a prompt on a terminal this is a chat. With --prompt, --file, --demo or piped input the answer goes to stdout and everything
     else to stderr.
 
-    Exit status: 0, or 3 if the context was full before the answer ended, 2 for a mistake in the command, 1 for a failure, 130 after Ctrl-C.
+    Exit status: 0 (also at the limit of -n, which is said), 3 if the context was full before the answer ended, 2 for a mistake in the command,
+    1 for a failure, 130 after Ctrl-C.
     """
     if given["presets"]:
         list_presets()

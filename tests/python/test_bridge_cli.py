@@ -254,6 +254,15 @@ def test_chat_on_a_terminal(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["talk.json"]
 
 
+def test_what_is_said_while_a_model_loads_has_a_line_of_its_own(tmp_path):
+    t = Terminal(str(tiny_models.gemma4(tmp_path / "m.gguf")), "-c", "256")
+    t.expect("Loading m.gguf")
+    t.expect("\rmixkvq: keys or values of some layers are stored plainly")
+    t.expect("/help lists the commands.")
+    t.send("/exit")
+    assert t.close() == 0
+
+
 def test_chat_ends_with_the_input():
     t = Terminal("-c", "256")
     t.expect("/help lists the commands.")

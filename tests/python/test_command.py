@@ -110,7 +110,6 @@ ADDRESSES = [("https://example.org/m.gguf", "download it first"), ("org/name", "
 TAKES_A_MODEL = ["mixkvq.calibrate", "mixkvq.evaluate", "mixkvq.inspect", "bench/speed.py", "bench/memory.py"]
 
 
-@pytest.mark.skipif("_how_to_get" not in vars(bridge.model_file), reason="bridge gives no advice yet")
 @pytest.mark.parametrize(("address", "words"), ADDRESSES)
 @pytest.mark.parametrize("name", TAKES_A_MODEL)
 def test_an_address_in_place_of_a_model_gets_advice(name, address, words, capfd, tmp_path, monkeypatch):
