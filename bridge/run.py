@@ -133,14 +133,19 @@ def speed_rows(answer: Answer) -> list[tuple[str, str]]:
     ]
 
 
+def at_limit(answer: Answer, max_tokens: int) -> bool:
+    """Whether an answer of finish_reason "length" ended at the user's limit; llama-cpp-python goes past it to complete a character."""
+    return 0 <= max_tokens <= answer.answer_tokens
+
+
 def why_it_ended(answer: Answer, max_tokens: int) -> str:
     """What to say about an answer that did not end by itself, or ""."""
     if answer.finish_reason == "interrupted":
         return "(stopped)"
     if answer.finish_reason != "length" or max_tokens == 0:
         return ""
-    if answer.answer_tokens == max_tokens:
-        return f"(cut off: the limit of {answer.answer_tokens} tokens is reached, -n)"
+    if at_limit(answer, max_tokens):
+        return f"(cut off: the limit of {max_tokens} tokens is reached, -n)"
     return "(cut off: the context is full, -c)"
 
 
@@ -150,7 +155,7 @@ def exit_code(answer: Answer, max_tokens: int) -> int:
         signal.raise_signal(answer.signal)
     if answer.finish_reason == "interrupted":
         return INTERRUPTED
-    full = answer.finish_reason == "length" and answer.answer_tokens != max_tokens
+    full = answer.finish_reason == "length" and not at_limit(answer, max_tokens)
     return CONTEXT_FULL if full else 0
 
 
@@ -237,7 +242,7 @@ class Number(click.ParamType):
     "-c",
     "--ctx",
     type=click.IntRange(0, 1 << 30),
-    help=f"Context in tokens; 0: the model's own.  [default: that, at most {DEFAULT_CONTEXT}]",
+    help=f"Context in tokens, which llama.cpp rounds up to 256s; 0: the model's own.  [default: that, at most {DEFAULT_CONTEXT}]",
 )
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads.  [default: physical cores]")
 @click.option("-b", "--batch", type=click.IntRange(1, 1 << 20), default=512, show_default=True, help="Prompt tokens evaluated at a time.")

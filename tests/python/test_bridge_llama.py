@@ -425,6 +425,7 @@ def test_any_thread_may_detach():
         ({"kv": Kv(window=-5)}, bridge.SettingsError, ["-5"]),
         ({"kv": Kv(preset="paper", profile="x.gguf")}, bridge.SettingsError, ["one of the two"]),
         ({"kv": "missing.gguf"}, bridge.ProfileError, ["missing.gguf", "does not exist"]),
+        ({"kv": "/"}, bridge.ProfileError, ["The profile / is no file."]),
         ({"kv": MODEL}, bridge.ProfileError, ["not a profile"]),
         ({"kv": "paper", "stock": "f16"}, bridge.SettingsError, ["stock"]),
         ({"stock": "q9"}, bridge.SettingsError, ["'q9'", "q8_0"]),
