@@ -120,6 +120,20 @@ def attend(
     mask [n, 128 P] is added to the scores, -inf hides a cell; sink [n] are logits without a value. A query that sees nothing gets zeros.
     """
 
+def compare_predictions(
+    baseline: NDArray[np.float32],
+    caches: Sequence[NDArray[np.float32]],
+    targets: NDArray[np.int64] | None = None,
+    *,
+    threads: int = 1,
+    isa: str | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Logits of a baseline and of n caches, each [rows, vocabulary], row by row in float64: the divergence of each cache from the baseline in nats
+    [n, rows]; then, of the baseline and of each cache [1 + n, rows], -log p of the target (NaN without targets) and the first choice.
+
+    ValueError for rows that are no predictions: NaN, +inf, or nothing but -inf.
+    """
+
 @final
 class Session:
     """The caches of the contexts that one thread creates between begin and end; also a context manager that ends itself."""

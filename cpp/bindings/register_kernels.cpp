@@ -26,6 +26,8 @@ std::vector<std::string> isas() {
     return names;
 }
 
+}  // namespace
+
 const Kernels & kernels(const OptionalName & name) {
     if (!name) {
         std::string error;
@@ -40,6 +42,8 @@ const Kernels & kernels(const OptionalName & name) {
     for (const std::string & each : isas()) here += (here.empty() ? "" : ", ") + each;
     throw py::value_error("isa '" + *name + "' cannot be had here; there is " + here);
 }
+
+namespace {
 
 // Memory with the alignment that records and scratch need. NumPy's own is less.
 template <typename T> class Aligned {

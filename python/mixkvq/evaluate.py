@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from . import plots, problems, tasks
 from .caches import CACHE_HELP, check_name, file_of, is_stock, open_cache, split_names
 from .command import run
 from .compare import NOISE_FLOOR, STYLES, Measured, Passage, compare_caches, draw_windows, tokenize_text, windows_of, work
-from .record import available_cores, describe_file, describe_run, save_json
+from .record import describe_file, describe_run, save_json
 
 if TYPE_CHECKING:
     from bridge import Llama
@@ -228,19 +229,28 @@ def answer_problems(
         if missing := [cache for cache in caches if cache not in record["answers"]]:
             jobs.append((i, problem, missing))
 
+    saved, cost = 0.0, 0.0
+
     def update() -> None:
+        nonlocal saved, cost
+        begin = time.perf_counter()
         part["records"] = [records[i] for i in sorted(records) if records[i]["answers"]]
         part["summary"] = problems.summarise([r for r in part["records"] if r["index"] < len(drawn)], caches, baseline, first)
         save_json(evaluation.out, evaluation.result)
+        saved = time.perf_counter()
+        cost = saved - begin
 
     solver = problems.Solver(str(evaluation.model), source, n_ctx, threads, **evaluation.cache_options)
-    step = evaluation.bar.add_task(plots.title(part), total=len(jobs))
-    for index, answers in problems.solve(solver, jobs, workers):
-        part["sizes"] |= {cache: answer.pop("sizes") for cache, answer in answers.items()}
-        records[index]["answers"].update(answers)
+    step = evaluation.bar.add_task(plots.title(part), total=sum(len(missing) for _, _, missing in jobs))
+    try:
+        for index, answers in solver.solve(jobs, workers):
+            part["sizes"] |= {cache: answer.pop("sizes") for cache, answer in answers.items()}
+            records[index]["answers"].update(answers)
+            if time.perf_counter() - saved >= 20 * cost:  # a long result takes its time to write: a twentieth of all, and so much may be lost
+                update()
+            evaluation.bar.advance(step, len(answers))
+    finally:
         update()
-        evaluation.bar.advance(step)
-    update()
     evaluation.bar.remove_task(step)
 
 
@@ -431,7 +441,7 @@ COUNT = click.IntRange(min=1)
 @click.option("--instruction", default=problems.INSTRUCTION, show_default=True, help="What follows each question of --problems-file.")
 @click.option("--max-tokens", type=COUNT, help=f"Longest answer.  [default: 5/4 of a built-in problem's derivation + 64; else {problems.MAX_TOKENS}]")
 @click.option("--first", default=200, show_default=True, type=COUNT, help="Compare that many greedy tokens with the baseline's.")
-@click.option("--workers", type=COUNT, help="Processes that answer problems, one thread each.  [default: all cores]")
+@click.option("--workers", type=COUNT, help=f"Problems that are answered at once.  [default: {problems.AT_ONCE}]")
 @click.option("--at-once", default=4, show_default=True, type=COUNT, help="Caches that are in memory beside the baseline.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
@@ -511,7 +521,7 @@ def evaluate(given: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], list
     fresh.update(files=_files([baseline, *measured]), sections=[], problems=None)
     result = load_or_start(given["out"], fresh, given["restart"])
     threads = given["threads"] or physical_cores()
-    result["run"] = {"threads": threads, "workers": given["workers"] or available_cores(), "at_once": given["at_once"]}
+    result["run"] = {"threads": threads, "workers": given["workers"] or problems.AT_ONCE, "at_once": given["at_once"]}
 
     vocabulary = open_cache(given["model"], "f16", n_ctx=256, vocab_only=True)
     cache_options = {"window": given["window"], "sinks": given["sinks"], "device": device}
@@ -544,7 +554,7 @@ def evaluate(given: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], list
             max_tokens=given["max_tokens"],
             first=given["first"],
             workers=result["run"]["workers"],
-            threads=1 if result["run"]["workers"] > 1 else threads,
+            threads=threads,
         )
     vocabulary.close()
     save_json(given["out"], result)

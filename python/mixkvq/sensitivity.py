@@ -183,7 +183,7 @@ class Reader:
         self._open(window)
         n_targets = sum(len(p.tokens) - p.first for p in everything)
         self._every = max(1, -(-n_targets * self.llm.n_vocab() * 4 // max_bytes))
-        self._exact: dict[str, list[list[NDArray[np.float32]]]] = {}
+        self._exact: dict[str, list[list[NDArray[np.float32]]]] = {}  # logits
 
     def _open(self, window: int) -> None:
         self.window = window
@@ -208,7 +208,7 @@ class Reader:
         """Keep what the exact cache predicts; show every page to the collector."""
         self.probe.rounding, self.probe.collector = {}, collector
         self._exact = {
-            kind: [[_log_softmax(rows) for rows in self._chunks(passage, progress)] for passage in some] for kind, some in self.passages.items()
+            kind: [[rows.copy() for rows in self._chunks(passage, progress)] for passage in some] for kind, some in self.passages.items()
         }
         self.probe.collector = None
 
@@ -233,7 +233,7 @@ class Reader:
         found = {}
         for kind, some in (sample or self.sample(self.n_tokens)).items():
             parts = [
-                divergences(exact, rows)
+                divergences(exact, rows, self._threads)
                 for i, n_tokens in some
                 for exact, rows in zip(self._exact[kind][i], self._chunks(self.passages[kind][i], progress, n_tokens))
             ]
@@ -280,16 +280,9 @@ class Reader:
                 yield rows
 
 
-def _log_softmax(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    shifted = rows - rows.max(axis=1, keepdims=True)
-    return (shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64))).astype(np.float32)
-
-
-def divergences(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """KL divergence of each row of logits [n, vocabulary] from log-probabilities, in nats, at least 0."""
-    candidate = _log_softmax(logits)
-    kld = (np.exp(reference) * (reference - candidate)).sum(axis=1, dtype=np.float64)
-    return np.maximum(kld, 0.0)
+def divergences(reference: NDArray[np.float32], logits: NDArray[np.float32], threads: int = 1) -> NDArray[np.float64]:
+    """KL divergence of each row of logits [n, vocabulary] from that of the reference, in nats, at least 0."""
+    return native().compare_predictions(reference, [logits], threads=threads)[0][0]
 
 
 def head_formats(profile: LayerProfile, size_v: int) -> tuple[list[KeyFormat], list[ValueFormat]]:

@@ -20,7 +20,7 @@ from bridge import ContextError, Kv, SettingsError
 from bridge.library import native
 from bridge.model_file import built_in_model
 from mixkvq import caches, compare, evaluate, plots, problems
-from mixkvq.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed, log_softmax
+from mixkvq.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed
 from mixkvq.profile import uniform_profile, write_profile
 
 MODEL = str(built_in_model())
@@ -160,7 +160,8 @@ def test_decode_style_is_token_by_token(tiny, window, sinks):
         for start, end in zip(cuts, cuts[1:]):
             met += [packed(llm)] * (end - start)
             rows.append(feed(llm, tokens[start:end], batch, end - start).copy())
-        return met, log_softmax(np.concatenate(rows)), llm.kv_stats()["bytes_used"]
+        logits = np.concatenate(rows).astype(np.float64)
+        return met, logits - np.logaddexp.reduce(logits, axis=1, keepdims=True), llm.kv_stats()["bytes_used"]
 
     met, p, used = walk(range(len(tokens) + 1), 1)
     met_by_pages, q, used_by_pages = walk(cut(len(tokens), "decode", [window]), 128)
@@ -219,8 +220,8 @@ def test_comparison_by_hand():
     one = Comparison()
     p, q = np.array([[0.5, 0.5, 0.0], [0.1, 0.7, 0.2]]), np.array([[0.25, 0.75, 0.0], [0.1, 0.7, 0.2]])
     with np.errstate(divide="ignore"):
-        one.add(np.log(p), np.log(q), [1, 0])
-    assert one.kld == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75), 0])
+        one.add(np.log(p, dtype=np.float32), np.log(q, dtype=np.float32), [1, 0])
+    assert one.kld == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75), 0], abs=1e-7)
     assert one.same_top == [False, True] and one.right == [True, False] and one.right_baseline == [False, False]
     figures = compare.summarise([one])
     assert figures["perplexity"] == pytest.approx(1 / math.sqrt(0.75 * 0.1))
