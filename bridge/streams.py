@@ -33,7 +33,7 @@ class Streams(Llama):
         self._context_params = params
 
     def read(self, sequence: int, tokens: Sequence[int]) -> Any:
-        """Evaluate the tokens of one sequence, in batches of n_batch; logits of the last one, float32 [vocabulary], a view until the next evaluation."""
+        """Evaluate tokens of one sequence; logits of the last, float32 [vocabulary]: a view that the next evaluation overwrites."""
         for start in range(0, len(tokens), self.n_batch):
             logits = self._decode([(sequence, token) for token in tokens[start : start + self.n_batch]], 1)
         return logits[0]

@@ -243,7 +243,8 @@ def compare_caches(
                 walkers = [walker(name, group) for name in names[i : i + at_once]]
                 found: list[list[Comparison]] = [[] for _ in walkers]
                 for passage in passages:
-                    for parts, comparison in zip(found, _walk(reference, walkers, passage, cuts[len(passage.tokens)], threads or available_cores(), progress)):
+                    walked = _walk(reference, walkers, passage, cuts[len(passage.tokens)], threads or available_cores(), progress)
+                    for parts, comparison in zip(found, walked):
                         parts.append(comparison)
                 yield {
                     w.name: Measured(
@@ -286,7 +287,8 @@ def _walk(
             for w, logits in zip(walkers, rows):
                 bad = np.flatnonzero(~np.isfinite(logits.max(axis=1)))
                 if len(bad):
-                    raise ContextError(f"With {w.name} the model's logits after {end - wanted + bad[0] + 1} tokens are no prediction (NaN or infinite).") from None
+                    at = end - wanted + bad[0] + 1
+                    raise ContextError(f"With {w.name} the model's logits after {at} tokens are no prediction (NaN or infinite).") from None
             raise
     return found
 

@@ -413,7 +413,7 @@ def test_derivations(tmp_path, capsys):
 
 def test_built_in_problems_go_on_where_they_stopped(tmp_path, capsys):
     out = tmp_path / "p.json"
-    common = [MODEL, "--tasks", "add,mul", "--levels", "easy", "--out", out, "--first", 50, "-q"]
+    common = [MODEL, "--tasks", "add,mul", "--levels", "easy", "--out", out, "--first", 50, "-q", *THREADS]
     assert run(capsys, *common, "--problems", 2, "--kv", "balanced", "--workers", 1)[0] == 0
     before = json.loads(out.read_text())["problems"]
     assert run(capsys, *common, "--problems", 4, "--kv", "balanced,q8_0", "--workers", 2)[0] == 0
@@ -491,7 +491,8 @@ def test_checker_module(tmp_path, capsys):
     module = tmp_path / "sums.py"
     module.write_text(CHECKER)
     out = tmp_path / "out.json"
-    code, _, _ = run(capsys, MODEL, "--checker", module, "--problems", 3, "--kv", "balanced", "--workers", 2, "--max-tokens", 200, "-q", "--out", out)
+    limits = ["--workers", 2, "--max-tokens", 200, *THREADS]
+    code, _, _ = run(capsys, MODEL, "--checker", module, "--problems", 3, "--kv", "balanced", *limits, "-q", "--out", out)
     part = json.loads(out.read_text())["problems"]
     assert code == 0 and part["summary"]["balanced"]["correct"] == 3 and part["source"] == "sums.py"
 
@@ -509,7 +510,7 @@ def test_checker_module(tmp_path, capsys):
 def test_bad_checker_is_one_sentence(tmp_path, capsys, text, words):
     module = tmp_path / "bad.py"
     module.write_text(text)
-    code, _, err = run(capsys, MODEL, "--checker", module, "--problems", 2, "--kv", "tiny", "--max-tokens", 1, "--workers", 2)
+    code, _, err = run(capsys, MODEL, "--checker", module, "--problems", 2, "--kv", "tiny", "--max-tokens", 1, "--workers", 2, *THREADS)
     assert code == 2 and err.count("\n") == 1 and re.search(words, err), err
 
 

@@ -26,8 +26,11 @@ OPTIONS = {"n_batch": 512, "n_threads": 1, "n_threads_batch": 1, "device": "cpu"
 def drawn():
     """Short problems, and the context that the longest needs."""
     vocabulary = caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
-    found = problems.BuiltIn(("add", "mul", "sort"), ("easy",)).draw(5, 6)
-    return found, problems.add_tokens(vocabulary, found, 90)
+    found = problems.BuiltIn(("add", "sort"), ("easy",)).draw(5, 6)
+    n_ctx = problems.add_tokens(vocabulary, found, 70)
+    for i, problem in enumerate(found):
+        problem["limit"] = 70 - 9 * i  # most are cut, each elsewhere
+    return found, n_ctx
 
 
 def alone(problem, cache, n_ctx):
@@ -55,15 +58,15 @@ def test_one_at_a_time_is_alone(drawn, cache):
 
 @pytest.mark.parametrize("cache", ["f16", "near-lossless"])
 def test_four_at_once_answer_as_one(drawn, cache):
-    """Batches of another size round otherwise, so an answer may turn somewhere; hardly any does. More problems than sequences, of different lengths."""
+    """Batches of another size round otherwise, so an answer may turn somewhere; hardly any does. There are more problems than sequences."""
     found, n_ctx = drawn
     solver = problems.Solver(MODEL, problems.BuiltIn(), n_ctx, 1, device="cpu")
     jobs = [(i, p, [cache]) for i, p in enumerate(found)]
     one, four = dict(solver.solve(jobs, 1)), dict(solver.solve(jobs, 4))
     assert sorted(one) == sorted(four) == list(range(6))
-    assert len({len(one[i][cache]["tokens"]) for i in one}) > 2
+    assert len({len(one[i][cache]["tokens"]) for i in one}) > 4
     assert sum(one[i][cache]["tokens"] == four[i][cache]["tokens"] for i in one) >= 5
-    assert [one[i][cache]["correct"] for i in one].count(True) >= 5
+    assert all(one[i][cache]["tokens"][:8] == four[i][cache]["tokens"][:8] for i in one)
     for key in ("body_bits", "total_bits", "bytes", "window"):  # what one sequence takes
         a, b = one[0][cache]["sizes"][key], four[0][cache]["sizes"][key]
         assert b == (pytest.approx(a, rel=0.02) if key != "window" else a)
