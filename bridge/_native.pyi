@@ -102,6 +102,18 @@ def pack_values(
     isa: str | None = None,
 ) -> NDArray[np.uint8]: ...
 def unpack_values(value_format: ValueFormat, record: NDArray[np.uint8], *, isa: str | None = None) -> NDArray[np.float16]: ...
+def read_back(
+    rows: NDArray[np.float32],
+    formats: Sequence[KeyFormat | ValueFormat | None],
+    importance: NDArray[np.float32] | None = None,
+    valid: NDArray[np.bool_] | None = None,
+    *,
+    threads: int = 1,
+    isa: str | None = None,
+) -> tuple[NDArray[np.float32], int]:
+    """What the rows of a page [n_heads, 128, D] read back as when every head is packed in its format (None: it stays as it is), and the bytes of the
+    records. importance [n_heads, D] is needed for keys."""
+
 def attend(
     key_format: KeyFormat,
     value_format: ValueFormat,

@@ -8,6 +8,7 @@ which every query sees the cache that it would see token by token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,8 @@ class Probe:
     rounding: (layer, is_value) -> a format for each head, or None for heads that stay exact.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
         self.rounding: dict[tuple[int, bool], list[KeyFormat | ValueFormat | None]] = {}
         self.collector: Collector | None = None
 
@@ -48,22 +50,14 @@ class Probe:
         formats = self.rounding.get((page.layer, page.is_value))
         if formats is None:
             return page.rows, 16.0 * page.rows.size
-        rows, bits = np.array(page.rows), 0.0
-        for head, fmt in enumerate(formats):
-            if fmt is None:
-                continue
-            half = np.ascontiguousarray(page.rows[head], dtype=np.float16)
-            if isinstance(fmt, KeyFormat):
-                assert page.q_abs is not None
-                native_keys = native().KeyFormat(fmt.head_size, fmt.tiers, fmt.group)
-                record = native().pack_keys(native_keys, half, np.ascontiguousarray(page.q_abs[head]), page.valid)
-                rows[head] = native().unpack_keys(native_keys, record)
-            else:
-                native_values = native().ValueFormat(fmt.head_size, fmt.bits, fmt.group)
-                record = native().pack_values(native_values, half, page.valid)
-                rows[head] = native().unpack_values(native_values, record)
-            bits += 8.0 * len(record)
-        return rows, bits
+        rows, n_bytes = native().read_back(page.rows, [_native_format(fmt) for fmt in formats], page.q_abs, page.valid, threads=self.threads)
+        return rows, 8.0 * n_bytes
+
+
+def _native_format(fmt: KeyFormat | ValueFormat | None) -> Any:
+    if isinstance(fmt, KeyFormat):
+        return native().KeyFormat(fmt.head_size, fmt.tiers, fmt.group)
+    return None if fmt is None else native().ValueFormat(fmt.head_size, fmt.bits, fmt.group)
 
 
 class Collector:
@@ -153,11 +147,8 @@ class _ValueSums:
         n_heads, _, self.size = rows.shape
         error = np.empty((n_heads, len(VALUE_BITS)))
         for b, bits in enumerate(VALUE_BITS):
-            fmt = native().ValueFormat(self.size, bits, 0)
-            for head in range(n_heads):
-                half = np.ascontiguousarray(rows[head], dtype=np.float16)
-                off = native().unpack_values(fmt, native().pack_values(fmt, half)).astype(np.float32) - rows[head]
-                error[head, b] = (off * off).sum(axis=1, dtype=np.float64).mean()
+            off = native().read_back(rows, [native().ValueFormat(self.size, bits, 0)] * n_heads)[0] - rows
+            error[:, b] = (off * off).sum(axis=2, dtype=np.float64).mean(axis=1)
         self.error = self.error + error
         self.n += 1
 
@@ -174,7 +165,7 @@ class Reader:
     def __init__(
         self, model: str, passages: Passages, *, window: int, sinks: int, threads: int, device: str = "auto", max_bytes: int = 1 << 30
     ) -> None:
-        self.probe = Probe()
+        self.probe = Probe(threads)
         self.passages = passages
         everything = [p for some in passages.values() for p in some]
         self.n_tokens = sum(len(p.tokens) - 1 for p in everything)
@@ -207,9 +198,7 @@ class Reader:
     def read_exact(self, collector: Collector | None, progress: Progress) -> None:
         """Keep what the exact cache predicts; show every page to the collector."""
         self.probe.rounding, self.probe.collector = {}, collector
-        self._exact = {
-            kind: [[rows.copy() for rows in self._chunks(passage, progress)] for passage in some] for kind, some in self.passages.items()
-        }
+        self._exact = {kind: [[rows.copy() for rows in self._chunks(passage, progress)] for passage in some] for kind, some in self.passages.items()}
         self.probe.collector = None
 
     def divergence(

@@ -208,3 +208,43 @@ def test_batches_give_the_rows_of_one(tmp_path):
             assert rows.shape == (wanted, llm.n_vocab()) and rows.dtype == np.float32
             np.testing.assert_allclose(rows, whole[40 - wanted :], atol=2e-2)
     assert feed(llm, tokens, 64, 3).base is not None
+
+
+# ---- pages that are read back ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", native().isas())
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_back_is_packing_and_unpacking(isa, threads):
+    """The same numbers as head by head through records, whatever cells hold tokens; heads without a format stay."""
+    module, rng = native(), np.random.default_rng(11)
+    rows = (rng.normal(size=(4, 128, 64)) * rng.gamma(1, 3, size=(4, 1, 64))).astype(np.float16).astype(np.float32)
+    q_abs = rng.gamma(1, size=(4, 64)).astype(np.float32)
+    valid = rng.random(128) < 0.9
+    rows[0, ~valid] = np.nan  # what no token is in is not looked at
+    keys = [module.KeyFormat(64, (4, 8, 20, 16, 16), 64), module.KeyFormat(64, (0, 0, 16, 32, 16), 128)]
+    values = module.ValueFormat(64, 3, 0)
+    found, n_bytes = module.read_back(rows, [keys[0], None, keys[1], values], q_abs, valid, threads=threads, isa=isa)
+    np.testing.assert_array_equal(found[1], rows[1])
+    for head, fmt in ((0, keys[0]), (2, keys[1])):
+        record = module.pack_keys(fmt, rows[head].astype(np.float16), q_abs[head], valid, isa=isa)
+        np.testing.assert_array_equal(found[head], module.unpack_keys(fmt, record, isa=isa).astype(np.float32))
+    record = module.pack_values(values, rows[3].astype(np.float16), valid, isa=isa)
+    np.testing.assert_array_equal(found[3], module.unpack_values(values, record, isa=isa).astype(np.float32))
+    assert n_bytes == sum(fmt.record_bytes for fmt in (*keys, values))
+
+
+def test_what_cannot_be_read_back_is_named():
+    module, rows, q_abs = native(), np.zeros((2, 128, 32), np.float32), np.ones((2, 32), np.float32)
+    keys, values, other = module.KeyFormat(32, (0, 0, 32, 0, 0)), module.ValueFormat(32, 2), module.ValueFormat(64, 2)
+    bad = rows.copy()
+    bad[1, 5, 3] = np.inf
+    for arguments, words in (
+        ((rows, [values]), r"rows has shape \(2, 128, 32\), not \(1, 128, any\)"),
+        ((rows, [values, other]), r"formats\[1\] is for heads of 64, the rows have 32"),
+        ((rows, [keys, None]), "keys need their importance"),
+        ((rows, [keys, None], -q_abs), "importance is -1.0* in head 0"),
+        ((bad, [values, values]), "rows is inf in head 1, cell 5"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            module.read_back(*arguments)
