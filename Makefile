@@ -4,6 +4,8 @@
 #   make sanitize the native tests again, with the address and undefined-behaviour sanitizers
 #   make neon     the native tests again, built for 64-bit ARM and run in an emulator
 #   make lint     style and types      make clean    removes what was built (not .venv)
+#   make figures NOVEL=... WIKI=...    measures anew what the documents state   make tables   writes it into them
+#   make repeat N=10                   all tests N times on a busy machine, up to the first failure
 # The first call sets everything up in .venv; later ones only rebuild what has changed.
 
 PYTHON ?= python3
@@ -18,11 +20,21 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 override export MODEL := $(value MODEL)
 override export PROMPT := $(value PROMPT)
 
+# Tests run side by side, each on one thread; those of Python one after the other where there is a GPU, whose memory they measure.
+CORES := $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n > 8 ? 8 : n)))
+
 SANITIZE := build/sanitize
 NEON := build/neon
 BENCH := build/bench
 # Tokens in the context when `make bench` measures.
 DEPTHS ?= 0,2048,4096,8192,16384,32768
+# What `make figures` measures, with which texts, and with how many problems.
+STEPS ?= calibration,caches,codecs,codecs-published,variations,problems,memory
+NOVEL ?=
+WIKI ?=
+PROBLEMS ?= 200
+# How often `make repeat` runs the tests.
+N ?= 10
 
 SOURCES := $(shell find cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt
 # With a CUDA compiler the GPU's kernels are built too: for the GPUs of this machine (Hopper's with its own instructions), or, to see that they compile,
@@ -36,7 +48,7 @@ CUDA ?= $(if $(and $(GPUS),$(shell command -v nvcc)),ON,OFF)
 # On a processor with AMX: whether the compiler's ldtilecfg reads 8 of the 64 bytes of a configuration, so that llama.cpp's is thrown away as unused.
 AMX_LOST := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && printf '\043include <immintrin.h>' | $${CXX:-c++} -mamx-tile -E -x c++ - 2>/dev/null | grep -q 'ldtilecfg.*%X0' && echo yes)
 
-.PHONY: run test sanitize neon bench lint clean
+.PHONY: run test repeat sanitize neon bench figures tables lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/.installed
@@ -50,15 +62,23 @@ run: .venv/.installed
 
 test: .venv/.installed $(NATIVE)/.built
 	@echo "== Native tests"
-	@ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error
+	@ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error --parallel $(CORES)
 	@echo "== Python tests"
-	@$(PY) -m pytest
+	@$(PY) -m pytest $(if $(GPUS),,-n $(CORES) --dist worksteal)
+
+# A second program keeps a core busy, as it may be where others work.
+repeat: .venv/.installed $(NATIVE)/.built
+	@$(PY) -c 'while True: pass' & busy=$$!; trap 'kill $$busy' EXIT; trap 'exit 130' INT TERM; \
+	    for i in $$(seq $(N)); do \
+	        $(MAKE) --no-print-directory test || { echo "make repeat: run $$i of $(N) failed" >&2; exit 1; }; \
+	        echo "== make repeat: run $$i of $(N) passed"; \
+	    done
 
 sanitize: .venv/.tools
 	@echo "== Native tests with sanitizers: about two minutes the first time"
 	@cmake --preset asan -B $(SANITIZE) -G Ninja -DMIXKVQ_GGML=OFF >/dev/null
 	@cmake --build $(SANITIZE)
-	@ctest --test-dir $(SANITIZE) --output-on-failure --no-tests=error
+	@ctest --test-dir $(SANITIZE) --output-on-failure --no-tests=error --parallel $(CORES)
 
 neon: .venv/.tools
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \
@@ -72,19 +92,26 @@ neon: .venv/.tools
 bench: $(NATIVE)/.built .venv/.plot $(BENCH)/8b-2layers.gguf
 	@for bench in $(NATIVE)/bench_*; do [ ! -x "$$bench" ] || { echo "== $${bench##*/}"; "$$bench" || [ $$? -eq 77 ] || exit 1; }; done
 	@echo "== Speed in llama.cpp: this takes a while, less with DEPTHS=0,2048,8192; results go to $(BENCH)"
-	@$(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --depths "$(DEPTHS)" --rounds 5 --out $(BENCH)/speed-builtin.json
-	@$(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --depths "$(DEPTHS)" --tokens 8 --rounds 5 --out $(BENCH)/speed-8b-2layers.json
+	@$(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --depths "$(DEPTHS)" --rounds 5 --force --out $(BENCH)/speed-builtin.json
+	@$(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --depths "$(DEPTHS)" --tokens 8 --rounds 5 --force --out $(BENCH)/speed-8b-2layers.json
 	@rm -f $(BENCH)/speed-*-cuda.json
 	@if $(PY) -c 'from bridge._llama import _backend; raise SystemExit("MIXKVQ-CUDA0" not in _backend().devices)' 2>/dev/null; then \
-	    $(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --out $(BENCH)/speed-builtin-cuda.json && \
-	    $(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --out $(BENCH)/speed-8b-2layers-cuda.json; \
+	    $(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --force --out $(BENCH)/speed-builtin-cuda.json && \
+	    $(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --force --out $(BENCH)/speed-8b-2layers-cuda.json; \
 	fi
-	@$(PY) bench/plot.py $(BENCH)/speed-*.json --out $(BENCH)/speed.svg
+	@$(PY) bench/plot.py $(BENCH)/speed-*.json --force --out $(BENCH)/speed.svg
+
+# On a machine that does nothing else: make figures STEPS=speed
+figures: .venv/.plot
+	@$(PY) bench/figures.py --steps "$(STEPS)" --problems "$(PROBLEMS)" $(if $(NOVEL),--novel "$(NOVEL)") $(if $(WIKI),--wiki "$(WIKI)")
+
+tables: .venv/.installed
+	@$(PY) bench/tables.py
 
 # The geometry of an 8B model with random weights; it need not be written anew when MixKVQ is.
 $(BENCH)/8b-2layers.gguf: bench/random_model.py | .venv/.installed
 	@mkdir -p $(BENCH)
-	@$(PY) bench/random_model.py $@ --layers 2
+	@$(PY) bench/random_model.py $@ --force --layers 2
 
 lint: .venv/.dev
 	@$(PY) -m ruff check .

@@ -7,32 +7,45 @@ import ctypes
 import os
 import re
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from rich.console import Console
+from rich.progress import Progress
 
 from bridge import Llama
 from mixkvq.caches import CACHE_HELP, split_names
 from mixkvq.caches import open_cache as open_model
-from mixkvq.record import available_cores, describe_run, save_json
+from mixkvq.command import COUNT, COUNT_OR_ZERO, SEED, THREADS, Model, force_option, run, tool
+from mixkvq.record import available_cores, check_result, describe_run, save_json
 
 __all__ = [
     "CACHE_HELP",
+    "COUNT",
+    "COUNT_OR_ZERO",
+    "SEED",
+    "THREADS",
+    "Model",
     "available_cores",
     "cache_statistics",
+    "check_result",
     "copy_bandwidth",
-    "describe_run",
+    "describe",
+    "force_option",
     "gpu_number",
     "open_model",
     "parse_depths",
     "read_bandwidth",
     "round_up",
+    "run",
     "save_json",
     "split_names",
+    "tool",
     "wide_console",
 ]
 
@@ -40,6 +53,14 @@ __all__ = [
 def cache_statistics(llm: Llama) -> dict[str, Any]:
     """The library's own account of the cache (bytes, bits per element), as JSON can hold it."""
     return {key: value for key, value in llm.kv_stats().items() if isinstance(value, (str, int, float, bool))}
+
+
+def describe(bench: str, model: Path, settings: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    """The head of a result, with the model's SHA-256, and a progress bar for it, if it is to be written to `out`."""
+    hashed = out is not None
+    with Progress(console=Console(stderr=True), transient=True, disable=not hashed or not sys.stderr.isatty()) as bar:
+        step = bar.add_task(f"SHA-256 of {model.name}", total=model.stat().st_size)
+        return describe_run(bench, model, settings, hashed=hashed, progress=lambda n: bar.advance(step, n))
 
 
 def round_up(n: int, step: int) -> int:
@@ -112,8 +133,8 @@ def copy_bandwidth(gpu: int, passes: int = 21) -> dict[str, Any]:
 
 def parse_depths(_context: Any, _option: Any, text: str) -> list[int]:
     """In order, and always with 0: attention is what a depth takes beyond it."""
-    if not all(name.isdigit() for name in split_names(text)):
-        raise click.BadParameter(f"{text!r} is not a comma-separated list of numbers")
+    if not all(name.isascii() and name.isdigit() and int(name) <= 1 << 30 for name in split_names(text)):
+        raise click.BadParameter(f"{text!r} is not a comma-separated list of numbers of tokens")
     return sorted({0, *map(int, split_names(text))})
 
 

@@ -10,12 +10,13 @@ all; that the kernels start late afterwards is mostly the tracing's doing. Media
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import median
 
 import click
-from _common import wide_console
+from _common import run, tool, wide_console
 from rich.table import Table
 
 SKIPPED = 3  # layers, or tokens, at the beginning
@@ -91,7 +92,7 @@ def tokens_of(events: list[Event]) -> list[dict[str, int]]:
     return tokens[SKIPPED:]
 
 
-@click.command(help=__doc__.split("\n\n")[0])
+@tool(help=__doc__.split("\n\n")[0])
 @click.argument("trace", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--attention", default="decode_kernel|flash_attn_ext", show_default=True, help="The kernel that is there once a layer.")
 def main(trace: Path, attention: str) -> None:
@@ -111,4 +112,4 @@ def main(trace: Path, attention: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "bench/cuda_trace.py"))

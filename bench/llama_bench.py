@@ -18,11 +18,27 @@ from statistics import median
 from typing import Any
 
 import click
-from _common import available_cores, copy_bandwidth, describe_run, gpu_number, parse_depths, save_json, split_names, wide_console
+from _common import (
+    COUNT,
+    COUNT_OR_ZERO,
+    THREADS,
+    Model,
+    available_cores,
+    check_result,
+    copy_bandwidth,
+    describe,
+    force_option,
+    gpu_number,
+    parse_depths,
+    save_json,
+    split_names,
+    tool,
+    wide_console,
+)
+from _common import run as run_command
 from rich.console import Console
 from rich.table import Table
 
-from bridge.errors import BridgeError
 from bridge.library import library_path
 from bridge.settings import resolve_kv
 from mixkvq.caches import CACHE_HELP, NO_ROTATION, ROTATION_SWITCH, is_stock
@@ -137,29 +153,32 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
 # ---- command ---------------------------------------------------------------------------------------------
 
 
-@click.command(help=__doc__.split("\n\n")[0])
+@tool(help=__doc__.split("\n\n")[0])
 @click.argument("program", type=click.Path(exists=True, dir_okay=False))
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("model", type=Model(), callback=lambda _context, _parameter, path: Path(path))
 @click.option("--device", default="CUDA0", show_default=True, help="ggml's name for it: CPU, or that of a GPU.")
 @click.option("--kv", default="f16,q8_0,q4_0,balanced", show_default=True, help=CACHE_HELP)
 @click.option("--depths", default="0,8192,32768,131072", show_default=True, callback=parse_depths, help="Tokens already in the context.")
-@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens decoded per repetition.")
-@click.option("--prefill", type=click.IntRange(min=0), default=2048, show_default=True, help="Tokens of a prompt; 0: do not measure it.")
-@click.option("--prefill-depth", type=click.IntRange(min=0), default=32768, show_default=True, help="Where the prompt is read.")
+@click.option("--tokens", type=COUNT, default=64, show_default=True, help="Tokens decoded per repetition.")
+@click.option("--prefill", type=COUNT_OR_ZERO, default=2048, show_default=True, help="Tokens of a prompt; 0: do not measure it.")
+@click.option("--prefill-depth", type=COUNT_OR_ZERO, default=32768, show_default=True, help="Where the prompt is read.")
 @click.option("--ubatch", default="512,2048", show_default=True, callback=lambda *given: parse_depths(*given)[1:], help="Of the prompt.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--repetitions", type=click.IntRange(min=1), default=2, show_default=True, help="In a round, by llama-bench.")
-@click.option("--threads", type=click.IntRange(min=1), default=available_cores, show_default="all cores")
+@click.option("--rounds", type=COUNT, default=3, show_default=True)
+@click.option("--repetitions", type=COUNT, default=2, show_default=True, help="In a round, by llama-bench.")
+@click.option("--threads", type=THREADS, default=available_cores, show_default="all cores")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
-def main(program, model, device, kv, depths, tokens, prefill, prefill_depth, ubatch, rounds, repetitions, threads, out):
+@force_option("the file of --out")
+def main(program, model, device, kv, depths, tokens, prefill, prefill_depth, ubatch, rounds, repetitions, threads, out, force):
+    if out is not None:
+        check_result(out, "llama_bench", force=force, inputs=[model, program])
     caches = split_names(kv)
-    try:  # a mistake is said now, not when the caches before it have run
-        for cache in caches:
-            environment_of(cache)
-    except BridgeError as e:
-        raise click.ClickException(str(e)) from None
+    for cache in caches:  # a mistake is said now, not when the caches before it have run
+        environment_of(cache)
     settings = {
         "caches": caches,
+        "baseline": [cache for cache in caches if is_stock(cache)],
+        "text": "llama-bench's own",
+        "seed": None,
         "device": device,
         "depths": depths,
         "tokens": tokens,
@@ -170,7 +189,7 @@ def main(program, model, device, kv, depths, tokens, prefill, prefill_depth, uba
         "repetitions": repetitions,
         "threads": threads,
     }
-    result = describe_run("llama_bench", model, settings)
+    result = describe("llama_bench", model, settings, out)
     gpu = gpu_number(device)
     if gpu is not None:
         result["copy_bandwidth"] = copy_bandwidth(gpu)
@@ -195,9 +214,9 @@ def main(program, model, device, kv, depths, tokens, prefill, prefill_depth, uba
                 row = result["prefill"][ubatch.index(test["n_ubatch"])]
                 row["caches"][cache]["rounds"] += [ns / 1e9 for ns in test["samples_ns"]]
     add_derived_figures(result)
+    print_tables(wide_console(), result)  # they are there where the file cannot be written
     save_json(out, result)
-    print_tables(wide_console(), result)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, "bench/llama_bench.py"))

@@ -21,12 +21,20 @@ from typing import Any
 import click
 from _common import (
     CACHE_HELP,
+    COUNT,
+    SEED,
+    THREADS,
+    Model,
     available_cores,
     cache_statistics,
-    describe_run,
+    check_result,
+    describe,
+    force_option,
     open_model,
+    run,
     save_json,
     split_names,
+    tool,
     wide_console,
 )
 from rich.console import Console
@@ -73,23 +81,27 @@ def measure_in_new_process(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@click.command(help=__doc__.split("\n\n")[0])
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@tool(help=__doc__.split("\n\n")[0])
+@click.argument("model", type=Model(), callback=lambda _context, _parameter, path: Path(path))
 @click.option("--kv", default="f16,q8_0,q4_0,balanced", show_default=True, help=CACHE_HELP)
-@click.option("--ctx", default=32768, show_default=True)
-@click.option("--tokens", type=int, help="Fill the context with that many tokens.  [default: all of it]")
-@click.option("--seed", default=1, show_default=True)
-@click.option("--threads", type=int, default=available_cores, show_default="all cores")
+@click.option("--ctx", type=COUNT, default=32768, show_default=True)
+@click.option("--tokens", type=COUNT, help="Fill the context with that many tokens.  [default: all of it]")
+@click.option("--seed", type=SEED, default=1, show_default=True)
+@click.option("--threads", type=THREADS, default=available_cores, show_default="all cores")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
+@force_option("the file of --out")
 @click.option("--child", is_flag=True, hidden=True)
-def main(model, kv, ctx, tokens, seed, threads, out, child):
+def main(model, kv, ctx, tokens, seed, threads, out, force, child):
     n_tokens = ctx if tokens is None else min(tokens, ctx)
     if child:
         print(json.dumps(measure_here(model, kv, ctx, n_tokens, seed, threads)))
         return
-    settings = {"ctx": ctx, "tokens": n_tokens, "seed": seed, "threads": threads}
-    result = describe_run("memory", model, settings) | {"caches": []}
-    for cache in split_names(kv):
+    if out is not None:
+        check_result(out, "memory", force=force, inputs=[model])
+    caches = split_names(kv)
+    settings = {"ctx": ctx, "tokens": n_tokens, "seed": seed, "threads": threads, "baseline": caches[0], "text": "random tokens"}
+    result = describe("memory", model, settings, out) | {"caches": []}
+    for cache in caches:
         options = {"ctx": ctx, "tokens": n_tokens, "seed": seed, "threads": threads, "kv": cache}
         arguments = [f"--{name}={value}" for name, value in options.items()]
         result["caches"].append(measure_in_new_process(str(model), *arguments))
@@ -115,4 +127,4 @@ def print_table(console: Console, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "bench/memory.py"))

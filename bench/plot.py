@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
+from _common import force_option, run, tool
+
+from mixkvq import plots
 
 
 def heading(result: dict[str, Any]) -> str:
@@ -18,14 +22,7 @@ def heading(result: dict[str, Any]) -> str:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise click.ClickException("Plots need matplotlib: pip install 'mixkvq[plot]'.") from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "mixkvq"  # the same figures give the same file
-    from matplotlib import pyplot
-
+    pyplot = plots.load()
     figure, panels = pyplot.subplots(1, len(results), figsize=(6.4 * len(results), 4.2), squeeze=False, layout="constrained")
     for panel, result in zip(panels[0], results):
         depths = [row["depth"] for row in result["depths"]]
@@ -42,17 +39,28 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         panel.set_title(heading(result), fontsize="medium")
         panel.grid(alpha=0.3)
         panel.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
+    plots.save(figure, path)
 
 
-@click.command(help=__doc__.split("\n\n")[0])
+def read_result(path: Path) -> dict[str, Any]:
+    """Raises click.ClickException for a file that bench/speed.py has not written."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or found.get("bench") != "speed":
+        raise click.ClickException(f"{path} is not a result of bench/speed.py.")
+    return found
+
+
+@tool(help=__doc__.split("\n\n")[0])
 @click.argument("results", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The picture: .svg or .png.")
-def main(results: tuple[Path, ...], out: Path) -> None:
-    draw([json.loads(path.read_text(encoding="utf-8")) for path in results], out)
+@force_option("the picture")
+def main(results: tuple[Path, ...], out: Path, force: bool) -> None:
+    plots.check_path(out, force=force, inputs=results)
+    draw([read_result(path) for path in results], out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "bench/plot.py"))

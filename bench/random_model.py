@@ -8,11 +8,15 @@ Its text is noise.  The defaults are the attention and feed-forward shapes of an
 from __future__ import annotations
 
 import string
+import sys
 from pathlib import Path
 
 import click
 import gguf
 import numpy as np
+from _common import COUNT, SEED, force_option, run, tool
+
+from mixkvq.outputs import check_output, writing
 
 Q8_0_BLOCK = 32
 Q8_0_CODES = 127
@@ -56,19 +60,27 @@ class RandomWeights:
         self.writer.add_tensor(f"{name}.weight", blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
 
 
-@click.command(help=__doc__.split("\n\n")[0])
+@tool(help=__doc__.split("\n\n")[0])
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--layers", default=2, show_default=True)
-@click.option("--width", default=4096, show_default=True)
-@click.option("--heads", default=32, show_default=True)
-@click.option("--kv-heads", default=8, show_default=True)
-@click.option("--head-size", default=128, show_default=True)
-@click.option("--feed-forward", default=14336, show_default=True)
-@click.option("--context", default=131072, show_default=True)
+@click.option("--layers", type=COUNT, default=2, show_default=True)
+@click.option("--width", type=COUNT, default=4096, show_default=True)
+@click.option("--heads", type=COUNT, default=32, show_default=True)
+@click.option("--kv-heads", type=COUNT, default=8, show_default=True)
+@click.option("--head-size", type=COUNT, default=128, show_default=True)
+@click.option("--feed-forward", type=COUNT, default=14336, show_default=True)
+@click.option("--context", type=COUNT, default=131072, show_default=True)
 @click.option("--type", "kind", type=click.Choice(["q8_0", "f16"]), default="q8_0", show_default=True)
-@click.option("--seed", default=0, show_default=True)
-def main(output, layers, width, heads, kv_heads, head_size, feed_forward, context, kind, seed):
-    writer = gguf.GGUFWriter(output, "llama")
+@click.option("--seed", type=SEED, default=0, show_default=True)
+@force_option("OUTPUT")
+def main(output, layers, width, heads, kv_heads, head_size, feed_forward, context, kind, seed, force):
+    check_output(output, "model", force=force)
+    with writing(output) as temporary:
+        write_model(temporary, layers, width, heads, kv_heads, head_size, feed_forward, context, kind, seed)
+    click.echo(f"{output}: {output.stat().st_size / 1e6:.0f} MB, {layers} layers", err=True)
+
+
+def write_model(path, layers, width, heads, kv_heads, head_size, feed_forward, context, kind, seed):
+    writer = gguf.GGUFWriter(path, "llama")
     tokens, scores, kinds = byte_vocabulary()
     writer.add_name("random weights")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if kind == "q8_0" else gguf.LlamaFileType.MOSTLY_F16)
@@ -113,8 +125,7 @@ def main(output, layers, width, heads, kv_heads, head_size, feed_forward, contex
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    click.echo(f"{output}: {output.stat().st_size / 1e6:.0f} MB, {layers} layers", err=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "bench/random_model.py"))

@@ -13,6 +13,7 @@ masked.  What is measured afterwards attends to all of them.
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from random import Random
@@ -22,17 +23,26 @@ import click
 import numpy as np
 from _common import (
     CACHE_HELP,
+    COUNT,
+    COUNT_OR_ZERO,
+    SEED,
+    THREADS,
+    Model,
     available_cores,
     cache_statistics,
+    check_result,
     copy_bandwidth,
-    describe_run,
+    describe,
+    force_option,
     gpu_number,
     open_model,
     parse_depths,
     read_bandwidth,
     round_up,
+    run,
     save_json,
     split_names,
+    tool,
     wide_console,
 )
 from plot import draw, heading
@@ -44,6 +54,8 @@ from bridge import Llama
 from bridge._llama import C
 from bridge.model_file import ModelFile
 from bridge.model_file import open_model as read_geometry
+from mixkvq.outputs import check_different
+from mixkvq.plots import check_path
 
 BATCH = 512  # tokens
 PREFILL_DEPTH = 8192
@@ -157,29 +169,35 @@ def fit_line(rows: list[dict[str, Any]], cache: str, start: int) -> dict[str, An
 # ---- command ---------------------------------------------------------------------------------------------
 
 
-@click.command(help=__doc__.split("\n\n")[0])
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@tool(help=__doc__.split("\n\n")[0])
+@click.argument("model", type=Model(), callback=lambda _context, _parameter, path: Path(path))
 @click.option("--kv", default="f16,q8_0,q4_0,balanced", show_default=True, help=CACHE_HELP + "; the first is what ratios refer to")
 @click.option("--depths", default="0,2048,4096,8192,16384,32768", show_default=True, callback=parse_depths, help="Tokens already in the context.")
-@click.option("--tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens decoded per round.")
-@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--tokens", type=COUNT, default=16, show_default=True, help="Tokens decoded per round.")
+@click.option("--rounds", type=COUNT, default=7, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="Where every cache runs: cpu, or a GPU by llama.cpp's name for it, CUDA0.")
-@click.option("--batch", type=click.IntRange(min=1), default=BATCH, show_default=True, help="Most tokens in a batch.")
-@click.option("--ubatch", type=click.IntRange(min=1), default=BATCH, show_default=True, help="Most tokens that are computed at once.")
-@click.option("--prefill", type=click.IntRange(min=0), default=BATCH, show_default=True, help="Tokens of a prompt's batch; 0: do not measure it.")
+@click.option("--batch", type=COUNT, default=BATCH, show_default=True, help="Most tokens in a batch.")
+@click.option("--ubatch", type=COUNT, default=BATCH, show_default=True, help="Most tokens that are computed at once.")
+@click.option("--prefill", type=COUNT_OR_ZERO, default=BATCH, show_default=True, help="Tokens of a prompt's batch; 0: do not measure it.")
 @click.option(
     "--prefill-depth",
-    type=click.IntRange(min=0),
+    type=COUNT_OR_ZERO,
     help=f"Where the batch is read, besides depth 0.  [default: {PREFILL_DEPTH}, or the greatest depth if that is less]",
 )
-@click.option("--prefill-rounds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--fit-from", default=4096, show_default=True, help="Least depth of the straight line that is fitted.")
-@click.option("--seed", default=1, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), default=available_cores, show_default="all cores")
+@click.option("--prefill-rounds", type=COUNT, default=3, show_default=True)
+@click.option("--fit-from", type=COUNT_OR_ZERO, default=4096, show_default=True, help="Least depth of the straight line that is fitted.")
+@click.option("--seed", type=SEED, default=1, show_default=True)
+@click.option("--threads", type=THREADS, default=available_cores, show_default="all cores")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw tokens/s over depth, as bench/plot.py does.")
-def main(model, kv, depths, tokens, rounds, device, batch, ubatch, prefill, prefill_depth, prefill_rounds, fit_from, seed, threads, out, plot):
+@force_option("the file of --out, and that of --plot,")
+def main(model, kv, depths, tokens, rounds, device, batch, ubatch, prefill, prefill_depth, prefill_rounds, fit_from, seed, threads, out, plot, force):
     caches = split_names(kv)
+    check_different(out, plot)
+    if out is not None:
+        check_result(out, "speed", force=force, inputs=[model])
+    if plot is not None:
+        check_path(plot, force=force, inputs=[model])
     gpu = gpu_number(device)
     if gpu is None and device != "cpu":
         raise click.UsageError(f"--device is {device}; it must be cpu or the name of a GPU, CUDA0.")
@@ -199,6 +217,8 @@ def main(model, kv, depths, tokens, rounds, device, batch, ubatch, prefill, pref
 
     settings = {
         "caches": caches,
+        "baseline": caches[0],
+        "text": "random tokens",
         "depths": depths,
         "tokens": tokens,
         "rounds": rounds,
@@ -213,7 +233,7 @@ def main(model, kv, depths, tokens, rounds, device, batch, ubatch, prefill, pref
         "threads": threads,
         "n_ctx": n_ctx,
     }
-    result = describe_run("speed", model, settings)
+    result = describe("speed", model, settings, out)
     result["read_bandwidth"] = read_bandwidth(threads) if gpu is None else copy_bandwidth(gpu)
     if gpu is not None:
         result["machine"]["gpu"] = result["read_bandwidth"]["gpu"]
@@ -258,8 +278,8 @@ def main(model, kv, depths, tokens, rounds, device, batch, ubatch, prefill, pref
             result["depths"][0]["caches"][cache]["seconds_per_token"] = spread([s / tokens for s in taken[0][cache] + seconds])
         bar.advance(step)
         add_derived_figures(result)
-        save_json(out, result)
-    print_tables(wide_console(), result)
+    print_tables(wide_console(), result)  # they are there where a file cannot be written
+    save_json(out, result)
     if plot:
         draw([result], plot)
 
@@ -318,4 +338,4 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "bench/speed.py"))

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import difflib
+import functools
+import inspect
 import os
 import re
+import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import llama_cpp
 import numpy as np
 from llama_cpp import _logger as llama_logger
-from llama_cpp import llama_chat_format
+from llama_cpp import llama_chat_format, llama_tokenizer
 from llama_cpp import llama_cpp as C
 
 from . import session as reports
-from .devices import Gpu, Placement, check_device, place
+from . import streams
+from .devices import Gpu, Placement, check_device, choose, place
+from .dry_run import CELL_BYTES, DryRun, Need
 from .errors import (
     BridgeError,
     CacheNotUsedError,
@@ -29,9 +36,11 @@ from .errors import (
     ModelFileError,
     SettingsError,
     VersionError,
+    check_text,
 )
 from .library import library_path, native
-from .memory import available_bytes, format_bytes
+from .machine import free_memory
+from .memory import CELLS, Free, check_fits
 from .model_file import ModelFile, open_model
 from .page import Codec, Page
 from .settings import Kv, KvLike, check_geometry, least_bits, resolve_kv, stock_type, with_profile
@@ -42,10 +51,11 @@ LLAMA_CPP_VERSIONS = ((0, 3, 36), (0, 3, 37))  # from, below
 GGML_VERSIONS = ((0, 25, 0), (0, 26, 0))
 CPU_DEVICE, OURS = "MIXKVQ-CPU", "MIXKVQ-"  # our devices: the CPU's, and one for each of llama.cpp's own, MIXKVQ-CUDA0
 _SETTINGS = ("MIXKVQ_PRESET", "MIXKVQ_PROFILE", "MIXKVQ_WINDOW", "MIXKVQ_SINKS")
-CELLS = 256  # llama.cpp rounds a context up to this many cells
 
 _GPU = 1  # enum ggml_backend_dev_type
 _ERROR = 4  # enum ggml_log_level; llama_cpp._logger still has the numbers of an older ggml
+
+_SIZES = re.compile(r"^llama_(kv_cache|memory_recurrent): size =|compute buffer size =")  # of llama.cpp's log, the lines that are kept
 
 _load_lock = threading.RLock()
 
@@ -143,7 +153,7 @@ class _Backend:
         except (RuntimeError, ValueError) as e:
             raise VersionError(f"{_sentence(str(e))}") from None
 
-    def begin(self, kv: Kv, model: ModelFile | None, codec: Codec | None = None) -> Any:
+    def begin(self, kv: Kv, model: ModelFile | None, codec: Codec | None = None, *, all_threads: bool = False) -> Any:
         """A native session. With a codec only the window and the sinks of `kv` matter."""
         try:
             return self.native.begin(
@@ -153,6 +163,7 @@ class _Backend:
                 sinks=-1 if kv.sinks is None else kv.sinks,
                 head_sizes=model.head_sizes if model is not None else None,
                 codec=None if codec is None else lambda *fields: codec(Page(*fields)),
+                all_threads=all_threads,
             )
         except (RuntimeError, ValueError) as e:
             raise SettingsError(_sentence(str(e))) from None
@@ -193,10 +204,15 @@ def _stock_gpus() -> list[Gpu]:
 
 
 def _our_gpus(backend: _Backend) -> tuple[list[Gpu], str]:
-    """The GPUs that can hold our cache, under llama.cpp's names for them, and why there are no others."""
+    """The GPUs that can hold our cache, under llama.cpp's names for them, and why the others cannot, or ""."""
     ours = [_gpu(device, name.removeprefix(OURS)) for name, device in backend.devices.items() if name != CPU_DEVICE]
-    others = [gpu.name for gpu in _stock_gpus()]
-    if ours or not others:
+    others = [gpu.name for gpu in _stock_gpus() if gpu.name not in {gpu.name for gpu in ours}]
+    if not others:
+        return ours, ""
+    reasons = {name: backend.native.why_unused(name) for name in others}
+    if any(reasons.values()):
+        return ours, "; ".join(f"{name} has no MixKVQ cache: {why}" for name, why in reasons.items() if why)
+    if ours:
         return ours, ""
     if not any(name.startswith("CUDA") for name in others):
         return ours, f"MixKVQ has kernels for NVIDIA GPUs under CUDA only, and llama.cpp has {', '.join(others)}"
@@ -260,13 +276,13 @@ class _Log:
                 errors = self._thread.__dict__.setdefault("errors", [])
                 errors.append(text.strip())
                 del errors[:-20]
-            elif text.startswith("llama_kv_cache: size ="):
+            elif _SIZES.search(text):
                 self._thread.__dict__.setdefault("caches", []).append(text.strip())
             if getattr(self._thread, "kept", False):
                 return
             verbose = 0 < llama_logger.logger.level <= 10  # 0: llama-cpp-python has not set it yet
-            # What a load says becomes the text of an exception; it need not be said twice.
-            if verbose or not (self.quiet or getattr(self._thread, "loading", False)):
+            # What a load says becomes the text of an exception; it need not be said twice. Without a stderr print would take stdout.
+            if sys.stderr is not None and (verbose or not (self.quiet or getattr(self._thread, "loading", False))):
                 llama_logger.llama_log_callback(level, text.encode(), None)
         except Exception:  # noqa: BLE001 - nothing may escape into C
             pass
@@ -277,7 +293,7 @@ class _Log:
             if text in self._said:
                 return
             self._said.add(text)
-        print(text, file=sys.stderr)
+        streams.say(text)
 
     def end(self) -> None:
         """The load has ended: errors are printed again as `verbose` says."""
@@ -301,6 +317,10 @@ class _Log:
     def caches(self) -> list[str]:
         """llama.cpp's own description of the caches that this thread created last."""
         return list(getattr(self._thread, "caches", []))
+
+    def forget_caches(self) -> None:
+        """Those that follow are described from here on."""
+        self._thread.caches = []
 
 
 _log = _Log()
@@ -332,23 +352,28 @@ class Llama(llama_cpp.Llama):
             NaN, and bits that are not positive. The function cannot use the model that calls it.
         device: where the model is computed: "auto" (a GPU if llama.cpp and MixKVQ both have one, else the CPU), "cpu", "gpu" (all
             GPUs, its layers split between them), or GPUs by llama.cpp's names, "CUDA0" or "CUDA0,CUDA1".
-        on_load: called with the share of the model that is loaded, 0.0 to 1.0.
-        **kwargs: as for `llama_cpp.Llama`. n_gpu_layers is how many layers GPUs get, the last ones, with their part of the cache; not given, it is
-            as many as fit their memory, and -1 is all. flash_attn and offload_kqv are set as the cache needs them, whatever is given; n_ctx is
-            rounded up to a multiple of 256 cells (as llama.cpp does inside), and 0 means the model's training context.
+        on_load: called with the share of the model that is loaded, 0.0 to 1.0. What it raises stops the load and is raised again; so does Ctrl-C.
+        **kwargs: as for `llama_cpp.Llama`; other names are refused with a TypeError. n_gpu_layers is how many layers GPUs get, the last ones,
+            with their part of the cache; not given, it is as many as fit their memory, and -1 is all. flash_attn and offload_kqv are set as the
+            cache needs them, whatever is given; n_ctx is rounded up to a multiple of 256 cells (as llama.cpp does inside), and 0 means the model's
+            training context. logprobs need logits_all=True, with a draft_model as well.
 
     Attributes:
         on_read: None, or a function called with (tokens read, tokens to read) while a prompt is evaluated: at its start and after every batch.
             What it raises ends the evaluation; the tokens read so far stay in the cache.
+        generated: tokens that the last `generate` (hence the last completion) has sampled, the one that ended it included.
 
     Raises (all are `bridge.BridgeError`):
         ModelFileError, SettingsError, ProfileError, GeometryError, VersionError: before anything is loaded.
-        ContextTooLargeError: if the cache cannot fit the memory that is free.
-        ContextError, CacheNotUsedError: after loading; what was created is freed again.
+        ContextTooLargeError: before weights are read, if the context cannot fit the memory that is free; it says which one would.
+        ContextError, CacheNotUsedError, GeometryError: after loading; what was created is freed again.
+        ContextError: from every method that needs the model, after close().
 
     Loading is serialised over threads, because llama-cpp-python turns the process's stderr off while it loads; contexts then run in
     parallel, each used by one thread at a time.
     """
+
+    n_seq = 1  # sequences in the context, see `bridge.sequences`
 
     def __init__(
         self,
@@ -361,20 +386,25 @@ class Llama(llama_cpp.Llama):
         on_load: Callable[[float], None] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._closed = self._coding = False
+        self._evaluating = threading.RLock()  # held while llama.cpp computes
         self._stack = contextlib.ExitStack()  # close() must work whatever happens below
         self._session: Any = None
         self._model_params: Any = None
         self._devices: Any = None
         self._stock_cache: list[str] = []
         self.codec = codec
-        self._coding = False
+        self._answering = False
         self.on_read: Callable[[int, int], None] | None = None
+        self.generated = 0
 
+        _refuse_unknown("Llama", kwargs, {*_LLAMA_ARGUMENTS, "kv", "stock", "codec", "device", "on_load"})
         for name in ("type_k", "type_v"):
             if kwargs.pop(name, None) is not None:
                 raise SettingsError(f"{name} does not go together with a MixKVQ cache; use stock='q8_0' or the like for llama.cpp's own cache types.")
         model_path = os.fspath(model_path)
         self._file = open_model(model_path)
+        _check_name(model_path)
         if codec is not None and not callable(codec):
             raise SettingsError(f"codec is a {type(codec).__name__}; give a function of a bridge.Page that returns rows and bits.")
         if codec is not None and stock is not None:
@@ -396,19 +426,22 @@ class Llama(llama_cpp.Llama):
         check_device(device)
         self.device = device
 
+        streams.fill_missing()  # llama-cpp-python needs descriptors 1 and 2
         backend = _backend() if stock is None else None
         self._place(backend, kwargs)
         kwargs["flash_attn"] = True
-        self._on_load = C.llama_progress_callback(_progress(on_load)) if on_load is not None else None
+        loading = _Loading(on_load)
+        self._on_load = C.llama_progress_callback(loading)
 
-        with _load_lock:
+        with _load_lock, loading.ctrl_c_held():
             _log.begin()
             if backend is not None:
                 self._session = backend.begin(self.kv, self._file, _guarded(codec, self) if codec is not None else None)
             try:
                 super().__init__(model_path, **kwargs)
+                loading.finish()
             except BaseException as e:
-                error = self._explain(e)
+                error = loading.raised or self._explain(e)
                 self.close()
                 if error is e:
                     raise
@@ -417,11 +450,16 @@ class Llama(llama_cpp.Llama):
                 if self._session is not None:
                     self._session.end()
                 _log.end()
+        # With a draft model llama_cpp.Llama means to keep the logits of every token, in an array that holds n_batch of them.
+        self._logits_all = bool(kwargs.get("logits_all", False))
         try:
+            if not kwargs.get("vocab_only"):
+                self._check_kind()
             self._verify()
         except BaseException:
             self.close()
             raise
+        _open.add(self)
 
     # llama_cpp.Llama builds its parameters inside __init__; assigning them passes through here.
     @property
@@ -432,8 +470,7 @@ class Llama(llama_cpp.Llama):
     def model_params(self, params: Any) -> None:
         if self._devices is not None:
             params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
-        if self._on_load is not None:
-            params.progress_callback = self._on_load
+        params.progress_callback = self._on_load
         self._model_params = params
 
     def _place(self, backend: _Backend | None, kwargs: dict[str, Any]) -> None:
@@ -441,28 +478,25 @@ class Llama(llama_cpp.Llama):
         # The first look at the GPUs of a process makes CUDA list them in the log.
         with contextlib.nullcontext() if kwargs.get("verbose", True) else _log.kept():
             gpus, missing = _our_gpus(backend) if backend is not None else (_stock_gpus(), "")
-        n_ctx, n_ubatch = kwargs["n_ctx"], self._n_ubatch(kwargs)
-        bits = 16.0 if self.codec is not None else least_bits(self.kv, self.stock)
-        cache = self._file.cache_elements(n_ctx, n_ubatch) * bits / 8
-        masks = n_ctx * n_ubatch * 6  # as F32 and as F16
         n_layers = self._file.n_layers
         n_gpu_layers = kwargs.get("n_gpu_layers")
         if n_gpu_layers is not None and (not isinstance(n_gpu_layers, int) or isinstance(n_gpu_layers, bool)):
             raise SettingsError(f"n_gpu_layers is {n_gpu_layers!r}; it must be a number of layers, or -1 for all.")
-        if kwargs.get("vocab_only"):
-            self._placement = Placement()
-        else:
-            self._placement = place(
-                self.device, gpus, missing, n_gpu_layers=n_gpu_layers, n_layers=n_layers,
-                weights=sum(os.path.getsize(path) for path in (self._file.path, *self._file.parts)), cache=cache,
-                workspace=masks + 4 * n_ubatch * self._file.n_vocab,
-            )  # fmt: skip
+        self._placement = Placement()
+        if not kwargs.get("vocab_only"):
+            chosen = () if n_gpu_layers == 0 else choose(self.device, gpus, missing)
+            weights = sum(os.path.getsize(path) for path in (self._file.path, *self._file.parts))
+
+            def decide(need: Need | None) -> Placement:
+                return place(
+                    self.device, gpus, missing, n_gpu_layers=n_gpu_layers, n_layers=n_layers, weights=weights,
+                    cache=need.cache + need.recurrent if need else 0, workspace=need.largest_work() if need else 0,
+                )  # fmt: skip
+
+            self._placement = self._measured(backend, chosen, kwargs, decide)
             if self._placement.note:
                 _log.say(f"mixkvq: {self._placement.note}")
         on_gpus = [gpu.device for gpu in self._placement.gpus]
-        on_cpu = 1.0 if not on_gpus else 0.0 if self._placement.n_layers is None else 1 - self._placement.n_layers / n_layers
-        if not kwargs.get("vocab_only"):
-            _check_memory(n_ctx, on_cpu * (cache + masks))
         split: list[float] | None = kwargs.get("tensor_split")
         if backend is None:
             devices = on_gpus
@@ -478,9 +512,30 @@ class Llama(llama_cpp.Llama):
         kwargs.update(offload_kqv=True, split_mode=C.LLAMA_SPLIT_MODE_LAYER, main_gpu=0, tensor_split=split)
         self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
 
-    @staticmethod
-    def _n_ubatch(kwargs: dict[str, Any]) -> int:
-        return min(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512), kwargs["n_ctx"])
+    def _measured(
+        self, backend: _Backend | None, chosen: Sequence[Gpu], kwargs: dict[str, Any], decide: Callable[[Need | None], Placement]
+    ) -> Placement:
+        """The placement of what a dry run finds, once it is sure to fit. Raises ContextTooLargeError."""
+        devices = [gpu.device for gpu in chosen] or ([backend.cpu] if backend is not None else [])
+        begin = None if backend is None else functools.partial(backend.begin, self.kv, self._file, self.codec)
+        n_ctx, free = kwargs["n_ctx"], free_memory()
+        least = CELL_BYTES if chosen else CELL_BYTES + self._least_bytes(kwargs) // n_ctx
+        with _load_lock, DryRun(self._file.path, devices, {**kwargs, "n_seq": self.n_seq}, begin, self.stock or "f16") as dry:
+            placement = decide(dry.measure(n_ctx) if n_ctx * least <= free.bytes else None)
+            on_gpus = {prefix + gpu.name for gpu in placement.gpus for prefix in ("", OURS)}
+            n_cpu = 0 if placement.gpus and placement.n_layers is None else self._file.n_layers - (placement.n_layers or 0)
+            share = n_cpu / max(1, self._file.n_layers)
+            check_fits(n_ctx, free, least, dry.bytes_of(lambda need: need.on_cpu(n_cpu, share, on_gpus)))
+            if placement.gpus:
+                room = Free(sum(gpu.free for gpu in placement.gpus), where=f"on {', '.join(gpu.name for gpu in placement.gpus)}")
+                check_fits(n_ctx, room, 0, dry.bytes_of(lambda need: need.all - need.on_cpu(n_cpu, share, on_gpus)))
+        return placement
+
+    def _least_bytes(self, kwargs: dict[str, Any]) -> int:
+        """What the keys and values take at least, from the file alone: a context too large even for that need not be tried."""
+        swa_full = kwargs.get("swa_full")
+        elements = self._file.cache_elements(kwargs["n_ctx"], kwargs.get("n_ubatch", 512), swa_full is None or swa_full)
+        return int(elements * (16 if self.codec is not None else least_bits(self.kv, self.stock)) / 8)
 
     def _checked_context(self, kwargs: dict[str, Any]) -> int:
         n_ctx = kwargs.get("n_ctx", 512)
@@ -490,6 +545,8 @@ class Llama(llama_cpp.Llama):
             value = kwargs.get(name, 512)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
                 raise SettingsError(f"{name} is {value!r}; it must be a positive number of tokens.")
+        if 0 < n_ctx < CELLS:
+            _log.say(f"mixkvq: {n_ctx} tokens of context were asked for; llama.cpp makes it {CELLS}, the smallest there is")
         n_ctx = n_ctx or self._file.n_ctx_train
         if not n_ctx:
             raise ModelFileError(f"{self._file.path} does not say its training context; give n_ctx.")
@@ -497,22 +554,28 @@ class Llama(llama_cpp.Llama):
         n_ctx = (n_ctx + CELLS - 1) // CELLS * CELLS
         return n_ctx
 
+    def _check_kind(self) -> None:
+        """llama-cpp-python asks for the next token of a decoder. Another model would end the process."""
+        name, model = f"{self._file.name} ({self._file.architecture})", self._model.model
+        encoder, decoder = C.llama_model_has_encoder(model), C.llama_model_has_decoder(model)
+        if encoder and decoder:
+            raise GeometryError(f"{name} has an encoder beside its decoder, which llama-cpp-python does not run; use a model with a decoder only.")
+        if (encoder or not self._ctx.memory) and (self.stock is None or not self.context_params.embeddings):
+            why = f"{name} reads a text as a whole and generates none, so it has no key/value cache to keep"
+            raise GeometryError(f"{why}; for its embeddings use stock='f16', embedding=True.", command=f"{why}; use another model.")
+
     def _verify(self) -> None:
         """The cache must be the one that was asked for: a backend in the wrong registry would be ignored without a word."""
         if self.stock is not None:
             self._stock_cache = _log.caches()
             return
         try:
-            stats = self._session.stats()
+            self._session.stats()
         except RuntimeError:
-            if not self._ctx.memory:
-                raise GeometryError(f"{self._file.name} ({self._file.architecture}) has no key/value cache; stock='f16' runs it as it is.") from None
             why = self._session.error()
             raise CacheNotUsedError(
                 _sentence(why) if why else f"llama.cpp did not put the cache of {self._file.path} on a device of MixKVQ, so MixKVQ is not in use."
             ) from None
-        if not self._placement.gpus:  # their memory is taken by now, the machine's page by page
-            _check_memory(self.n_ctx(), stats["bytes"])
         if not self.verbose:  # the backend said it, but llama-cpp-python turns stderr off while it loads
             for reason in sorted({layer["reason"] for layer in self._session.layers() if layer["kind"] == "plain"}):
                 _log.say(f"mixkvq: some layers are stored plainly: {reason}")
@@ -536,13 +599,14 @@ class Llama(llama_cpp.Llama):
     def kv_stats(self) -> dict[str, Any]:
         """Figures of the cache: bytes, body_bits, total_bits, times_smaller (than F16), n_cells, plain_layers, device and so on.
 
-        `bytes` is everything allocated for the cache; `bytes_used` what the cells written so far take; bits are per key or value element.
+        `bytes` (also `bytes_filled`) is what the cache takes when the context is full, `bytes_reserved` its addresses, `bytes_used` what the cells
+        written so far take; `bytes_recurrent`, in none of these, are states of layers without keys and values. Bits are per key or value element.
+        Where packing saves nothing, `n_cells_gain` is the length from which on it would.
         Raises ContextError after close().
         """
+        self._check_open()
         if self.stock is not None:
             return {**reports.stock_stats(self.stock, self._stock_cache, self.n_tokens), "device": self._placement.describe(self._file.n_layers)}
-        if self._session is None:
-            raise ContextError("The model is closed.")
         stats = reports.mixkvq_stats(self.kv, self._session.stats(), self._session.layers(), self.codec)
         return {**stats, "device": self._placement.describe(self._file.n_layers)}
 
@@ -557,8 +621,9 @@ class Llama(llama_cpp.Llama):
         Layers that are stored plainly or have not been read yet are left out. Raises ContextError after close() and on one of llama.cpp's own
         caches.
         """
+        self._check_open()
         if self._session is None:
-            raise ContextError("The model is closed." if self.stock is None else "llama.cpp's own cache counts no queries.")
+            raise ContextError("llama.cpp's own cache counts no queries.")
         found = {}
         for i, layer in enumerate(self._session.layers()):
             statistics = self._session.query_statistics(i)
@@ -569,45 +634,72 @@ class Llama(llama_cpp.Llama):
     def forward(self, tokens: Sequence[int], n_logits: int = 1) -> Any:
         """Evaluate at most n_batch tokens behind those before; logits of the last `n_logits` of them.
 
-        Returns float32 [n_logits, vocabulary], a view of the context's memory: the next evaluation overwrites it. Llama(logits_all=True) would keep
-        the logits of the whole context. Raises ContextError.
+        Returns float32 [n_logits, vocabulary]. Llama(logits_all=True) would keep the logits of the whole context.
+        Raises SettingsError for numbers that do not fit together, ContextError if the context is full or llama.cpp fails.
         """
         n = len(tokens)
-        self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=False)
-        for i in range(n - n_logits, n):
-            self._batch.batch.logits[i] = True
-        try:
-            self._ctx.decode(self._batch)
-        except RuntimeError as e:
-            failure = self._failure(e, n)
-            raise failure from failure.__cause__
-        self.input_ids[self.n_tokens : self.n_tokens + n] = tokens
-        self.n_tokens += n
-        if not n_logits:
-            return np.empty((0, self.n_vocab()), np.float32)
-        return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n_logits, self.n_vocab()))
+        if n > self.n_batch:
+            raise SettingsError(f"{n} tokens are more than a batch holds; n_batch is {self.n_batch}.")
+        if isinstance(n_logits, bool) or not isinstance(n_logits, (int, np.integer)) or not 0 <= n_logits <= n:
+            raise SettingsError(f"n_logits is {n_logits!r}; of {n} tokens it must be a number from 0 to {n}.")
+        self._check_tokens(tokens)
+        with self._evaluating:
+            if n:
+                self._evaluate(tokens, int(n_logits))
+            return self._logits(int(n_logits))
 
     def last_logits(self) -> Any:
-        """Logits of the last evaluated token, float32 [vocabulary]: a view that the next evaluation overwrites."""
-        return np.ctypeslib.as_array(C.llama_get_logits_ith(self._ctx.ctx, -1), shape=(self.n_vocab(),))
+        """Logits of the last evaluated token, float32 [vocabulary]. Raises ContextError if there is none."""
+        self._check_ready()
+        with self._evaluating:
+            if self.n_tokens == 0 or not self._has_logits(-1):
+                raise ContextError("There are no logits yet; evaluate a token first.")
+            return np.ctypeslib.as_array(C.llama_get_logits_ith(self._ctx.ctx, -1), shape=(self.n_vocab(),)).copy()
+
+    def _logits(self, n: int) -> Any:
+        """Logits of the last batch's n outputs: a copy, since the next evaluation and close() take the context's."""
+        if not n:
+            return np.empty((0, self.n_vocab()), np.float32)
+        return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n, self.n_vocab())).copy()
+
+    def _has_logits(self, row: int) -> bool:
+        with _log.kept():  # llama.cpp says there that a row is missing
+            return bool(C.llama_get_logits_ith(self._ctx.ctx, row))
 
     def clear(self) -> None:
-        """Empty the cache. What it has learnt of the queries stays, as it does between the requests to a server."""
+        """Empty the cache, and what it has learnt of the queries."""
         self.reset()
         self._ctx.kv_cache_clear()
+
+    def reset(self) -> None:
+        """Forget all tokens and give their memory back. A prompt that begins like the one before needs none: `create_completion` sees to that."""
+        self._check_ready()
+        super().reset()
+        if self._session is not None:  # clearing would only write to all of llama.cpp's own cache
+            self._ctx.kv_cache_clear()
 
     def ends(self, token: int) -> bool:
         """Whether a token ends the model's turn."""
         return bool(C.llama_vocab_is_eog(self._model.vocab, token))
 
     def chat_tokens(self, messages: Sequence[Any], **kwargs: Any) -> list[int]:
-        """The prompt that `create_chat_completion` would evaluate for these messages, as tokens."""
+        """The prompt that `create_chat_completion` would evaluate for these messages, as tokens.
+
+        Raises SettingsError if a message is not Unicode text, or the chat template refuses the messages.
+        """
+        self._check_open()
+        for i, message in enumerate(messages):
+            content = message.get("content") if isinstance(message, Mapping) else None
+            if isinstance(content, str):
+                check_text(content, f"The text of message {i + 1}")
         name = str(self.chat_format)
         handler: Any = self.chat_handler or self._chat_handlers.get(name) or llama_chat_format.get_chat_completion_handler(name)
         try:
             handler(llama=_PromptOnly(self), messages=list(messages), **kwargs)
         except _Prompt as p:
             return p.tokens
+        except BridgeError:
+            raise
         except Exception as e:  # a template is a program of the model's author and may refuse anything
             raise SettingsError(f"The model's chat template does not accept these messages: {_sentence(str(e))}") from e
         raise ContextError(f"The chat format {self.chat_format} does not show its prompt.")
@@ -615,18 +707,109 @@ class Llama(llama_cpp.Llama):
     # --- inherited, with a guard ---
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens in batches of n_batch, reporting progress to `on_read` when there is more than one token."""
+        """Evaluate tokens in batches of n_batch. Of more than one, progress is reported to `on_read`, unless they continue an answer.
+
+        Raises SettingsError for what is no token, ContextError if they do not fit the context or llama.cpp fails.
+        """
+        self._check_tokens(tokens)
+        n = len(tokens)
+        report = self.on_read if n > 1 and not self._answering else None
+        with self._evaluating:
+            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        if report is not None:
+            report(0, n)
+        for i in range(0, n, self.n_batch):
+            batch = tokens[i : i + self.n_batch]
+            with self._evaluating:
+                past, all_logits = self.n_tokens, self._logits_all or self._answering  # a draft is checked by the logits of each of its tokens
+                self._evaluate(batch, len(batch) if all_logits else 1)
+                if self._logits_all:
+                    self.scores[past : past + len(batch)] = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(batch), self._n_vocab))
+            if report is not None:
+                report(i + len(batch), n)
+
+    def _evaluate(self, tokens: Sequence[int], n_logits: int) -> None:
+        """One batch behind the tokens before it, with logits of its last tokens."""
+        n, past = len(tokens), self.n_tokens
+        self._batch.set_batch(batch=tokens, n_past=past, logits_all=False)
+        for i in range(n - n_logits, n):
+            self._batch.batch.logits[i] = True
         try:
-            if self.on_read is None or len(tokens) < 2:
-                super().eval(tokens)
-                return
-            self.on_read(0, len(tokens))
-            for i in range(0, len(tokens), self.n_batch):
-                super().eval(tokens[i : i + self.n_batch])
-                self.on_read(min(i + self.n_batch, len(tokens)), len(tokens))
+            self._ctx.decode(self._batch)
         except RuntimeError as e:
-            failure = self._failure(e, len(tokens))
+            failure = self._failure(e, n)
             raise failure from failure.__cause__
+        self.input_ids[past : past + n] = tokens
+        self.n_tokens = past + n
+        self._requires_eval = False
+
+    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As in `llama_cpp.Llama`. What is evaluated after the first token is the answer's, drafts included, and not reported to `on_read`."""
+        tokens = super().generate(*args, **kwargs)
+        self.generated = n = 0
+        more: Sequence[int] | None = None
+        try:
+            while True:
+                self._answering = n > 0
+                try:
+                    token = tokens.send(more)
+                except StopIteration:
+                    return
+                finally:
+                    self._answering = False
+                n += 1
+                self.generated = n
+                more = yield token
+        finally:
+            tokens.close()
+
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """As in `llama_cpp.Llama`. Raises ContextError if there are no logits to sample from, where llama.cpp would end the process."""
+        self._check_ready()
+        idx = kwargs.get("idx")
+        with self._evaluating:
+            if self.n_tokens == 0 or not self._has_logits(-1 if idx is None else idx - self.n_tokens):
+                raise ContextError("There are no logits to sample from; evaluate a token first.")
+            return int(super().sample(*args, **kwargs))
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `llama_cpp.Llama`. Raises ContextError if llama.cpp fails."""
+        self._check_ready()
+        with self._evaluating:
+            try:
+                return super().embed(*args, **kwargs)
+            except RuntimeError as e:
+                failure = self._failure(e, self._batch.n_tokens())
+                raise failure from failure.__cause__
+
+    def load_state(self, state: Any) -> None:
+        """As in `llama_cpp.Llama`."""
+        self._check_ready()
+        super().load_state(state)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. It keeps the model, and ends with it."""
+        return _Tokenizer(self)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ContextError(_CLOSED)
+
+    def _check_ready(self) -> None:
+        self._check_open()
+        if self._coding:
+            raise ContextError(_BUSY)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        """Before anything is evaluated, and with the numbers: llama.cpp says only that it failed."""
+        self._check_ready()
+        if not self._ctx.memory:
+            raise ContextError("This model has no key/value cache to evaluate tokens in: it was loaded for its vocabulary or its embeddings only.")
+        for token in tokens:
+            if not (isinstance(token, (int, np.integer)) and 0 <= token < self._n_vocab):
+                raise SettingsError(f"Token {token!r} is not in the vocabulary; tokens are numbers from 0 to {self._n_vocab - 1}.")
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise ContextError(f"{len(tokens)} tokens do not fit behind the {self.n_tokens} in a context of {self._n_ctx}.")
 
     def _failure(self, e: RuntimeError, n_tokens: int) -> BaseException:
         """What to raise in place of an evaluation's error."""
@@ -643,12 +826,23 @@ class Llama(llama_cpp.Llama):
         return failure
 
     def close(self) -> None:
-        """Free the context and the model; safe to call twice and after a failed construction."""
+        """Free the context and the model, once an evaluation in another thread has ended; safe to call twice and after a failed construction."""
         if getattr(self, "_coding", False):
             raise ContextError(_BUSY)
         stack = getattr(self, "_stack", None)
-        if stack is not None:
+        if stack is None:
+            return
+        with self._evaluating:
+            self._closed = True
             stack.close()
+            closed: Any = _Closed()
+            # Whoever has kept one of these gets an error from it as well, and not what now lies at the freed address.
+            for owner, names in (("_ctx", ("ctx", "memory")), ("_model", ("model", "vocab")), ("_batch", ("batch",))):
+                for name in names:
+                    if isinstance(getattr(self, owner, closed), _Closed):
+                        continue
+                    setattr(getattr(self, owner), name, closed)
+            self._ctx = self._model = self._batch = self.tokenizer_ = closed
         self._session = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -665,6 +859,7 @@ class Llama(llama_cpp.Llama):
         return state
 
 
+_CLOSED = "The model is closed."
 _BUSY = "The codec cannot use the model that is evaluating: it only gets the page."
 
 
@@ -673,6 +868,39 @@ class _Busy:
 
     def __getattr__(self, name: str) -> Any:
         raise ContextError(_BUSY)
+
+
+class _Closed:
+    """Stands in for what close() has freed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ContextError(_CLOSED)
+
+
+class _Tokenizer(llama_tokenizer.LlamaTokenizer):
+    """llama-cpp-python's tokenizer holds on to a model that may be freed; this one asks for it every time."""
+
+    def __init__(self, llama: Llama) -> None:
+        self._llama = llama
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_model":
+            return self._llama._model
+        raise AttributeError(name)
+
+
+_open: weakref.WeakSet[Llama] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_open.clear)
+_LAST_BATCH = 60  # seconds
+
+
+@atexit.register
+def _stop_computing() -> None:
+    """At the end of the program: a thread that still computes ends its batch and gets no further, before the libraries are torn down."""
+    with contextlib.suppress(KeyboardInterrupt):
+        for llama in list(_open):
+            llama._evaluating.acquire(timeout=_LAST_BATCH)  # and keep it
 
 
 def _guarded(codec: Codec, llama: Llama) -> Codec:
@@ -698,26 +926,76 @@ def _asks_for_something(kv: KvLike) -> bool:
     return kv is not None and kv != "balanced" and kv != Kv()
 
 
-def _check_memory(n_ctx: int, need: float) -> None:
-    free = available_bytes()
-    if free is None or need <= free:
-        return
-    fits = int(n_ctx * free / need) // CELLS * CELLS
-    advice = f"at most {fits} fit" if fits >= CELLS else "not even a small context fits"
-    raise ContextTooLargeError(
-        f"A context of {n_ctx} tokens needs at least {format_bytes(need)} for its cache and {format_bytes(free)} of memory are free; {advice}."
-    )
+class _Loading:
+    """llama.cpp's progress callback. What `on_load` raises, and Ctrl-C, stop the load; `raised` is then what to raise."""
 
+    def __init__(self, on_load: Callable[[float], None] | None) -> None:
+        self.on_load = on_load
+        self.raised: BaseException | None = None
+        self._held: tuple[Any, ...] | None = None
+        self._handler: Any = None
 
-def _progress(on_load: Callable[[float], None]) -> Callable[[float, Any], bool]:
-    def call(share: float, _: Any) -> bool:
+    def __call__(self, share: float, _: Any) -> bool:
+        try:  # nothing may escape into C
+            self._deliver()
+            if self.on_load is not None:
+                self.on_load(share)
+        except BaseException as e:  # noqa: BLE001 - raised again after llama.cpp has given up
+            self.raised = e
+        return self.raised is None
+
+    @contextlib.contextmanager
+    def ctrl_c_held(self) -> Iterator[None]:
+        """Keep a SIGINT for the callback: Python would raise KeyboardInterrupt wherever it stands, and ctypes drops what reaches it."""
+        handler = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(handler):
+            yield
+            return
+
+        def hold(*arguments: Any) -> None:
+            self._held = arguments
+
+        self._handler = handler
+        signal.signal(signal.SIGINT, hold)
         try:
-            on_load(share)
-        except Exception:  # noqa: BLE001 - nothing may escape into C
-            pass
-        return True
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
-    return call
+    def _deliver(self) -> None:
+        if self._held is not None:
+            arguments, self._held = self._held, None
+            self._handler(*arguments)
+
+    def finish(self) -> None:
+        """After a load that went through: raise what came in too late to stop it."""
+        self._deliver()
+        if self.raised is not None:
+            raise self.raised
+
+
+_LLAMA_ARGUMENTS = tuple(inspect.signature(llama_cpp.Llama.__init__).parameters)[2:-1]  # without self, model_path and **kwargs
+
+
+def _refuse_unknown(function: str, given: Iterable[str], known: set[str]) -> None:
+    """llama_cpp.Llama takes any keyword and does nothing with it: a typing error would silently mean the default."""
+    fields = {"preset", "profile", "window", "sinks"}
+    for name in given:
+        if name in known:
+            continue
+        nearest = difflib.get_close_matches(name, known | fields, n=1)
+        hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
+        if nearest and nearest[0] in fields:
+            hint += f", a field of kv: kv={{{nearest[0]!r}: ...}}"
+        raise TypeError(f"{function} has no argument {name!r}{hint}.")
+
+
+def _check_name(path: str) -> None:
+    """llama-cpp-python passes the name of a file on as UTF-8."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ModelFileError(f"The file name {path!r} is not UTF-8, so llama-cpp-python cannot open it; rename it, or make a link to it.") from None
 
 
 class _Prompt(Exception):
@@ -742,7 +1020,7 @@ class _PromptOnly:
 
 
 class Attachment:
-    """A session of the thread that called `attach`: the contexts that it creates until `detach` get a MixKVQ cache."""
+    """What `attach` returns: the contexts that are created until `detach` get a MixKVQ cache."""
 
     def __init__(self, session: Any, kv: Kv) -> None:
         self._session, self._thread = session, threading.get_ident()
@@ -787,8 +1065,11 @@ class Attachment:
 _attached = threading.local()
 
 
-def attach(kv: KvLike = None, *, model: str | None = None) -> Attachment:
-    """Give MixKVQ caches to the contexts that this thread creates from now on, by whatever code.
+def attach(kv: KvLike = None, *, model: str | None = None, **unknown: Any) -> Attachment:
+    """Give MixKVQ caches to the contexts that are created from now on, by whatever code, in this thread and in others (a pool's workers).
+
+    A thread that has called `attach` itself, or creates a `bridge.Llama`, keeps to its own settings; of several attachments in other threads the last
+    counts.
 
         with bridge.attach("balanced") as cache:
             llama = llama_cpp.Llama("model.gguf", n_gpu_layers=-1, flash_attn=True)
@@ -800,8 +1081,10 @@ def attach(kv: KvLike = None, *, model: str | None = None) -> Attachment:
 
     model: path of the model, if it is known here; then a profile is checked against it, and one that lies with the model is found.
 
-    Raises SettingsError, ProfileError, ModelFileError, VersionError.
+    Raises SettingsError, ProfileError, ModelFileError, VersionError; TypeError for other keywords.
     """
+    _refuse_unknown("attach", unknown, {"model"})
+    streams.fill_missing()
     settings = resolve_kv(kv)
     file = open_model(model) if model is not None else None
     if file is not None:
@@ -809,6 +1092,6 @@ def attach(kv: KvLike = None, *, model: str | None = None) -> Attachment:
         settings = with_profile(settings, file)
     if getattr(_attached, "current", None) is not None:
         raise SettingsError("This thread is attached already; call detach() first.")
-    attachment = Attachment(_backend().begin(settings, file), settings)
+    attachment = Attachment(_backend().begin(settings, file, all_threads=True), settings)
     _attached.current = attachment
     return attachment

@@ -148,7 +148,8 @@ def compare_predictions(
 
 @final
 class Session:
-    """The caches of the contexts that one thread creates between begin and end; also a context manager that ends itself."""
+    """The caches of the contexts that are created between begin and end; also a context manager that ends itself. Figures may be asked for while
+    another thread decodes."""
 
     def end(self) -> None: ...
     def stats(self) -> dict[str, Any]:
@@ -165,7 +166,7 @@ class Session:
 
     def query_statistics(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Mean |q_d| and mean q_d^2, each [n_heads, D], of the queries that read cache tensor `index` (as in layers()); None if it is not the
-        keys of a packed layer, or no query has read it yet."""
+        keys of a packed layer, or no query has read it yet. IndexError if there is no such tensor."""
 
     def __enter__(self) -> Session: ...
     def __exit__(
@@ -189,10 +190,16 @@ class Backend:
         sinks: int = -1,
         head_sizes: Sequence[tuple[int, int]] | None = None,
         codec: Callable[..., tuple[Any, float]] | None = None,
+        all_threads: bool = False,
     ) -> Session:
         """Makes these the settings of the contexts that this thread creates until end(); ValueError with the backend's reason.
+
+        all_threads: and those that threads without a session of their own create meanwhile.
 
         codec: takes the place of packing (see mixkvq_codec), called in the thread that decodes with layer, is_value, stream, first_cell,
         rows float32 [n_heads, 128, D], valid bool [128], q_abs and q_sqr (float32 [n_heads, D], None for values); returns (rows, bits).
         Forgotten when the Session goes.
         """
+
+    def why_unused(self, device: str) -> str:
+        """Why one of ggml's GPUs ("CUDA0") has no device of ours, "" if it has one."""

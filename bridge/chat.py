@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 import os
+import re
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,12 @@ from prompt_toolkit.key_binding import KeyBindings
 from rich.console import Console
 
 from . import session as reports
-from .answer import Answer, Message, Sampling, stream_answer
-from .errors import BridgeError, SettingsError
+from .answer import LARGEST_SEED, Answer, Message, Sampling, stream_answer
+from .conversations import Autosave, folder, kept, parse_conversation, read_conversation, to_text
+from .errors import BridgeError, SettingsError, check_text, for_command
+from .files import check_target, write_atomically
 from .memory import format_bytes
-from .run import Options, load, note_missing_template, print_report, write_atomically, writer
+from .run import Options, load, note_missing_template, print_report, why_it_ended, writer
 
 if TYPE_CHECKING:
     from ._llama import Llama
@@ -27,33 +31,19 @@ HELP = """\
 /memory      what the cache takes
 /save FILE   write the conversation to a JSON file
 /load FILE   go on with a saved conversation
+/chats       list the conversations that were kept
+/resume [N]  go on with the last of them, or with number N of the list
 /exit        leave (or Ctrl-D)
+//text       send /text, which is no command
 Ctrl-C stops an answer. Alt-Enter begins a new line."""
+COMMANDS = ("/help", "/reset", "/memory", "/save", "/load", "/chats", "/resume", "/exit", "/quit")
 
-FORMAT, VERSION = "mixkvq-chat", 1
-ROLES = ("system", "user", "assistant")
+__all__ = ["Chat", "chat", "drop_oldest", "is_command", "parse_conversation"]
 
 
-def parse_conversation(text: str) -> list[Message]:
-    """The messages of a saved conversation. Raises SettingsError with one sentence if it is not one."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise SettingsError(f"It is not JSON ({e}).") from None
-    if isinstance(data, dict):
-        if data.get("format") != FORMAT:
-            raise SettingsError("It is not a saved conversation.")
-        if data.get("version") != VERSION:
-            raise SettingsError(f"It is of version {data.get('version')!r}, and this program reads version {VERSION}.")
-        data = data.get("messages")
-    if not isinstance(data, list):
-        raise SettingsError("It holds no list of messages.")
-    messages: list[Message] = []
-    for i, m in enumerate(data):
-        if not isinstance(m, dict) or m.get("role") not in ROLES or not isinstance(m.get("content"), str):
-            raise SettingsError(f"Message {i + 1} has no known role or no text.")
-        messages.append({"role": m["role"], "content": m["content"]})
-    return messages
+def is_command(line: str) -> bool:
+    """Whether a line is meant as a command: its first word is a slash and a name. A path, or a second slash, is text."""
+    return line in ("/", "/?") or re.match(r"/[A-Za-z]+(\s|$)", line) is not None
 
 
 def drop_oldest(messages: list[Message]) -> list[Message] | None:
@@ -66,34 +56,65 @@ def drop_oldest(messages: list[Message]) -> list[Message] | None:
 
 
 class Chat:
-    """One conversation with one model."""
+    """One conversation with one model.
+
+    messages: what the model is given, without turns that no longer fit the context. transcript: all that was said; this is what is saved.
+    """
 
     def __init__(
-        self, llama: Llama, sampling: Sampling, system: str | None, console: Console, write: Callable[[str], None], ask: Callable[[str], str]
+        self,
+        llama: Llama,
+        sampling: Sampling,
+        system: str | None,
+        console: Console,
+        write: Callable[[str], None],
+        ask: Callable[[str], str],
+        autosave: bool = False,
     ) -> None:
         self.llama, self.sampling, self.console, self.write, self.ask = llama, sampling, console, write, ask
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []
-        self.messages: list[Message] = list(self.system)
+        self.autosave = Autosave(self.say, autosave)
         self.last: Answer | None = None
-        self.told_of_drop = False
+        self.begin(self.system)
+
+    def begin(self, messages: list[Message]) -> None:
+        """Start from these messages."""
+        self.messages, self.transcript, self.told_of_drop = list(messages), list(messages), False
+        self.autosave.begin()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
 
     def turn(self, text: str) -> None:
-        """Answer one message of the user. What fails leaves the conversation as it was."""
-        fitted = self.fitted([*self.messages, {"role": "user", "content": text}])
-        answer = stream_answer(self.llama, fitted, self.sampling, self.write, self.console)
-        self.write("\n")
+        """Answer one message of the user. What fails leaves the conversation as it was, in what is kept as well."""
+        check_text(text, "The message")
+        question: Message = {"role": "user", "content": text}
+        fitted = self.fitted([*self.messages, question])
+        self.autosave.save([*self.transcript, question])
+        pieces: list[str] = []
+
+        def write(piece: str) -> None:
+            pieces.append(piece)
+            self.write(piece)
+
+        try:
+            answer = stream_answer(self.llama, fitted, self.sampling, write, self.console)
+        except BaseException:  # the terminal may be gone
+            self.autosave.save([*self.transcript, question, {"role": "assistant", "content": "".join(pieces)}])
+            raise
+        if answer.text or answer.finish_reason != "interrupted":
+            reply: Message = {"role": "assistant", "content": answer.text}
+            self.messages = [*fitted, reply]
+            self.transcript = [*self.transcript, question, reply]
+        self.autosave.save(self.transcript if answer.text or not answer.signal else [*self.transcript, question])
+        if answer.signal:
+            signal.raise_signal(answer.signal)
         self.last = answer
-        self.sampling.seed = (self.sampling.seed + 1) & 0x7FFFFFFF  # the same question again may get another answer
-        if answer.finish_reason == "interrupted":
-            self.say("(stopped)")
-            if not answer.text:
-                return
-        elif answer.finish_reason == "length":
-            self.say("(cut off: the limit of tokens is reached)")
-        self.messages = [*fitted, {"role": "assistant", "content": answer.text}]
+        self.sampling.seed = (self.sampling.seed + 1) % (LARGEST_SEED + 1)  # the same question again may get another answer
+        self.write("\n")
+        ended = why_it_ended(answer, self.sampling.max_tokens)
+        if ended:
+            self.say(ended)
 
     def fitted(self, messages: list[Message]) -> list[Message]:
         """The conversation, without old turns if it would not leave room for an answer. Raises SettingsError if one message is too long."""
@@ -124,7 +145,8 @@ class Chat:
         if name == "/help":
             self.say(HELP)
         elif name == "/reset":
-            self.messages, self.told_of_drop = list(self.system), False
+            self.begin(self.system)
+            self.llama.reset()
             self.say("The conversation is forgotten.")
         elif name == "/memory":
             self.say(reports.format_report(self.llama.kv_stats()))
@@ -134,40 +156,55 @@ class Chat:
                 raise SettingsError(f"{name} needs the name of a file.")
             path = os.path.expanduser(argument)
             self.save(path) if name == "/save" else self.load(path)
+        elif name == "/chats":
+            self.list_kept()
+        elif name == "/resume":
+            self.resume(argument)
         else:
-            raise SettingsError(f"There is no command {name}; /help lists them.")
+            nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else "; /help lists them."
+            raise SettingsError(f"There is no command {name}{hint} A line that begins with // is sent with one slash.")
         return True
 
     def save(self, path: str) -> None:
-        text = json.dumps({"format": FORMAT, "version": VERSION, "messages": self.messages}, indent=1, ensure_ascii=False) + "\n"
-        try:
+        exists = os.path.isfile(path)
+        check_target(path, force=True, what="JSON", inputs=[self.llama.model_path])
+        if exists and os.path.getsize(path):
             try:
-                write_atomically(path, text, overwrite=False)
-            except FileExistsError:
-                if self.ask(f"{path} exists. Replace it? [y/N] ").strip().lower() not in ("y", "yes"):
-                    self.say("Not saved.")
-                    return
-                write_atomically(path, text)
+                read_conversation(path)
+            except SettingsError:
+                raise SettingsError(f"{path} is no conversation, so it is not replaced; give another name.") from None
+        if exists and self.ask(f"{path} exists. Replace it? [y/N] ").strip().lower() not in ("y", "yes"):
+            self.say("Not saved.")
+            return
+        try:
+            write_atomically(path, to_text(self.transcript), overwrite=exists)
         except OSError as e:
             raise SettingsError(f"{path} cannot be written: {e.strerror or e}.") from None
-        self.say(f"{len(self.messages)} messages saved to {path}.")
+        self.say(f"{len(self.transcript)} messages saved to {path}.")
 
     def load(self, path: str) -> None:
-        try:
-            with open(path, encoding="utf-8") as f:
-                text = f.read()
-        except OSError as e:
-            raise SettingsError(f"{path} cannot be read: {e.strerror or e}.") from None
-        except UnicodeDecodeError:
-            raise SettingsError(f"{path} is not UTF-8 text.") from None
-        try:
-            messages = parse_conversation(text)
-            if messages:
+        messages = read_conversation(path)
+        if messages:
+            try:
                 self.llama.chat_tokens(messages)  # the template may refuse it
-        except SettingsError as e:
-            raise SettingsError(f"{path} cannot be loaded: {e}") from None
-        self.messages, self.told_of_drop = messages, False
+            except SettingsError as e:
+                raise SettingsError(f"{path} cannot be loaded: {e}") from None
+        self.begin(messages)
         self.say(f"{len(messages)} messages loaded from {path}.")
+
+    def list_kept(self) -> None:
+        for i, each in enumerate(found := kept(self.autosave.path), 1):
+            self.say(f"{i:3}  {each.when}  {each.n_messages:3} messages  {each.title}")
+        self.say(f"They are files in {folder()}." if found else f"There are no other conversations in {folder()}.")
+
+    def resume(self, number: str) -> None:
+        found = kept(self.autosave.path)
+        if not found:
+            raise SettingsError(f"There are no other conversations in {folder()}.")
+        if number and not (number.isascii() and number.isdigit() and 1 <= int(number) <= len(found)):
+            raise SettingsError(f"/resume takes a number from 1 to {len(found)} of the list that /chats shows.")
+        self.load(str(found[int(number or 1) - 1].path))
 
     def loop(self) -> None:
         """Read and answer until /exit or the end of input."""
@@ -181,13 +218,13 @@ class Chat:
             if not line.strip():
                 continue
             try:
-                if line.startswith("/"):
+                if is_command(line.lstrip()):
                     if not self.command(line.strip()):
                         return
                 else:
-                    self.turn(line)
+                    self.turn(line.replace("//", "/", 1) if line.startswith("//") else line)
             except BridgeError as e:
-                self.say(f"error: {e}")
+                self.say(f"error: {for_command(e)}")
             except (KeyboardInterrupt, EOFError):
                 self.say("(stopped)")
 
@@ -214,7 +251,9 @@ def chat(options: Options, console: Console) -> int:
             "/help lists the commands.",
             markup=False,
         )
-        conversation = Chat(llama, options.sampling, options.system, console, writer(), _reader())
+        if options.autosave and kept(most=1):
+            console.print("Earlier conversations are kept: /resume goes on with the last, /chats lists them.", markup=False)
+        conversation = Chat(llama, options.sampling, options.system, console, writer(), _reader(), options.autosave)
         conversation.loop()
         if conversation.last is not None:
             print_report(llama, conversation.last, options, console)

@@ -48,6 +48,26 @@ def check_device(device: str) -> str:
     return device
 
 
+def choose(device: str, gpus: Sequence[Gpu], missing: str) -> tuple[Gpu, ...]:
+    """The GPUs that `device` names; none for the CPU, and for "auto" where there is none. Arguments and errors as of `place`."""
+    check_device(device)
+    if device == "cpu":
+        return ()
+    names = [gpu.name for gpu in gpus]
+    if device in ("auto", "gpu"):
+        chosen = tuple(gpus)
+    else:
+        wanted = device.split(",")
+        there = "; ".join(filter(None, [f"there is {', '.join(names)}" if names else "", missing])) or NO_GPU
+        for name in wanted:
+            if name not in names:
+                raise SettingsError(f"There is no GPU {name!r} to use: {there}.")
+        chosen = tuple(gpu for gpu in gpus if gpu.name in wanted)
+    if not chosen and device != "auto":
+        raise SettingsError(f"There is no GPU to use: {missing or NO_GPU}.")
+    return chosen
+
+
 def place(
     device: str, gpus: Sequence[Gpu], missing: str, *, n_gpu_layers: int | None, n_layers: int, weights: int, cache: float, workspace: float
 ) -> Placement:
@@ -58,23 +78,11 @@ def place(
     needs for a batch.
     Raises SettingsError for GPUs that are not there.
     """
-    check_device(device)
-    if device == "cpu" or (device == "auto" and n_gpu_layers == 0):
+    if device == "auto" and n_gpu_layers == 0:
         return Placement()
-    names = [gpu.name for gpu in gpus]
-    if device in ("auto", "gpu"):
-        chosen = tuple(gpus)
-    else:
-        wanted = device.split(",")
-        there = missing or (f"there is {', '.join(names)}" if names else NO_GPU)
-        for name in wanted:
-            if name not in names:
-                raise SettingsError(f"There is no GPU {name!r} to use: {there}.")
-        chosen = tuple(gpu for gpu in gpus if gpu.name in wanted)
+    chosen = choose(device, gpus, missing)
     if not chosen:
-        if device == "auto":
-            return Placement(note=f"the model is computed on the CPU: {missing}" if missing else "")
-        raise SettingsError(f"There is no GPU to use: {missing or NO_GPU}.")
+        return Placement(note=f"the model is computed on the CPU: {missing}" if missing and device == "auto" else "")
     if n_gpu_layers == 0:
         return Placement()
     if n_gpu_layers is not None:

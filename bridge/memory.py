@@ -1,57 +1,32 @@
-"""How much memory a new cache may take, and how sizes are written."""
+"""How sizes are written, and whether a context fits the memory that is free."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import ContextTooLargeError
+
+CELLS = 256  # llama.cpp rounds a context up to this many cells
+SEQUENCES = 256  # it allows that many in a context
+MARGIN, LEAST_MARGIN = 0.03, 4 << 20  # of what is free: a context that is proposed must fit a moment later as well
 
 
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="ascii", errors="replace") as f:
-            return f.read()
-    except OSError:
-        return ""
+@dataclass(frozen=True)
+class Free:
+    """bytes: what new allocations can take without swapping. limit: of the control group that allows the least, or None if the machine does.
 
+    where: "on CUDA0", or "" for the machine's own memory.
+    """
 
-def _cgroup_free() -> int | None:
-    """Bytes left under the limit of the control group (containers), or None if there is no limit."""
-    for limit_path, used_path, stat_path in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-            "/sys/fs/cgroup/memory/memory.stat",
-        ),
-    ):
-        limit, used = _read(limit_path).strip(), _read(used_path).strip()
-        if not limit.isdigit() or not used.isdigit() or int(limit) >= 1 << 60:
-            continue
-        # File pages that nobody is using count as usage but are given back on demand.
-        reclaimable = 0
-        for line in _read(stat_path).splitlines():
-            name, _, value = line.partition(" ")
-            if name in ("inactive_file", "active_file") and value.isdigit():
-                reclaimable += int(value)
-        return max(0, int(limit) - int(used) + reclaimable)
-    return None
+    bytes: int
+    limit: int | None = None
+    where: str = ""
 
-
-def available_bytes() -> int | None:
-    """Bytes that new allocations can take without swapping, or None where the system does not say."""
-    free: int | None = None
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-            break
-    if free is None:
-        try:  # no figure for free memory here: all of it is an upper bound
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):
-            free = None
-    group = _cgroup_free()
-    if group is not None:
-        free = group if free is None else min(free, group)
-    return free if free is None or free > 0 else None
+    def describe(self) -> str:
+        """As a part of a sentence."""
+        group = f" (a control group limits this process to {format_bytes(self.limit)})" if self.limit is not None else ""
+        return f"{format_bytes(self.bytes)} are free {self.where}" if self.where else f"{format_bytes(self.bytes)} of memory are free{group}"
 
 
 def format_bytes(n: float) -> str:
@@ -61,3 +36,41 @@ def format_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:,.1f} {unit}"
         n /= 1024
     raise AssertionError
+
+
+def check_fits(n_ctx: int, free: Free, least: int, measure: Callable[[int], int | None]) -> None:
+    """Refuse a context that does not fit, with the largest one that does.
+
+    least: bytes that a token takes at least. measure: bytes that a full context of so many tokens takes, None if it cannot be created; it is not
+    asked about a context that `least` rules out. Raises ContextTooLargeError.
+    """
+    need: int | None = n_ctx * least
+    if need is not None and need <= free.bytes:
+        need = measure(n_ctx)
+        if need is None or need <= free.bytes:
+            return
+    assert need is not None
+    room = free.bytes - round(max(MARGIN * free.bytes, LEAST_MARGIN))
+    fits = largest_that_fits(n_ctx, need, room, least, measure)
+    advice = f"at most {fits} tokens fit" if fits else f"not even {CELLS} tokens fit"
+    raise ContextTooLargeError(f"A context of {n_ctx} tokens needs at least {format_bytes(need)} and {free.describe()}; {advice}.")
+
+
+def largest_that_fits(n_ctx: int, need: int, free: int, least: int, measure: Callable[[int], int | None]) -> int:
+    """The largest multiple of CELLS below n_ctx, which takes `need` bytes, that takes at most `free`; 0 if none does."""
+    low, low_need, high, high_need = 0, 0, n_ctx // CELLS, need
+    if least:
+        high = min(high, free // (least * CELLS) + 1)
+    turn = 0
+    while high - low > 1:
+        # What a context takes is nearly proportional to its length: the line between what is known, and where it does not get on, the middle.
+        turn += 1
+        slope = max(1e-9, (high_need - low_need) / (high - low))
+        guess = low + int((free - low_need) / slope) if turn % 3 else (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+        taken = measure(guess * CELLS)
+        if taken is not None and taken <= free:
+            low, low_need = guess, taken
+        else:
+            high, high_need = guess, high_need if taken is None else taken
+    return low * CELLS

@@ -13,6 +13,7 @@ from typing import Any
 
 from ._gguf import Header, ParseError, parse
 from .errors import ModelFileError
+from .memory import CELLS
 
 MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_STEP = 32, 256, 8
 MAX_COUNT = 1 << 31
@@ -37,7 +38,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             _check_version(path, f.read(8))
             header = parse(f)
     except FileNotFoundError:
-        raise ModelFileError(f"{path} does not exist.") from None
+        raise ModelFileError(f"{path} does not exist{_how_to_get(path)}.") from None
     except ParseError as e:
         raise ModelFileError(f"{path} is truncated or damaged: {e}.") from None
     except ModelFileError:
@@ -47,6 +48,16 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     if header.end > size:
         raise ModelFileError(f"{path} is truncated: its tensors end at byte {header.end}, the file at byte {size}; download or copy it again.")
     return header
+
+
+def _how_to_get(path: str) -> str:
+    """What to do about a name that is no file but an address, or a model's name on a hub."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+        return "; a model must be a file here: download it first, e.g. with curl -LO"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", path) and not path.endswith(".gguf") and not os.path.isdir(os.path.dirname(path)):
+        name = path.partition(":")[0]
+        return f"; if it is the name of a model on a hub, download a GGUF file of it first: pip install huggingface_hub, hf download {name} FILE.gguf"
+    return ""
 
 
 def _check_version(path: str, start: bytes) -> None:
@@ -99,14 +110,18 @@ class ModelFile:
         others = self.windowed_sizes or (0, 0)
         return sum(1 for n, *sizes in zip(self.n_head_kv, self.head_size_k, self.head_size_v) if n and any(map(served, (*sizes, *others))))
 
-    def cache_elements(self, n_ctx: int, n_ubatch: int = 512) -> int:
-        """Key and value elements of a cache of n_ctx tokens: a lower bound where the file does not say which layers are windowed."""
+    def cache_elements(self, n_ctx: int, n_ubatch: int = 512, swa_full: bool = True) -> int:
+        """Key and value elements of a cache of n_ctx tokens, from what the file says.
+
+        swa_full: layers with a sliding window have all cells, as is llama.cpp's default; without it this is a lower bound where the file does not
+        say which layers these are. What a context takes in bytes is measured (dry_run.py).
+        """
         total = 0
         least_k, least_v = self.windowed_sizes or (MAX_COUNT, MAX_COUNT)
         for i, (n, k, v) in enumerate(zip(self.n_head_kv, self.head_size_k, self.head_size_v)):
             cells, k, v = n_ctx, min(k, least_k), min(v, least_v)
-            if self.window and (self.windowed is None or self.windowed[i]):
-                cells = min(n_ctx, self.window + n_ubatch)
+            if self.window and not swa_full and (self.windowed is None or self.windowed[i]):
+                cells = min(n_ctx, -(-(self.window + n_ubatch) // CELLS) * CELLS)
             total += cells * n * (k + (0 if self.mla else v))
         return total // self.attention_every
 

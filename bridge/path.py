@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from .errors import BridgeError
+import click
+
+from .command import run
 from .library import library_path
 
 
-def main() -> int:
-    try:
-        print(library_path())
-    except BridgeError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
-    return 0
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mixkvq", message="%(package)s %(version)s")
+def command() -> None:
+    """Print the path of the ggml backend, for the variable GGML_BACKEND_PATH of a llama.cpp program."""
+    click.echo(os.fsencode(library_path()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line. Returns 0, or 2 for a mistake of the user."""
+    return run(command, "bridge.path", arguments)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
-import tempfile
-import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,16 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from . import session as reports
-from .answer import Answer, Message, Sampling, stream_answer
+from . import streams
+from .answer import LARGEST_SEED, Answer, Message, Sampling, stream_answer
+from .command import INTERRUPTED, run
 from .devices import DEVICE_HELP, check_device
-from .errors import BridgeError, ContextError, SettingsError
+from .errors import SettingsError
+from .files import check_target, write_atomically
 from .library import native
+from .machine import physical_cores
 from .model_file import built_in_model, open_model
-from .settings import STOCK_TYPES, Kv, resolve_kv
+from .settings import STOCK_TYPES, Kv, check_geometry, resolve_kv, with_profile
 
 if TYPE_CHECKING:
     from ._llama import Llama
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 8192
 CHAT_TEMPERATURE = 0.7
 DEMO_PROBLEM = "Compute 48291 * 73."
+CONTEXT_FULL = 3  # exit code
 
 
 @dataclass
@@ -51,22 +56,9 @@ class Options:
     stock: str | None
     report: str
     report_file: str | None
+    force: bool
+    autosave: bool
     verbose: bool
-
-
-def physical_cores() -> int:
-    """Cores this process may use, not counting hyper-threads: the number of threads that is fastest for llama.cpp."""
-    try:
-        cpus = os.sched_getaffinity(0)
-    except AttributeError:
-        return max(1, os.cpu_count() or 1)
-    cores = set()
-    for cpu in cpus:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores))
 
 
 def load(options: Options, console: Console) -> Llama:
@@ -107,78 +99,67 @@ def load(options: Options, console: Console) -> Llama:
 
 
 def print_report(llama: Llama, answer: Answer, options: Options, console: Console) -> None:
-    """The figures of the last answer and of the cache, as the options ask."""
+    """The figures of the last answer and of the cache, as the options ask; the file comes last."""
     stats = llama.kv_stats()
-    speeds = answer.speeds()
-    line = json.dumps(
-        {
-            "model": options.model,
-            "context": llama.n_ctx(),
-            "threads": llama.n_threads,
-            "seed": options.sampling.seed,
-            **speeds,
-            "cache": stats,
-        }
-    )
-    if options.report_file is not None:
-        write_atomically(options.report_file, line + "\n")
+    line = json.dumps({"model": options.model, "context": llama.n_ctx(), "threads": llama.n_threads, **answer.speeds(), "cache": stats}) + "\n"
     if options.report == "json":
-        console.file.write(line + "\n")
+        console.file.write(line)
         console.file.flush()
     elif options.report == "text":
         table = Table(show_header=False, box=None, pad_edge=False)
-        again = speeds["prompt_tokens"] - speeds["read_tokens"]
-        read = f"{speeds['prompt_tokens']} tokens" + (f" ({again} were in the cache)" if again > 0 else "")
-        table.add_row("prompt", f"{read}, {speeds['prompt_tokens_per_second']:.1f} tokens/s")
-        table.add_row("answer", f"{speeds['answer_tokens']} tokens, {speeds['answer_tokens_per_second']:.1f} tokens/s")
-        for name, value in reports.rows(stats):
+        for name, value in [*speed_rows(answer), *reports.rows(stats)]:
             table.add_row(name, value)
         console.print()
         console.print(table, markup=False, highlight=False)
-        if answer.finish_reason == "length":
-            console.print("The answer ends here because the context or the limit of tokens is reached (-c, -n).", markup=False)
+    if options.report_file is not None:
+        write_atomically(options.report_file, line, overwrite=options.force)
 
 
-def write_atomically(path: str | os.PathLike[str], text: str, *, overwrite: bool = True) -> None:
-    """Write a text file so that it appears whole or not at all. Raises OSError, and FileExistsError if it must not be replaced."""
-    path = os.path.abspath(os.fspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=".bridge-", dir=os.path.dirname(path))
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes the file private
-        if overwrite:
-            os.replace(temporary, path)
-            return
-        try:
-            os.link(temporary, path)  # unlike a rename, fails if the name is taken
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without links
-            if os.path.exists(path):
-                raise FileExistsError(path) from None
-            os.replace(temporary, path)
-            return
-        os.unlink(temporary)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+def speed_rows(answer: Answer) -> list[tuple[str, str]]:
+    """Name and value of the report's lines about the prompt and the answer."""
+    speeds = answer.speeds()
+    unread = answer.prompt_tokens - answer.cached_tokens - answer.read_tokens
+    notes = [f"{n} {what}" for n, what in ((answer.cached_tokens, "were in the cache"), (unread, "were not read")) if n]
+    read = f"{answer.prompt_tokens} tokens" + (f" ({', '.join(notes)})" if notes else "")
+    return [
+        ("prompt", f"{read}, {speeds['prompt_tokens_per_second']:.1f} tokens/s"),
+        ("answer", f"{answer.answer_tokens} tokens, {speeds['answer_tokens_per_second']:.1f} tokens/s"),
+    ]
 
 
-def writer() -> Any:
+def why_it_ended(answer: Answer, max_tokens: int) -> str:
+    """What to say about an answer that did not end by itself, or ""."""
+    if answer.finish_reason == "interrupted":
+        return "(stopped)"
+    if answer.finish_reason != "length" or max_tokens == 0:
+        return ""
+    if answer.answer_tokens == max_tokens:
+        return f"(cut off: the limit of {answer.answer_tokens} tokens is reached, -n)"
+    return "(cut off: the context is full, -c)"
+
+
+def exit_code(answer: Answer, max_tokens: int) -> int:
+    """Of a single answer: 0 if it ended by itself or at the limit that the user set."""
+    if answer.signal:
+        signal.raise_signal(answer.signal)
+    if answer.finish_reason == "interrupted":
+        return INTERRUPTED
+    full = answer.finish_reason == "length" and answer.answer_tokens != max_tokens
+    return CONTEXT_FULL if full else 0
+
+
+def writer() -> Callable[[str], None]:
     """A function that writes pieces of an answer to stdout at once; control characters do not reach a terminal."""
     terminal = sys.stdout.isatty()
 
     def write(piece: str) -> None:
         if terminal:
             piece = "".join(c for c in piece if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, "stdout") from None
 
     return write
 
@@ -195,11 +176,15 @@ def answer_once(options: Options, console: Console) -> int:
             note_missing_template(llama, console)
             prompt = [{"role": "system", "content": options.system}] if options.system else []
             prompt.append({"role": "user", "content": options.prompt})
-        answer = stream_answer(llama, prompt, options.sampling, writer(), console)
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        write = writer()
+        answer = stream_answer(llama, prompt, options.sampling, write, console)
+        if options.sampling.max_tokens != 0:
+            write("\n")
+        ended = why_it_ended(answer, options.sampling.max_tokens)
+        if ended and options.report != "json":  # which says it as finish_reason
+            console.print(ended, markup=False, highlight=False)
         print_report(llama, answer, options, console)
-        return 130 if answer.finish_reason == "interrupted" else 0
+        return exit_code(answer, options.sampling.max_tokens)
     finally:
         llama.close()
 
@@ -252,12 +237,18 @@ class Number(click.ParamType):
 @click.option("-b", "--batch", type=click.IntRange(1, 1 << 20), default=512, show_default=True, help="Prompt tokens evaluated at a time.")
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
 @click.option("-ngl", "--gpu-layers", type=click.IntRange(-1, 1 << 20), help="Layers for the GPU, -1: all.  [default: as many as fit]")
-@click.option("-n", "--max-tokens", type=click.IntRange(-1, 1 << 30), default=-1, help="Longest answer.  [default: up to the end of the context]")
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(-1, 1 << 30),
+    default=-1,
+    help="Longest answer; 0: only read the prompt.  [default: -1, up to the end of the context]",
+)
 @click.option("--temp", type=Number(0, 100), help=f"Temperature; 0 is greedy.  [default: {CHAT_TEMPERATURE} in a chat, else 0]")
 @click.option("--top-k", type=click.IntRange(0, 1 << 30), default=40, show_default=True, help="Sample from this many tokens; 0: all.")
 @click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True, help="Sample from this share of the probability.")
 @click.option("--min-p", type=Number(0, 1), default=0.05, show_default=True, help="Least probability, relative to the likeliest token.")
-@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), help="Seed of the sampler.  [default: random]")
+@click.option("--seed", type=click.IntRange(0, LARGEST_SEED), help="Seed of the sampler.  [default: random]")
 @click.option("--kv", "--preset", "kv", help="The cache: a preset or a profile.  [default: a profile that lies with the model, else balanced]")
 @click.option("--profile", help="Profile of the cache (a GGUF file made for this model).")
 @click.option("--window", type=click.IntRange(0, 1 << 20), help="Recent tokens kept in F16.  [default: 128]")
@@ -265,6 +256,8 @@ class Number(click.ParamType):
 @click.option("--stock", type=click.Choice(list(STOCK_TYPES)), help="Use llama.cpp's own cache of this type instead, to compare.")
 @click.option("--report", type=click.Choice(["text", "json", "none"]), default="text", show_default=True, help="Report at the end, on stderr.")
 @click.option("--report-file", help="Write the report as JSON to this file as well.")
+@click.option("--force", is_flag=True, help="Replace the file of --report-file if there is one already.")
+@click.option("--no-autosave", is_flag=True, help="Do not keep this chat for /resume.")
 @click.option("--list-presets", "presets", is_flag=True, help="List the presets and exit.")
 @click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's own log.")
 @click.version_option(package_name="mixkvq", message="%(package)s %(version)s")
@@ -273,23 +266,18 @@ def command(**given: Any) -> int:
 
     Without a prompt on a terminal this is a chat. With --prompt, --file, --demo or piped input the answer goes to stdout and everything
     else to stderr.
+
+    Exit status: 0, or 3 if the context was full before the answer ended, 2 for a mistake in the command, 1 for a failure, 130 after Ctrl-C.
     """
     if given["presets"]:
         list_presets()
         return 0
-    # llama-cpp-python points file descriptor 2 at /dev/null while it loads; progress must reach the terminal nevertheless.
-    stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace", buffering=1)
-    console = Console(file=stderr, highlight=False)
+    console = Console(file=sys.stderr, highlight=False)
     if not console.is_terminal:
-        console = Console(file=stderr, highlight=False, width=200)  # do not wrap what a program reads
+        console = Console(file=sys.stderr, highlight=False, width=200)  # do not wrap what a program reads
     options = check(given)
     if options.prompt is not None:
-        try:
-            return answer_once(options, console)
-        except BrokenPipeError:
-            # The reader of our output went away, as `head` does: no error, but Python must not try to flush again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 0
+        return answer_once(options, console)
     from .chat import chat
 
     return chat(options, console)
@@ -310,12 +298,18 @@ def check(given: dict[str, Any]) -> Options:
         given["kv"] = Kv(profile=given["profile"])
     if given["raw"] and given["system"] is not None:
         raise SettingsError("--raw sends no system message, so it does not go together with --system.")
-    if given["report_file"] is not None:
-        folder = os.path.dirname(os.path.abspath(given["report_file"]))
-        if not os.path.isdir(folder) or os.path.isdir(given["report_file"]):
-            raise SettingsError(f"The report cannot be written to {given['report_file']}.")
+    # All that can be wrong with the command is said before a prompt is read from stdin.
     model = given["model"] if given["model"] is not None else str(built_in_model())
-    open_model(model)  # before a prompt is read from stdin
+    file = open_model(model)
+    kv = replace(resolve_kv(given["kv"]), window=given["window"], sinks=given["sinks"])
+    if given["stock"] is None:
+        check_geometry(file)
+        with_profile(kv, file)
+    check_device(given["device"])
+    if given["report_file"] is not None:
+        inputs = [path for path in (model, given["prompt_file"], kv.profile) if path is not None]
+        check_target(given["report_file"], force=given["force"], what="JSON", inputs=inputs)
+    system = None if given["system"] is None else from_command_line(given["system"], "--system")
     prompt = read_prompt(given)
     if prompt is None and given["raw"]:
         raise SettingsError("--raw needs a prompt: --prompt, --file or piped input.")
@@ -329,28 +323,38 @@ def check(given: dict[str, Any]) -> Options:
         model=model,
         prompt=prompt,
         raw=given["raw"],
-        system=given["system"],
+        system=system,
         ctx=given["ctx"],
         threads=given["threads"],
         batch=given["batch"],
-        device=check_device(given["device"]),
+        device=given["device"],
         gpu_layers=given["gpu_layers"],
         sampling=sampling,
-        kv=replace(resolve_kv(given["kv"]), window=given["window"], sinks=given["sinks"]),
+        kv=kv,
         stock=given["stock"],
         report=given["report"],
         report_file=given["report_file"],
+        force=given["force"],
+        autosave=not given["no_autosave"],
         verbose=given["verbose"],
     )
+
+
+def from_command_line(text: str, option: str) -> str:
+    """An argument as text: in a locale without UTF-8 Python has not decoded it. Raises SettingsError if it is not UTF-8."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise SettingsError(f"The text of {option} is not UTF-8 (byte {e.start}).") from None
 
 
 def read_prompt(given: dict[str, Any]) -> str | None:
     """The prompt, or None for a chat."""
     if given["demo"]:
-        print(f"Problem: {DEMO_PROBLEM}\n", file=sys.stderr)
+        streams.say(f"Problem: {DEMO_PROBLEM}\n")
         return DEMO_PROBLEM
     if given["prompt"] is not None:
-        text, source = given["prompt"], "--prompt"
+        text, source = from_command_line(given["prompt"], "--prompt"), "--prompt"
     elif given["prompt_file"] not in (None, "-"):
         source = given["prompt_file"]
         try:
@@ -376,28 +380,8 @@ def read_prompt(given: dict[str, Any]) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, 2 for a mistake of the user, 1 for a failure, 130 after Ctrl-C."""
-    verbose = any(a in ("-v", "--verbose") for a in (sys.argv[1:] if arguments is None else arguments))
-    try:
-        code = command.main(args=arguments, prog_name="python -m bridge.run", standalone_mode=False)
-        return int(code or 0)
-    except click.ClickException as e:
-        return complain(" ".join(e.format_message().split()), 2)
-    except BridgeError as e:
-        if verbose and isinstance(e, ContextError):
-            traceback.print_exc()
-        return complain(str(e), e.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        return 130
-    except Exception as e:  # noqa: BLE001 - a person at a terminal gets a sentence; --verbose shows where it came from
-        if verbose:
-            traceback.print_exc()
-        return complain(f"{type(e).__name__}: {' '.join(str(e).split())}", 1)
-
-
-def complain(sentence: str, code: int) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return code
+    """Run the command line and return the exit code; see `command`."""
+    return run(command, "bridge.run", arguments)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ def mixkvq_stats(kv: Kv, stats: dict[str, Any], layers: Sequence[dict[str, Any]]
     """The backend's statistics with what a reader wants to know beside them.
 
     Added: cache ("mixkvq", or "codec" and codec, its name), preset or profile, found (where a profile lies that nobody asked for),
-    times_smaller (F16 bytes over bytes; with a codec by the bits that it counts), plain_layers (a list of name and reason).
+    times_smaller (F16 bytes over bytes; with a codec by the bits that it counts), plain_layers (a list of name and reason), bytes_filled (`bytes`
+    by its full name).
     """
     result: dict[str, Any] = {"cache": "mixkvq", "preset": None if kv.profile else kv.describe(), "profile": kv.profile, "found": kv.found}
-    result.update(stats)
+    result.update(stats, bytes_filled=stats["bytes"])
     result["times_smaller"] = stats["bytes_f16"] / stats["bytes"] if stats["bytes"] else 0.0
     if codec is not None:
         name = getattr(codec, "name", None) or getattr(codec, "__qualname__", None) or type(codec).__name__
@@ -31,22 +32,30 @@ def mixkvq_stats(kv: Kv, stats: dict[str, Any], layers: Sequence[dict[str, Any]]
 _SIZE = re.compile(r"\(\s*(\d+) cells,\s*(\d+) layers,.*K \(\w+\):\s*([\d.]+) MiB, V \(\w+\):\s*([\d.]+) MiB")
 
 
+_RECURRENT = re.compile(r"llama_memory_recurrent: size =\s*([\d.]+) MiB")
+
+
 def stock_stats(stock: str, log: Sequence[str], n_tokens: int) -> dict[str, Any]:
     """The same figures for llama.cpp's own cache, from what it said about itself when it was created."""
     bits = STOCK_TYPES[stock][1]
-    n_bytes, n_cells, n_layers = 0, 0, 0
+    n_bytes, n_cells, n_layers, n_recurrent = 0, 0, 0, 0
     for line in log:
         match = _SIZE.search(line)
         if match:
             n_cells = max(n_cells, int(match[1]))
             n_layers += int(match[2])
             n_bytes += round((float(match[3]) + float(match[4])) * (1 << 20))
+        if match := _RECURRENT.search(line):
+            n_recurrent += round(float(match[1]) * (1 << 20))
     elements = round(n_bytes * 8 / bits)
     return {
         "cache": "stock",
         "type": stock,
         "bytes": n_bytes,
+        "bytes_filled": n_bytes,
+        "bytes_reserved": n_bytes,
         "bytes_f16": elements * 2,
+        "bytes_recurrent": n_recurrent,
         "bytes_used": round(n_bytes * min(1.0, n_tokens / n_cells)) if n_cells else 0,
         "elements": elements,
         "body_bits": bits,
@@ -74,10 +83,10 @@ def rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
     """Name and value of every line of the report."""
     lines = [
         ("cache", title(stats)),
-        ("size", f"{format_bytes(stats['bytes'])} for {stats['n_cells']} cells in {stats['n_layers']} layers"),
-        ("in use", format_bytes(stats["bytes_used"])),
+        ("filled", f"{format_bytes(stats['bytes'])} for {stats['n_cells']} cells in {stats['n_layers']} layers"),
+        ("in use", f"{format_bytes(stats['bytes_used'])} now"),
         ("bits per element", (f"{stats['body_bits']:.2f} body, " if stats["body_bits"] else "") + f"{stats['total_bits']:.2f} total"),
-        ("against F16", f"{stats['times_smaller']:.2f} times smaller ({format_bytes(stats['bytes_f16'])})"),
+        ("against F16", f"{_gain(stats)} ({format_bytes(stats['bytes_f16'])})"),
     ]
     if stats.get("device"):
         lines.append(("computed on", str(stats["device"]) + (f" ({stats['isa']})" if stats.get("isa") and stats["device"] == "CPU" else "")))
@@ -86,6 +95,13 @@ def rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
     for reason, names in plain_by_reason(stats).items():
         lines.append(("kept plainly", f"{', '.join(names)}: {reason}"))
     return lines
+
+
+def _gain(stats: dict[str, Any]) -> str:
+    if stats["times_smaller"] > 1 or stats["cache"] != "mixkvq":
+        return f"{stats['times_smaller']:.2f} times smaller"
+    least = stats["n_cells_gain"]
+    return f"not smaller: nothing is gained below {least} tokens" if least else "not smaller"
 
 
 def plain_by_reason(stats: dict[str, Any], most: int | None = 6) -> dict[str, list[str]]:

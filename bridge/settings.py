@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -65,9 +66,12 @@ def resolve_kv(kv: KvLike) -> Kv:
     if kv is None:
         kv = Kv()
     elif isinstance(kv, Mapping):
-        unknown = sorted(set(kv) - {"preset", "profile", "window", "sinks"})
-        if unknown:
-            raise SettingsError(f"kv has no field {unknown[0]!r}; its fields are preset, profile, window and sinks.")
+        fields = ("preset", "profile", "window", "sinks")
+        for name in kv:
+            if name not in fields:
+                nearest = difflib.get_close_matches(str(name), fields, n=1)
+                hint = f"the nearest is {nearest[0]!r}" if nearest else "its fields are preset, profile, window and sinks"
+                raise SettingsError(f"kv has no field {name!r}; {hint}.")
         kv = Kv(**kv)
     elif isinstance(kv, (str, os.PathLike)):
         kv = _from_text(os.fspath(kv))
@@ -134,7 +138,7 @@ def with_profile(kv: Kv, model: ModelFile) -> Kv:
         if kv.found is None:
             raise
         remedy = "delete it" if kv.found == "beside the model" else "take it out (python -m mixkvq.convert remove)"
-        raise ProfileError(f"{str(e).rstrip('.')}; it was found {kv.found}: {remedy}, or ask for a preset (kv='balanced', --kv balanced).") from None
+        raise ProfileError(f"{str(e).rstrip('.')}; it was found {kv.found}: {remedy}, or ask for a preset: kv='balanced'.") from None
     return kv
 
 
@@ -153,10 +157,11 @@ def check_geometry(model: ModelFile) -> None:
 
 
 def least_bits(kv: Kv | None, stock: str | None) -> float:
-    """A lower bound of the bits per element, for the check of memory before loading."""
+    """A lower bound of the bits per element, to refuse what cannot fit without a look at it."""
     if stock is not None:
         return STOCK_TYPES[stock][1]
     if kv is None or kv.profile is not None:
         return 2.0
     name = kv.preset or DEFAULT_PRESET
-    return next((float(p["body_bits"]) for p in native().presets() if name in (p["name"], p["alias"])), 2.0)
+    of_128 = next((float(p["body_bits"]) for p in native().presets() if name in (p["name"], p["alias"])), 2.0)
+    return 0.98 * of_128  # a head of 256 has half as many scales

@@ -1,73 +1,101 @@
-"""Several sequences in one context, each with cells of its own: they are computed together, which takes little longer than one of them."""
+"""stdout and stderr that may be missing, closed, full or read by nobody: what is said there must not cost what is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
 
-import numpy as np
 
-from ._llama import Llama
-
-
-class Streams(Llama):
-    """A `Llama` of `n_seq` sequences of n_ctx tokens each.
-
-    `eval`, `forward` and `reset` would use the first sequence only: use `read`, `step` and `forget`. What the cache learns of the queries is shared
-    by all sequences.
-    """
-
-    def __init__(self, model_path: str, *, n_seq: int = 1, n_ctx: int = 512, **options: Any) -> None:
-        self.n_seq = n_seq
-        self._lengths = [0] * n_seq
-        super().__init__(model_path, n_ctx=n_ctx * n_seq, **options)
-
-    # As for model_params: llama_cpp.Llama makes its parameters inside __init__.
-    @property
-    def context_params(self) -> Any:
-        return self._context_params
-
-    @context_params.setter
-    def context_params(self, params: Any) -> None:
-        params.n_seq_max, params.kv_unified = self.n_seq, False
-        self._context_params = params
-
-    def read(self, sequence: int, tokens: Sequence[int]) -> Any:
-        """Evaluate tokens of one sequence; logits of the last, float32 [vocabulary]: a view that the next evaluation overwrites."""
-        for start in range(0, len(tokens), self.n_batch):
-            logits = self._decode([(sequence, token) for token in tokens[start : start + self.n_batch]], 1)
-        return logits[0]
-
-    def step(self, tokens: Sequence[tuple[int, int]]) -> Any:
-        """Evaluate one token for each of some sequences, given as (sequence, token); logits float32 [n, vocabulary], a view as of `read`."""
-        return self._decode(tokens, len(tokens))
-
-    def forget(self, sequence: int) -> None:
-        """Empty a sequence's part of the cache."""
-        self._ctx.kv_cache_seq_rm(sequence, -1, -1)
-        self._lengths[sequence] = 0
-
-    def clear(self) -> None:
-        """Empty the cache of all sequences. What it has learnt of the queries stays."""
-        super().clear()
-        self._lengths = [0] * self.n_seq
-
-    def kv_stats(self) -> dict[str, Any]:
-        """As `Llama.kv_stats`, of one sequence: its share of what all take."""
-        stats = super().kv_stats()
-        n_cells = stats["n_cells"] if self.stock is not None else stats["n_cells"] // self.n_seq
-        return {**stats, "n_cells": n_cells, **{key: stats[key] // self.n_seq for key in ("bytes", "bytes_f16", "bytes_used", "elements")}}
-
-    def _decode(self, tokens: Sequence[tuple[int, int]], n_logits: int) -> Any:
-        batch = self._batch.batch
-        batch.n_tokens = len(tokens)
-        for i, (sequence, token) in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, self._lengths[sequence], 1, sequence
-            batch.logits[i] = i >= len(tokens) - n_logits
-            self._lengths[sequence] += 1
+def fill_missing() -> None:
+    """Open /dev/null in place of a closed descriptor 0, 1 or 2: the next file would get its number, and what others print with it."""
+    for fd in (0, 1, 2):
         try:
-            self._ctx.decode(self._batch)
-        except RuntimeError as e:
-            failure = self._failure(e, len(tokens))
-            raise failure from failure.__cause__
-        return np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n_logits, self.n_vocab()))
+            os.fstat(fd)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            os.set_inheritable(fd, True)
+
+
+def discard(fd: int) -> None:
+    """Let a descriptor lead nowhere, so that what is still in a buffer can be flushed without an error."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, fd)
+    os.close(null)
+
+
+def say(text: str) -> None:
+    """A line on stderr, if there is one that takes it."""
+    stream = sys.stderr
+    if stream is None:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        if not isinstance(stream, io.TextIOWrapper) or not _has_descriptor(stream):
+            print(text, file=stream)
+            return
+        stream.flush()
+        # Past its buffer: what stayed there would fail again when the program ends, and change its exit status.
+        os.write(stream.fileno(), f"{text}\n".encode(stream.encoding, "backslashreplace"))
+
+
+def _has_descriptor(stream: io.TextIOWrapper) -> bool:
+    try:
+        stream.fileno()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+class Notes(io.TextIOWrapper):
+    """Text on a copy of a descriptor. What cannot be written there is dropped, what the encoding lacks is escaped."""
+
+    def __init__(self, fd: int, encoding: str) -> None:
+        super().__init__(os.fdopen(os.dup(fd), "wb"), encoding=encoding, errors="backslashreplace", line_buffering=True)
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            discard(self.fileno())
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            discard(self.fileno())
+            super().flush()
+
+
+@contextlib.contextmanager
+def of_command() -> Iterator[None]:
+    """While a command line runs: stderr takes everything, and no character is missing in stdout's encoding.
+
+    llama-cpp-python points descriptor 2 at /dev/null while it loads; sys.stderr is a copy, so progress reaches the terminal nevertheless.
+    """
+    fill_missing()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    before = sys.stderr
+    with Notes(2, getattr(before, "encoding", None) or "utf-8") as notes:
+        sys.stderr = notes
+        try:
+            yield
+        finally:
+            sys.stderr = before
+
+
+def flush_stdout() -> OSError | None:
+    """Flush stdout. The error, if it cannot be written; nothing is left in its buffer then."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as e:
+        discard(1)
+        return e
+    return None

@@ -97,10 +97,7 @@ class Session {
         api_->end(session_);
     }
 
-    std::string error() const {
-        const char * text = api_->error(session_);
-        return text ? text : "";
-    }
+    std::string error() const { return text_of(session_); }
 
     py::object codec_failure() const {
         const auto found = codecs().find(codec_);
@@ -109,12 +106,7 @@ class Session {
 
     py::dict stats() const {
         mixkvq_stats s{};
-        int          code;
-        {
-            py::gil_scoped_release release;
-            code = api_->stats(session_, &s);
-        }
-        if (code != 0) throw std::runtime_error(said("no cache has been created under this session"));
+        if (call([&] { return api_->stats(session_, &s); }) != 0) throw std::runtime_error(said());
         py::dict d;
         d["bytes"] = s.bytes;
         d["bytes_peak"] = s.bytes_peak;
@@ -128,20 +120,18 @@ class Session {
         d["n_plain_layers"] = s.n_plain_layers;
         d["n_threads"] = s.n_threads;
         d["isa"] = s.isa ? s.isa : "";
+        d["bytes_reserved"] = s.bytes_reserved;
+        d["bytes_recurrent"] = s.bytes_recurrent;
+        d["n_cells_gain"] = s.n_cells_gain;
         return d;
     }
 
     py::list layers() const {
         py::list  list;
-        const int n = api_->n_layers(session_);
+        const int n = call([&] { return api_->n_layers(session_); });
         for (int i = 0; i < n; ++i) {
             mixkvq_layer_stats s{};
-            int                code;
-            {
-                py::gil_scoped_release release;
-                code = api_->layer_stats(session_, i, &s);
-            }
-            if (code != 0) throw std::runtime_error(said("there are no statistics of cache tensor " + std::to_string(i) + " of " + std::to_string(n)));
+            if (call([&] { return api_->layer_stats(session_, i, &s); }) != 0) throw std::runtime_error(said());
             py::dict d;
             d["name"] = s.name ? s.name : "";
             d["kind"] = s.kind ? s.kind : "";
@@ -167,17 +157,31 @@ class Session {
 
     py::object query_statistics(int index) const {
         mixkvq_layer_stats s{};
-        if (index < 0 || api_->layer_stats(session_, index, &s) != 0) throw py::index_error("there is no cache tensor " + std::to_string(index));
+        if (call([&] { return api_->layer_stats(session_, index, &s); }) != 0) throw py::index_error(said());
         if (s.n_heads <= 0 || s.head_size <= 0) return py::none();
         py::array_t<float> mean_abs({s.n_heads, s.head_size}), mean_sqr({s.n_heads, s.head_size});
-        if (api_->query_statistics(session_, index, mean_abs.mutable_data(), mean_sqr.mutable_data()) != 0) return py::none();
+        float * const abs = mean_abs.mutable_data(), * const sqr = mean_sqr.mutable_data();
+        if (call([&] { return api_->query_statistics(session_, index, abs, sqr); }) != 0) return py::none();
         return py::make_tuple(mean_abs, mean_sqr);
     }
 
   private:
-    std::string said(const std::string & otherwise) const {
-        const std::string text = error();
-        return text.empty() ? otherwise : text;
+    // A call that may wait for the thread that decodes, which may itself wait for the GIL, in a codec.
+    template <class F> static int call(F && f) {
+        const py::gil_scoped_release release;
+        return f();
+    }
+
+    std::string text_of(mixkvq_session * session) const {
+        const char * text = nullptr;
+        call([&] { return text = api_->error(session), 0; });
+        return text ? text : "";
+    }
+
+    // What the session failed at, or else the last call of this thread.
+    std::string said() const {
+        const std::string of_call = text_of(nullptr), of_session = error();
+        return of_session.empty() ? of_call : of_session;
     }
 
     const mixkvq_backend_api * api_;
@@ -197,7 +201,8 @@ class Backend {
     }
 
     std::unique_ptr<Session> begin(const std::optional<std::string> & preset, const std::optional<std::string> & profile, int window, int sinks,
-                                   const std::optional<std::vector<std::pair<int32_t, int32_t>>> & head_sizes, const py::object & codec) const {
+                                   const std::optional<std::vector<std::pair<int32_t, int32_t>>> & head_sizes, const py::object & codec,
+                                   bool all_threads) const {
         std::vector<int32_t> k, v;
         if (head_sizes) {
             for (const auto & [key_size, value_size] : *head_sizes) {
@@ -213,6 +218,7 @@ class Backend {
         settings.n_layers = int(k.size());
         settings.head_size_k = k.data();
         settings.head_size_v = v.data();
+        settings.all_threads = all_threads;
         uintptr_t number = 0;
         if (!codec.is_none()) {
             static uintptr_t last = 0;
@@ -232,6 +238,8 @@ class Backend {
         }
         return handle;
     }
+
+    std::string why_unused(const std::string & device) const { return api_->why_unused(device.c_str()); }
 
   private:
     const mixkvq_backend_api * api_;
@@ -255,7 +263,8 @@ void register_backend(py::module_ & m) {
     py::class_<Backend>(m, "Backend")
         .def(py::init<uintptr_t>(), arg("address"))
         .def("begin", &Backend::begin, arg("preset") = py::none(), arg("profile") = py::none(), arg("window") = -1, arg("sinks") = -1,
-             arg("head_sizes") = py::none(), arg("codec") = py::none());
+             arg("head_sizes") = py::none(), arg("codec") = py::none(), arg("all_threads") = false)
+        .def("why_unused", &Backend::why_unused, arg("device"));
 }
 
 }  // namespace mixkvq::bindings

@@ -102,8 +102,6 @@ void attention(const Kernels & kernels, PageStore & keys, PageStore & values, co
     const size_t rows = plan.rows;
     const size_t row_k = keys.shape().row, row_v = values.shape().row;
 
-    keys.observe({c.q, c.q_token, c.q_head, c.q_stream, c.n_tokens, c.n_heads, c.n_streams}, n_threads);
-
     // Results of the items, then each thread's own scratch.
     const size_t result_floats = padded(rows * dv) + 2 * padded(rows);
     const size_t block_floats =
@@ -111,6 +109,10 @@ void attention(const Kernels & kernels, PageStore & keys, PageStore & values, co
     const size_t thread_floats = block_floats + scratch_floats(std::max(d, dv));
     float * base = workspace.get(n_items * result_floats + std::max(1, n_threads) * thread_floats);
     float * threads = base + n_items * result_floats;
+
+    keys.look(c.view(c.mask));
+    values.look(c.view(c.mask));
+    keys.observe({c.q, c.q_token, c.q_head, c.q_stream, c.n_tokens, c.n_heads, c.n_streams, c.first_stream}, n_threads);
 
     const bool tiny = int64_t(c.n_tokens) * c.n_heads * c.n_kv <= 4096;
     parallel_for(tiny ? 1 : n_threads, n_items, [&](int item, int thread) {

@@ -17,12 +17,24 @@ size_t reserve_bytes(const StoreShape & s, size_t records_per_page) {
     return size_t(s.n_streams) * (s.home_pages() * s.page_bytes() + s.record_pages() * records_per_page);
 }
 
+size_t filled_bytes(const StoreShape & s, size_t records_per_page) {
+    const int staying = std::max(1, (s.window + kPageCells - 1) / kPageCells);
+    const int packed = std::max(0, s.n_pages() - s.sink_pages() - staying);
+    return size_t(s.n_streams) * (s.home_pages() * s.page_bytes() + packed * records_per_page);
+}
+
 PageStore::PageStore(const StoreShape & shape, std::unique_ptr<PageMemory> memory, uint8_t * region, size_t region_bytes)
     : shape_(shape), memory_(std::move(memory)), region_(region), region_bytes_(region_bytes) {
     pages_.resize(size_t(shape.n_streams) * shape.n_pages());
     half_pages_.resize(shape.n_streams);
     clock_.resize(shape.n_streams, 0);
     newest_.resize(shape.n_streams, -1);
+    histories_.reserve(shape.n_streams);
+    for (int s = 0; s < shape.n_streams; ++s) histories_.emplace_back(shape.n_cells, shape.window, shape.sinks > 0);
+    // What only moves a page from one list to another throws nothing.
+    for (auto & list : half_pages_) list.reserve(shape.n_pages());
+    moved_.reserve(pages_.size());
+    free_home_.reserve(size_t(shape.home_pages()) * shape.n_streams);
     for (int i = shape.home_pages() * shape.n_streams; i-- > 0;) free_home_.push_back(region + i * shape.page_bytes());
 }
 
@@ -34,6 +46,8 @@ PageStore::~PageStore() { clear(); }
 // The heads of a cell and their records, which lie behind the F16 pages. Free lists are in falling order: low addresses are taken first.
 template <class Format> void PageStore::lay_out(const std::vector<Format> & formats) {
     layout_.n_heads = int(formats.size());
+    layout_.n_streams = shape_.n_streams;
+    layout_.n_marks = History::n_marks(shape_.n_cells);
     layout_.head_size = formats[0].head_size;
     layout_.record_offset.clear();  // an earlier call may have thrown
     free_records_.clear();
@@ -44,6 +58,7 @@ template <class Format> void PageStore::lay_out(const std::vector<Format> & form
     }
     const size_t home_bytes = size_t(shape_.home_pages()) * shape_.n_streams * shape_.page_bytes();
     const size_t n = std::min((region_bytes_ - home_bytes) / bytes, size_t(shape_.record_pages()) * shape_.n_streams);
+    free_records_.reserve(codec_ ? 0 : n);
     for (size_t i = n; i-- > 0 && !codec_;) free_records_.push_back(region_ + home_bytes + i * bytes);
     layout_.record_bytes = codec_ ? 0 : bytes;
     memory_->set_layout(layout_);
@@ -72,23 +87,38 @@ half * PageStore::stage(int stream, int p, bool keep_records) {
         }
         return page.rows;
     }
-    if (free_home_.empty()) {
-        page.rows = memory_->get();
-    } else {
-        page.rows = reinterpret_cast<half *>(free_home_.back());
-        free_home_.pop_back();
-        memory_->zero(page.rows, kPageCells);
+    half * rows = take_rows();
+    try {
+        if (page.records && !keep_records) {
+            const PageJob job = {rows, page.records, {}};
+            memory_->unpack(&job, 1, 1);
+        } else {
+            memory_->zero(rows, kPageCells);
+        }
+    } catch (...) {
+        give_rows(rows);
+        throw;
     }
+    page.rows = rows;
     mark_moved(stream, p);
     recent(stream, p);
-    if (page.records && !keep_records) unpack(stream, p);
-    return page.rows;
+    if (page.records && !keep_records) drop_records(stream, p);
+    return rows;
 }
 
-void PageStore::unpack(int stream, int p) {
-    const PageJob job = {at(stream, p).rows, at(stream, p).records, {}};
-    memory_->unpack(&job, 1, 1);
-    drop_records(stream, p);
+half * PageStore::take_rows() {
+    if (free_home_.empty()) return memory_->get();
+    auto * rows = reinterpret_cast<half *>(free_home_.back());
+    free_home_.pop_back();
+    return rows;
+}
+
+void PageStore::give_rows(half * rows) {
+    if (owns(rows)) {
+        free_home_.push_back(reinterpret_cast<uint8_t *>(rows));
+    } else {
+        memory_->put(rows);
+    }
 }
 
 void PageStore::mark_moved(int stream, int p) {
@@ -103,13 +133,14 @@ void PageStore::recent(int stream, int p) {
 }
 
 void PageStore::drop_rows(int stream, int p) {
+    give_rows(at(stream, p).rows);
+    lose_rows(stream, p);
+}
+
+// Somebody else has them.
+void PageStore::lose_rows(int stream, int p) {
     Page & page = at(stream, p);
     calm_ = false;
-    if (owns(page.rows)) {
-        free_home_.push_back(reinterpret_cast<uint8_t *>(page.rows));
-    } else {
-        memory_->put(page.rows);
-    }
     page.rows = nullptr;
     mark_moved(stream, p);
     if (page.coded) {
@@ -172,7 +203,7 @@ bool PageStore::code(Place place) {
     memory_->read(&span, 1, codec_half_.data());
     std::fill(rows, result + n, 0.0f);
     each_valid([&](size_t at, const half * row) { codec_kernels_->from_half(row, rows + at, d); });
-    if (!shape_.is_value) query_statistics(q_abs, q_sqr);
+    if (!shape_.is_value) query_statistics(q_abs, q_sqr, place.stream);
     double bits = 0;
     if (!codec_({place.stream, place.page * kPageCells, page.valid, rows, q_abs, q_sqr}, result, bits)) return false;
     each_valid([&](size_t at, half * row) { codec_kernels_->to_half(result + at, row, d); });
@@ -189,38 +220,53 @@ bool PageStore::code(Place place) {
 
 bool PageStore::pack(const std::vector<Place> & places, int n_threads) {
     if (codec_) return std::all_of(places.begin(), places.end(), [&](Place place) { return code(place); });
-    jobs_.clear();
-    for (const Place & place : places) {
-        take_record(place.stream, place.page);
-        const Page & page = at(place.stream, place.page);
-        jobs_.push_back({page.rows, page.records, page.valid});
+    for (size_t i = 0, n; i < places.size(); i += n) {
+        const auto is_other = [&](const Place & place) { return place.stream != places[i].stream; };
+        n = std::find_if(places.begin() + i, places.end(), is_other) - (places.begin() + i);
+        pack_some(&places[i], int(n), n_threads);
     }
-    memory_->pack(jobs_.data(), int(jobs_.size()), n_threads);
-    for (const Place & place : places) drop_rows(place.stream, place.page);
-    packed_ever_ += places.size();
     return true;
+}
+
+// Pages of a stream. They have their records when these are written.
+void PageStore::pack_some(const Place * places, int n, int n_threads) {
+    jobs_.clear();
+    for (int i = 0; i < n; ++i) {
+        const Page & page = at(places[i].stream, places[i].page);
+        jobs_.push_back({page.rows, free_records_[free_records_.size() - 1 - i], page.valid});
+    }
+    memory_->pack(places[0].stream, jobs_.data(), n, n_threads);
+    for (int i = 0; i < n; ++i) {
+        take_record(places[i].stream, places[i].page);
+        drop_rows(places[i].stream, places[i].page);
+    }
+    packed_ever_ += n;
 }
 
 bool PageStore::settle(int n_threads) {
     if (!configured_ || calm_) return true;
     ready_.clear();
     for (int s = 0; s < shape_.n_streams; ++s) {
+        const History & history = histories_[s];
+        const int n_sequences = std::max(1, history.n_sequences());
+        const auto is_held = [&](int p) { return n_sequences > 1 && history.holds(p); };
         int staying = 0;
         waiting_.clear();
         for (int p : half_pages_[s]) {
             const Page & page = at(s, p);
             const bool may = p >= shape_.sink_pages() && p != newest_[s];
-            if (may && page.valid.full() && clock_[s] - page.written >= uint64_t(shape_.window)) {
+            if (may && page.valid.full() && clock_[s] - page.written >= uint64_t(shape_.window) && !is_held(p)) {
                 ready_.push_back({s, p});
             } else {
                 ++staying;
                 if (may) waiting_.push_back({s, p});
             }
         }
-        // Holes that nobody fills would keep pages in F16 for ever: no stream holds more than it owns.
-        const int over = staying - shape_.home_pages();
+        // Holes that nobody fills would keep pages in F16 for ever: no stream holds more than it owns, times the sequences in it.
+        const int over = staying - n_sequences * shape_.home_pages();
         if (over > 0) {
-            std::sort(waiting_.begin(), waiting_.end(), [&](Place a, Place b) { return at(s, a.page).written < at(s, b.page).written; });
+            const auto key = [&](Place x) { return std::make_pair(is_held(x.page), uint64_t(at(s, x.page).written)); };
+            std::sort(waiting_.begin(), waiting_.end(), [&](Place a, Place b) { return key(a) < key(b); });
             waiting_.resize(std::min<size_t>(waiting_.size(), over));
             ready_.insert(ready_.end(), waiting_.begin(), waiting_.end());
         }
@@ -267,6 +313,14 @@ template <class Cells> void PageStore::write_cells(Cells && cells, int n, const 
         return true;
     };
     overwritten_.clear();
+    overwritten_.reserve(n / kPageCells);
+    int n_runs = 0;
+    const auto is_over = [&](Cell c) { return page(c.stream, c.cell / kPageCells).valid.test(c.cell % kPageCells); };
+    for (int i = 0; i < n; ++i) {
+        const Cell c = cells(i), before = i > 0 ? cells(i - 1) : Cell{-1, 0};
+        n_runs += c.stream != before.stream || c.cell != before.cell + 1 || is_over(c) != is_over(before);
+    }
+    for (History & history : histories_) history.reserve(n_runs);
     try {
         for (int i = 0; i < n; ++i) {
             const Cell c = cells(i);
@@ -275,8 +329,9 @@ template <class Cells> void PageStore::write_cells(Cells && cells, int n, const 
             to[i] = stage(c.stream, p, whole) + size_t(c.cell % kPageCells) * shape_.row;
             if (whole) overwritten_.push_back({c.stream, p});
         }
+        memory_->write(to, n, rows);
     } catch (...) {
-        for (const Place & place : overwritten_) unpack(place.stream, place.page);
+        for (const Place & place : overwritten_) drop_rows(place.stream, place.page);
         throw;
     }
     for (const Place & place : overwritten_) drop_records(place.stream, place.page);
@@ -284,11 +339,11 @@ template <class Cells> void PageStore::write_cells(Cells && cells, int n, const 
         const Cell c = cells(i);
         const int p = c.cell / kPageCells;
         Page & page = at(c.stream, p);
+        histories_[c.stream].wrote(c.cell, page.valid.test(c.cell % kPageCells));
         page.valid.set(c.cell % kPageCells);
         page.written = ++clock_[c.stream];
         newest_[c.stream] = p;
     }
-    memory_->write(to, n, rows);
 }
 
 void PageStore::write(const Cell * cells, int n, const Rows & rows) {
@@ -301,22 +356,48 @@ void PageStore::write(int stream, int cell, int n, const half * rows, size_t str
     write_cells([&](int i) { return Cell{stream, cell + i}; }, n, {rows, stride * sizeof(half), true});
 }
 
+// Every page that keeps some cells is staged before the first one changes: staging may throw.
 void PageStore::erase(int stream, int cell, int n) {
-    while (n > 0) {
-        const int p = cell / kPageCells, t = cell % kPageCells, m = std::min(n, kPageCells - t);
-        Page & page = at(stream, p);
-        if (!page.empty()) {
-            CellMask left = page.valid;
-            for (int i = t; i < t + m; ++i) left.word[i >> 6] &= ~(uint64_t(1) << (i & 63));
-            if (left.empty()) {
-                drop(stream, p);
-            } else {
-                memory_->zero(stage(stream, p) + size_t(t) * shape_.row, m);
-                page.valid = left;
-            }
+    const auto each_page = [&](auto && f) {
+        for (int at = cell, m; at < cell + n; at += m) {
+            const int p = at / kPageCells, t = at % kPageCells;
+            m = std::min(cell + n - at, kPageCells - t);
+            if (this->page(stream, p).empty()) continue;
+            CellMask rest = this->page(stream, p).valid;
+            for (int i = t; i < t + m; ++i) rest.word[i >> 6] &= ~(uint64_t(1) << (i & 63));
+            f(p, t, m, rest);
         }
-        cell += m;
-        n -= m;
+    };
+    each_page([&](int p, int, int, const CellMask & rest) {
+        if (!rest.empty()) stage(stream, p);
+    });
+    each_page([&](int p, int t, int m, const CellMask & rest) {
+        if (rest.empty()) {
+            drop(stream, p);
+        } else {
+            memory_->zero(at(stream, p).rows + size_t(t) * shape_.row, m);
+            at(stream, p).valid = rest;
+        }
+    });
+    histories_[stream].erased(cell, n);
+    bool any = false;
+    for (int p = 0; p < shape_.n_pages() && !any; ++p) any = !page(stream, p).empty();
+    if (!any) begin_anew(stream);
+}
+
+void PageStore::begin_anew(int stream) {
+    histories_[stream].clear();
+    if (configured_ && !shape_.is_value && !keep_statistics_) memory_->forget_queries(stream);
+}
+
+void PageStore::look(const MaskView & view) {
+    for (int i = 0; i < view.n_streams; ++i) {
+        const int stream = view.first_stream + i;
+        const History::Step step = histories_[stream].look(view, i);
+        if (shape_.is_value || keep_statistics_) continue;
+        if (step.turn == History::Turn::back) memory_->recall_queries(stream, step.mark);
+        if (step.turn == History::Turn::anew) memory_->forget_queries(stream);
+        if (step.marked >= 0) memory_->mark_queries(stream, step.marked);
     }
 }
 
@@ -332,9 +413,9 @@ void PageStore::read(int stream, int cell, int n, half * rows) const {
     memory_->read(spans.data(), int(spans.size()), rows);
 }
 
-std::vector<float> PageStore::importance() const {
+std::vector<float> PageStore::importance(int stream) const {
     std::vector<float> mean(size_t(layout_.n_heads) * layout_.head_size), sqr(mean.size());
-    return query_statistics(mean.data(), sqr.data()) || layout_.query_prior.empty() ? mean : layout_.query_prior;
+    return query_statistics(mean.data(), sqr.data(), stream) || layout_.query_prior.empty() ? mean : layout_.query_prior;
 }
 
 bool PageStore::same_layout(const PageStore & other) const {
@@ -345,32 +426,67 @@ bool PageStore::same_layout(const PageStore & other) const {
 
 void PageStore::copy_stream(const PageStore & other, int from, int to) {
     if (&other == this && from == to) return;
+    // What may fail comes first: the history, rows beyond those that are free or that the stream gives back, the statistics.
+    History history = other.histories_[from];
+    std::vector<half *> spare;
+    int n_packed = int(free_records_.size()), n_rows = -int(free_home_.size());
     for (int p = 0; p < shape_.n_pages(); ++p) {
-        drop(to, p);
+        n_packed += page(to, p).records != nullptr;
+        n_rows -= page(to, p).rows != nullptr;
+    }
+    for (int p = 0; p < shape_.n_pages(); ++p) {
+        const Page & source = other.page(from, p);
+        const bool stays_packed = source.records && n_packed > 0;
+        n_packed -= stays_packed;
+        n_rows += !source.empty() && !stays_packed;
+    }
+    spare.reserve(shape_.n_pages() + std::max(n_rows, 0));
+    try {
+        for (; n_rows > 0; --n_rows) spare.push_back(memory_->get());
+        if (configured_ && !shape_.is_value) memory_->copy_queries(to, *other.memory_, from);
+    } catch (...) {
+        for (half * rows : spare) memory_->put(rows);
+        throw;
+    }
+    for (int p = 0; p < shape_.n_pages(); ++p) {
+        Page & page = at(to, p);
+        if (page.rows && !owns(page.rows)) spare.push_back(page.rows);
+        if (page.rows && owns(page.rows)) free_home_.push_back(reinterpret_cast<uint8_t *>(page.rows));
+        if (page.rows) lose_rows(to, p);
+        if (page.records) drop_records(to, p);
+    }
+    for (int p = 0; p < shape_.n_pages(); ++p) {
         Page & page = at(to, p);
         const Page & source = other.page(from, p);
         if (source.records && !free_records_.empty()) {
             take_record(to, p);
             memory_->copy_records(page.records, source.records);
         } else if (!source.empty()) {
-            half * rows = stage(to, p);
+            if (free_home_.empty()) {
+                page.rows = spare.back();
+                spare.pop_back();
+            } else {
+                page.rows = take_rows();
+            }
+            mark_moved(to, p);
             if (source.records) {
-                const PageJob job = {rows, source.records, {}};
+                const PageJob job = {page.rows, source.records, {}};
                 other.memory_->unpack(&job, 1, 1);
             } else {
-                memory_->copy(rows, source.rows);
+                memory_->copy(page.rows, source.rows);
             }
-            if (source.coded) {
-                forget(to, p);
-                page.coded = 1;
-                ++n_packed_;
-            }
+            page.coded = source.coded;
+            if (source.coded) ++n_packed_;
+            if (!source.coded) recent(to, p);
         }
         page.valid = source.valid;
         page.written = source.written;
     }
+    for (half * rows : spare) memory_->put(rows);
+    calm_ = false;
     clock_[to] = other.clock_[from];
     newest_[to] = other.newest_[from];
+    histories_[to] = std::move(history);
 }
 
 void PageStore::clear() {
@@ -381,10 +497,18 @@ void PageStore::clear() {
         }
         clock_[s] = 0;
         newest_[s] = -1;
+        begin_anew(s);
     }
     // Low addresses first again, so that what is resident stays together.
     std::sort(free_home_.rbegin(), free_home_.rend());
     std::sort(free_records_.rbegin(), free_records_.rend());
+}
+
+size_t PageStore::table_bytes() const {
+    size_t n = sizeof(*this) + pages_.capacity() * sizeof(Page) + moved_.capacity() * sizeof(int) + memory_->query_bytes();
+    for (const auto & list : half_pages_) n += list.capacity() * sizeof(int);
+    for (const History & history : histories_) n += sizeof(History) + history.bytes();
+    return n;
 }
 
 size_t PageStore::bytes_used() const { return n_half_ * shape_.page_bytes() + n_packed_ * (codec_ ? shape_.page_bytes() : layout_.record_bytes); }

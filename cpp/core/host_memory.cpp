@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <utility>
 
 #include "mixkvq/page_memory.h"
 #include "parallel.h"
@@ -12,16 +14,17 @@ constexpr double kQueryMemory = 4096;
 
 void HostMemory::set_layout(const PageLayout & layout) {
     layout_ = &layout;
-    q_sum_.assign(layout.is_value() ? 0 : size_t(layout.n_heads) * layout.head_size, 0.0f);
-    q_sqr_ = q_sum_;
+    if (layout.is_value()) return;
+    importance_.assign(size_t(layout.n_heads) * layout.head_size, 0.0f);
+    queries_.assign(layout.n_streams, {importance_, importance_, 0, std::vector<Mark>(layout.n_marks, {importance_, 0})});
 }
 
 void HostMemory::zero(half * rows, int n_rows) { std::memset(rows, 0, size_t(2) * n_rows * row_); }
 void HostMemory::copy(half * to, const half * from) { std::memcpy(to, from, page_bytes()); }
 void HostMemory::copy_records(uint8_t * to, const uint8_t * from) { std::memcpy(to, from, layout_->record_bytes); }
 
-void HostMemory::pack(const PageJob * jobs, int n, int n_threads) {
-    if (!layout_->is_value()) read_importance();
+void HostMemory::pack(int stream, const PageJob * jobs, int n, int n_threads) {
+    if (!layout_->is_value()) read_importance(stream);
     const int n_heads = layout_->n_heads, d = layout_->head_size;
     parallel_for(n_threads, n * n_heads, [&](int i, int) {
         const PageJob & job = jobs[i / n_heads];
@@ -86,49 +89,102 @@ void HostMemory::read(const PageSpan * spans, int n, half * rows) {
     }
 }
 
+// What a number of a query counts: one that is not finite would spoil its sum for good, and the square of one that no half can hold may be infinite.
+static float counted(float x) {
+    const float magnitude = std::fabs(x);
+    return magnitude <= std::numeric_limits<float>::max() ? std::min(magnitude, 65504.0f) : 0.0f;
+}
+
 void HostMemory::observe(const Queries & q, int n_threads) {
-    const int d = layout_->head_size, group = q.n_heads / layout_->n_heads;
+    const int n_heads = layout_->n_heads, d = layout_->head_size, group = q.n_heads / n_heads;
     // Counting a few queries is done before another thread would wake up.
-    parallel_for(q.n_tokens >= 16 ? n_threads : 1, layout_->n_heads, [&](int kv, int) {
-        float * sum = q_sum_.data() + size_t(kv) * d;
-        float * sqr = q_sqr_.data() + size_t(kv) * d;
-        for (int s = 0; s < q.n_streams; ++s) {
-            for (int g = 0; g < group; ++g) {
-                const float * x = q.q + s * q.stream + (size_t(kv) * group + g) * q.head;
-                for (int t = 0; t < q.n_tokens; ++t, x += q.token) {
-                    for (int i = 0; i < d; ++i) {
-                        sum[i] += std::fabs(x[i]);
-                        sqr[i] += x[i] * x[i];
-                    }
+    parallel_for(q.n_tokens >= 16 ? n_threads : 1, q.n_streams * n_heads, [&](int i, int) {
+        const int s = i / n_heads, kv = i % n_heads;
+        float * abs = queries_[q.first_stream + s].abs.data() + size_t(kv) * d;
+        float * sqr = queries_[q.first_stream + s].sqr.data() + size_t(kv) * d;
+        for (int g = 0; g < group; ++g) {
+            const float * x = q.q + s * q.stream + (size_t(kv) * group + g) * q.head;
+            for (int t = 0; t < q.n_tokens; ++t, x += q.token) {
+                for (int c = 0; c < d; ++c) {
+                    const float y = counted(x[c]);
+                    abs[c] += y;
+                    sqr[c] += y * y;
                 }
             }
         }
     });
-    q_count_ += double(q.n_tokens) * q.n_streams * group;
-    while (q_count_ > 2 * kQueryMemory) {
-        q_count_ *= 0.5;
-        for (float & x : q_sum_) x *= 0.5f;
-        for (float & x : q_sqr_) x *= 0.5f;
+    for (int s = 0; s < q.n_streams; ++s) {
+        QuerySums & sums = queries_[q.first_stream + s];
+        sums.count += double(q.n_tokens) * group;
+        while (sums.count > 2 * kQueryMemory) {
+            sums.count *= 0.5;
+            for (float & x : sums.abs) x *= 0.5f;
+            for (float & x : sums.sqr) x *= 0.5f;
+        }
     }
 }
 
-bool HostMemory::query_statistics(float * mean_abs, float * mean_sqr) {
-    const bool any = q_count_ > 0;
-    for (size_t i = 0; i < q_sum_.size(); ++i) {
-        mean_abs[i] = any ? float(q_sum_[i] / q_count_) : 1.0f;
-        mean_sqr[i] = any ? float(q_sqr_[i] / q_count_) : 1.0f;
+bool HostMemory::query_statistics(int stream, float * mean_abs, float * mean_sqr) {
+    if (queries_.empty()) return false;
+    const int first = std::max(stream, 0), end = stream < 0 ? int(queries_.size()) : stream + 1;
+    double count = 0;
+    for (int s = first; s < end; ++s) count += queries_[s].count;
+    for (size_t i = 0; i < importance_.size(); ++i) {
+        double abs = 0, sqr = 0;
+        for (int s = first; s < end; ++s) abs += queries_[s].abs[i], sqr += queries_[s].sqr[i];
+        mean_abs[i] = count > 0 ? float(abs / count) : 1.0f;
+        mean_sqr[i] = count > 0 ? float(sqr / count) : 1.0f;
     }
-    return any;
+    return count > 0;
 }
 
-void HostMemory::read_importance() {
-    if (q_count_ > 0) {
-        importance_ = q_sum_;
-        for (float & x : importance_) x = float(x / q_count_);
-    } else if (layout_->query_prior.empty()) {
-        importance_.assign(q_sum_.size(), 1.0f);
-    } else {
-        importance_ = layout_->query_prior;
+void HostMemory::forget_queries(int stream) {
+    QuerySums & sums = queries_[stream];
+    std::fill(sums.abs.begin(), sums.abs.end(), 0.0f);
+    std::fill(sums.sqr.begin(), sums.sqr.end(), 0.0f);
+    sums.count = 0;
+}
+
+void HostMemory::mark_queries(int stream, int mark) {
+    QuerySums & sums = queries_[stream];
+    std::copy(sums.abs.begin(), sums.abs.end(), sums.marks[mark].abs.begin());
+    sums.marks[mark].count = sums.count;
+}
+
+void HostMemory::recall_queries(int stream, int mark) {
+    QuerySums & sums = queries_[stream];
+    const Mark & then = sums.marks[mark];
+    const auto faded = sums.count > 0 ? float(then.count) / float(sums.count) : 0.0f;
+    for (float & x : sums.sqr) x *= faded;
+    std::copy(then.abs.begin(), then.abs.end(), sums.abs.begin());
+    sums.count = then.count;
+}
+
+void HostMemory::copy_queries(int to, PageMemory & other, int from) {
+    const QuerySums & source = static_cast<HostMemory &>(other).queries_[from];
+    QuerySums & sums = queries_[to];
+    std::copy(source.abs.begin(), source.abs.end(), sums.abs.begin());
+    std::copy(source.sqr.begin(), source.sqr.end(), sums.sqr.begin());
+    sums.count = source.count;
+    for (size_t i = 0; i < sums.marks.size(); ++i) {
+        std::copy(source.marks[i].abs.begin(), source.marks[i].abs.end(), sums.marks[i].abs.begin());
+        sums.marks[i].count = source.marks[i].count;
+    }
+}
+
+size_t HostMemory::query_bytes() const {
+    size_t n = importance_.size();
+    for (const QuerySums & sums : queries_) {
+        n += sums.abs.size() + sums.sqr.size();
+        for (const Mark & mark : sums.marks) n += mark.abs.size();
+    }
+    return n * sizeof(float);
+}
+
+void HostMemory::read_importance(int stream) {
+    const QuerySums & sums = queries_[stream];
+    for (size_t i = 0; i < importance_.size(); ++i) {
+        importance_[i] = sums.count > 0 ? float(sums.abs[i] / sums.count) : layout_->query_prior.empty() ? 1.0f : layout_->query_prior[i];
     }
 }
 

@@ -49,7 +49,8 @@ void Region::zero() {
 }
 uint64_t physical_memory() {
     const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
-    return pages > 0 && size > 0 ? uint64_t(pages) * uint64_t(size) : 0;
+    const uint64_t machine = pages > 0 && size > 0 ? uint64_t(pages) * uint64_t(size) : 0, group = group_memory();
+    return group && (!machine || group < machine) ? group : machine;
 }
 #endif
 
@@ -83,10 +84,12 @@ static void free_block(void * p) {
 ScratchPool::~ScratchPool() { trim(); }
 
 void * ScratchPool::get(size_t bytes) {
-    auto & list = free_[bytes];
+    auto & [list, n_blocks] = blocks_[bytes];
     void * p;
     if (list.empty()) {
+        list.reserve(n_blocks + 1);  // so that none is refused when it is put back
         p = aligned_block(bytes);
+        ++n_blocks;
         bytes_ += bytes;
         peak_ = std::max(peak_, bytes_);
     } else {
@@ -97,15 +100,16 @@ void * ScratchPool::get(size_t bytes) {
     return p;
 }
 
-void ScratchPool::put(void * block, size_t bytes) { free_[bytes].push_back(block); }
+void ScratchPool::put(void * block, size_t bytes) { blocks_.find(bytes)->second.free.push_back(block); }
 
 void ScratchPool::trim() {
-    for (auto & [bytes, list] : free_) {
-        for (void * p : list) {
+    for (auto & [bytes, blocks] : blocks_) {
+        for (void * p : blocks.free) {
             free_block(p);
             bytes_ -= bytes;
         }
-        list.clear();
+        blocks.n_blocks -= blocks.free.size();
+        blocks.free.clear();
     }
 }
 

@@ -1261,17 +1261,22 @@ __device__ __forceinline__ void join(const Attention & call, const DecodeCut & c
 
 // Sums the queries of a KV head up; the last head's block counts them.
 __device__ __forceinline__ void observe_head(const Brought & brought, int kv, int n_kv_heads, int head_size, uint32_t * counter) {
-    const Fading fading(*brought.sums.count, brought.queries.n, brought.memory);
+    const auto fading = [&](int stream) { return Fading(brought.sums.count[stream * brought.sums.stream], brought.queries.n, brought.memory); };
 #pragma unroll 1
-    for (int d = threadIdx.x; d < head_size; d += blockDim.x) {
-        float abs = 0, sqr = 0;
-        add_queries(brought.queries, kv, d, abs, sqr);
-        add_sums(brought.sums, kv * head_size + d, abs, sqr, fading);
+    for (int stream = 0; stream < brought.queries.n_streams; ++stream) {
+        const Fading fades = fading(stream);
+#pragma unroll 1
+        for (int d = threadIdx.x; d < head_size; d += blockDim.x) {
+            float abs = 0, sqr = 0;
+            add_queries(brought.queries, stream, kv, d, abs, sqr);
+            add_sums(brought.sums, stream * brought.sums.stream + kv * head_size + d, abs, sqr, fades);
+        }
     }
     __syncthreads();
     if (threadIdx.x == 0 && arrive(counter) == uint32_t(n_kv_heads - 1)) {
         *counter = 0;
-        *brought.sums.count = fading.count;
+#pragma unroll 1
+        for (int stream = 0; stream < brought.queries.n_streams; ++stream) brought.sums.count[stream * brought.sums.stream] = fading(stream).count;
     }
 }
 

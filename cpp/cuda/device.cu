@@ -1,3 +1,5 @@
+#include <map>
+#include <mutex>
 #include <string>
 
 #include <cuda_runtime.h>
@@ -12,8 +14,8 @@ __global__ void probe() {}
 std::string version(int major, int minor) { return std::to_string(major) + '.' + std::to_string(minor); }
 std::string cuda_version(int number) { return "CUDA " + version(number / 1000, number % 1000 / 10); }
 
-std::string find_reason() {
-    int driver = 0, n_devices = 0, device = 0;
+std::string find_reason(int device) {
+    int driver = 0, n_devices = 0, before = 0;
     if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no NVIDIA driver was found";
     cudaError_t error = cudaGetDeviceCount(&n_devices);
     if (error == cudaErrorInsufficientDriver) {
@@ -21,7 +23,6 @@ std::string find_reason() {
     }
     if (error == cudaErrorNoDevice || (error == cudaSuccess && n_devices == 0)) return "the NVIDIA driver shows no GPU";
     cudaDeviceProp properties;
-    if (error == cudaSuccess) error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaGetDeviceProperties(&properties, device);
     if (error == cudaSuccess && 10 * properties.major + properties.minor < 75) {
         return std::string(properties.name) + " is too old a GPU: its compute capability is " + version(properties.major, properties.minor) +
@@ -29,19 +30,27 @@ std::string find_reason() {
     }
     // Whether this build has code for the GPU that the driver can load.
     cudaFuncAttributes attributes;
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, probe);
+    if (error == cudaSuccess) error = cudaGetDevice(&before);
+    if (error == cudaSuccess) error = cudaSetDevice(device);
+    if (error == cudaSuccess) {
+        error = cudaFuncGetAttributes(&attributes, probe);
+        cudaSetDevice(before);
+    }
     return error == cudaSuccess ? "" : std::string("the GPU cannot be used: ") + cudaGetErrorString(error);
 }
 
 }  // namespace
 
-const char * unavailable() {
-    static const std::string reason = [] {
-        std::string found = find_reason();
+const char * unavailable(int device) {
+    static std::mutex mutex;
+    static std::map<int, std::string> reasons;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = reasons.find(device);
+    if (found == reasons.end()) {
+        found = reasons.emplace(device, find_reason(device)).first;
         cudaGetLastError();  // the next call is not to find it
-        return found;
-    }();
-    return reason.empty() ? nullptr : reason.c_str();
+    }
+    return found->second.empty() ? nullptr : found->second.c_str();
 }
 
 }  // namespace mixkvq::cuda

@@ -35,6 +35,20 @@ void set_table(cudaStream_t stream, PageRef * table, const TableEntry * entries,
     launch(set_table_kernel, (n + 127) / 128, 128, 0, stream, table, entries, n);
 }
 
+// What was remembered, except q^2, of which the mean stays. The count is put back afterwards.
+__global__ void recall_kernel(QuerySums now, const float * then, int n) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const float count = *now.count, count_then = then[n], abs = then[i];
+    now.sqr[i] = count > 0 ? __fmul_rn(now.sqr[i], __fdiv_rn(count_then, count)) : 0.0f;
+    now.abs[i] = abs;
+    now.importance[i] = __fdiv_rn(abs, count_then);
+}
+
+void recall_sums(cudaStream_t stream, const QuerySums & now, const float * then, int n) {
+    launch(recall_kernel, (n + 127) / 128, 128, 0, stream, now, then, n);
+}
+
 constexpr size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 cudaStream_t stream_of(void * stream) { return static_cast<cudaStream_t>(stream); }
 cudaEvent_t event_of(void * event) { return static_cast<cudaEvent_t>(event); }
@@ -115,7 +129,20 @@ void Queue::join() {
 }
 
 void Queue::note(int code) {
-    if (code != cudaSuccess && error_.empty()) error_ = std::string("the GPU failed: ") + cudaGetErrorString(cudaError_t(code));
+    held_ |= holding_ && code != cudaSuccess;
+    if (code != cudaSuccess && !holding_ && error_.empty()) error_ = std::string("the GPU failed: ") + cudaGetErrorString(cudaError_t(code));
+}
+
+void Queue::forget_foreign_error() {
+    if (error_.empty()) cudaGetLastError();
+}
+
+bool Queue::recover() {
+    cudaGetLastError();
+    if (cudaStreamSynchronize(stream_of(stream())) != cudaSuccess) return false;
+    error_.clear();
+    if (counters_) note(cudaMemsetAsync(counters_, 0, n_counters_ * sizeof(uint32_t), stream_of(stream_)));
+    return true;
 }
 
 void * Queue::mark() {
@@ -142,10 +169,15 @@ void Queue::make_ring(size_t part_bytes) {
         cudaGetLastError();
         throw std::bad_alloc();
     }
+    try {
+        ring_copy_ = static_cast<uint8_t *>(allocate(kParts * part_bytes));
+    } catch (...) {
+        cudaFreeHost(ring);
+        throw;
+    }
     ring_ = static_cast<uint8_t *>(ring);
     part_bytes_ = part_bytes;
     used_ = 0;
-    ring_copy_ = static_cast<uint8_t *>(allocate(kParts * part_bytes));
 }
 
 void Queue::free_ring() {
@@ -360,10 +392,11 @@ void Recording::send() {
     queue_->note(cudaMemcpyAsync(rows_there_, queue_->send(rows_.data(), rows_.size()), bytes, cudaMemcpyDefault, stream_of(queue_->stream())));
 }
 
-void Recording::begin() {
+bool Recording::begin() {
     queue_->note(cudaGetLastError());
-    queue_->note(cudaStreamBeginCapture(stream_of(queue_->stream()), cudaStreamCaptureModeRelaxed));
-    queue_->recording_ = true;
+    queue_->recording_ = cudaStreamBeginCapture(stream_of(queue_->stream()), cudaStreamCaptureModeRelaxed) == cudaSuccess;
+    if (!queue_->recording_) cudaGetLastError();
+    return queue_->recording_;
 }
 
 bool Recording::end(Recording * older) {
@@ -385,7 +418,16 @@ bool Recording::end(Recording * older) {
     return code == cudaSuccess;
 }
 
-void Recording::launch() { queue_->note(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_), stream_of(queue_->stream()))); }
+bool Recording::launch() {
+    const cudaError_t code = cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_), stream_of(queue_->stream()));
+    if (code != cudaErrorMemoryAllocation) {
+        queue_->note(code);
+        return true;
+    }
+    cudaGetLastError();
+    cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(std::exchange(graph_, nullptr)));
+    return false;
+}
 
 }  // namespace mixkvq::cuda
 
@@ -413,7 +455,7 @@ template <class Format> void send_heads(cuda::Queue & queue, const std::vector<F
 
 }  // namespace
 
-CudaMemory::CudaMemory(std::shared_ptr<cuda::Queue> queue, int row, int n_pages) : queue_(std::move(queue)), row_(row) {
+CudaMemory::CudaMemory(std::shared_ptr<cuda::Queue> queue, int row, int n_pages) : queue_(std::move(queue)), row_(row), n_pages_(n_pages) {
     const size_t bytes = n_pages * sizeof(cuda::PageRef);
     table_ = static_cast<cuda::PageRef *>(queue_->allocate(bytes));
     queue_->note(cudaMemsetAsync(table_, 0, bytes, on(*queue_)));
@@ -425,10 +467,15 @@ CudaMemory::~CudaMemory() {
     queue_->release(sums_);
 }
 
+void CudaMemory::recover() {
+    queue_->note(cudaMemsetAsync(table_, 0, n_pages_ * sizeof(cuda::PageRef), on(*queue_)));
+    if (layout_) set_layout(*layout_);
+}
+
 void CudaMemory::set_layout(const PageLayout & layout) {
     layout_ = &layout;
-    queue_->release(heads_);  // of an earlier call that threw
-    heads_ = nullptr;
+    queue_->release(std::exchange(heads_, nullptr));  // of an earlier call
+    queue_->release(std::exchange(sums_, nullptr));
     if (layout.is_value()) {
         heads_ = queue_->allocate(layout.n_heads * sizeof(cuda::ValueHead));
         send_heads(*queue_, layout.values, layout, heads_);
@@ -436,18 +483,21 @@ void CudaMemory::set_layout(const PageLayout & layout) {
     }
     heads_ = queue_->allocate(layout.n_heads * sizeof(cuda::KeyHead));
     send_heads(*queue_, layout.keys, layout, heads_);
-    const size_t n = size_t(layout.n_heads) * layout.head_size, bytes = (3 * n + 1) * sizeof(float);
-    sums_ = static_cast<float *>(queue_->allocate(bytes));
-    queue_->note(cudaMemsetAsync(sums_, 0, bytes, on(*queue_)));
+    queue_->release(sums_);
+    sums_ = nullptr;
+    const size_t n = n_sums();
+    sums_ = static_cast<float *>(queue_->allocate(sums_floats() * sizeof(float)));
     auto * importance = static_cast<float *>(queue_->reserve(n * sizeof(float)));
     std::fill(importance, importance + n, 1.0f);
     if (!layout.query_prior.empty()) std::copy(layout.query_prior.begin(), layout.query_prior.end(), importance);
-    queue_->note(cudaMemcpyAsync(sums().importance, queue_->send(), n * sizeof(float), cudaMemcpyDefault, on(*queue_)));
+    queue_->note(cudaMemcpyAsync(prior(), queue_->send(), n * sizeof(float), cudaMemcpyDefault, on(*queue_)));
+    for (int s = 0; s < layout.n_streams; ++s) forget_queries(s);
 }
 
-cuda::QuerySums CudaMemory::sums() const {
-    const size_t n = size_t(layout_->n_heads) * layout_->head_size;
-    return {sums_, sums_ + n, sums_ + 2 * n, sums_ + 3 * n};
+cuda::QuerySums CudaMemory::sums(int stream) const {
+    float * at = sums_ + stream * sums_stride();
+    const size_t n = n_sums();
+    return {at, at + n, at + 2 * n, at + 3 * n, sums_stride()};
 }
 
 half * CudaMemory::get() {
@@ -468,7 +518,7 @@ void CudaMemory::copy_records(uint8_t * to, const uint8_t * from) { copy_bytes(t
 static_assert(sizeof(PageJob) == sizeof(cuda::PageJob) && offsetof(PageJob, valid) == offsetof(cuda::PageJob, valid),
               "a list of one is a list of the other");
 
-void CudaMemory::pack(const PageJob * jobs, int n, int) {
+void CudaMemory::pack(int stream, const PageJob * jobs, int n, int) {
     for (; n > 0; jobs += kListed, n -= kListed) {
         const int m = std::min(n, kListed);
         const auto * list = reinterpret_cast<const cuda::PageJob *>(queue_->send(jobs, m));
@@ -476,7 +526,7 @@ void CudaMemory::pack(const PageJob * jobs, int n, int) {
             cuda::pack_values(queue_->stream(), static_cast<cuda::ValueHead *>(heads_), layout_->n_heads, layout_->head_size, row_, list, m);
         } else {
             cuda::pack_keys(queue_->stream(), static_cast<cuda::KeyHead *>(heads_), layout_->n_heads, layout_->head_size, row_, list, m,
-                            sums().importance);
+                            sums(stream).importance);
         }
     }
 }
@@ -530,7 +580,12 @@ void CudaMemory::read_here(const PageSpan * spans, int n, half * rows) {
         } else {
             half * page = static_cast<half *>(queue_->get(page_bytes()));
             const PageJob job = {page, const_cast<uint8_t *>(s->records), {}};
-            unpack(&job, 1, 1);
+            try {
+                unpack(&job, 1, 1);
+            } catch (...) {
+                put(page);
+                throw;
+            }
             copy_bytes(rows, page + skip, bytes);
             put(page);
         }
@@ -555,38 +610,65 @@ void CudaMemory::read(const PageSpan * spans, int n, half * rows) {
 void CudaMemory::observe(const Queries & q, int) { observe_on(queue_->stream(), q); }
 
 cuda::Observation CudaMemory::observation(const Queries & q) {
-    any_queries_ |= q.n_tokens > 0 && q.n_streams > 0;
     const int n_kv_heads = layout_->n_heads;
-    return {sums(), q.q, q.token, q.head, q.stream, q.n_tokens, q.n_streams, n_kv_heads, q.n_heads / n_kv_heads, layout_->head_size, kQueryMemory};
+    return {sums(q.first_stream), q.q, q.token, q.head, q.stream, q.n_tokens, q.n_streams, n_kv_heads, q.n_heads / n_kv_heads, layout_->head_size, kQueryMemory};
 }
 
-bool CudaMemory::query_statistics(float * mean_abs, float * mean_sqr) {
+bool CudaMemory::query_statistics(int stream, float * mean_abs, float * mean_sqr) {
     if (!layout_ || !sums_) return false;
-    const size_t n = size_t(layout_->n_heads) * layout_->head_size;
-    std::fill(mean_abs, mean_abs + n, 1.0f);
-    std::fill(mean_sqr, mean_sqr + n, 1.0f);
-    if (!any_queries_) return false;
-    const cuda::Queue::Piece all = {sums_, (3 * n + 1) * sizeof(float)};
+    const size_t n = n_sums(), stride = sums_stride();
+    const int first = std::max(stream, 0), n_streams = stream < 0 ? layout_->n_streams : 1;
+    const cuda::Queue::Piece all = {sums_ + first * stride, n_streams * stride * sizeof(float)};
     const auto * sums = reinterpret_cast<const float *>(queue_->fetch(&all, 1));
-    const float count = sums[3 * n];
-    for (size_t i = 0; i < n && count > 0; ++i) {
-        mean_abs[i] = sums[i] / count;
-        mean_sqr[i] = sums[n + i] / count;
+    double count = 0;
+    for (int s = 0; s < n_streams; ++s) count += sums[s * stride + 3 * n];
+    for (size_t i = 0; i < n; ++i) {
+        double abs = 0, sqr = 0;
+        for (int s = 0; s < n_streams; ++s) abs += sums[s * stride + i], sqr += sums[s * stride + n + i];
+        mean_abs[i] = count > 0 ? float(abs / count) : 1.0f;
+        mean_sqr[i] = count > 0 ? float(sqr / count) : 1.0f;
     }
     return count > 0;
 }
 
+void CudaMemory::forget_queries(int stream) {
+    const cuda::QuerySums all = sums(stream);
+    queue_->note(cudaMemsetAsync(all.abs, 0, (3 * n_sums() + 4) * sizeof(float), on(*queue_)));
+    copy_bytes(all.importance, prior(), n_sums() * sizeof(float));
+}
+
+void CudaMemory::mark_queries(int stream, int number) {
+    const size_t n = n_sums();
+    copy_bytes(mark(stream, number), sums(stream).abs, n * sizeof(float));
+    copy_bytes(mark(stream, number) + n, sums(stream).count, sizeof(float));
+}
+
+void CudaMemory::recall_queries(int stream, int number) {
+    const cuda::QuerySums now = sums(stream);
+    const float * then = mark(stream, number);
+    cuda::recall_sums(on(*queue_), now, then, int(n_sums()));
+    copy_bytes(now.count, then + n_sums(), sizeof(float));
+}
+
+void CudaMemory::copy_queries(int to, PageMemory & other, int from) {
+    copy_bytes(sums(to).abs, static_cast<CudaMemory &>(other).sums(from).abs, sums_stride() * sizeof(float));
+}
+
+size_t CudaMemory::query_bytes() const { return sums_ ? sums_floats() * sizeof(float) : 0; }
+
 const cuda::PageRef * CudaMemory::table_of(PageStore & store) {
     const int n_pages = store.shape().n_pages();
     std::vector<cuda::TableEntry> moved;
-    store.take_moved([&](int s, int p) {
-        const PageStore::Page & page = store.page(s, p);
-        moved.push_back({s * n_pages + p, {page.records, page.rows}});
-    });
+    moved.reserve(store.moved().size());
+    for (int i : store.moved()) {
+        const PageStore::Page & page = store.page(i / n_pages, i % n_pages);
+        moved.push_back({i, {page.records, page.rows}});
+    }
     for (size_t i = 0; i < moved.size(); i += kListed) {
         const int m = int(std::min<size_t>(kListed, moved.size() - i));
         cuda::set_table(on(*queue_), table_, queue_->send(moved.data() + i, m), m);
     }
+    store.moved_taken();
     return table_;
 }
 
@@ -629,7 +711,7 @@ void attention(PageStore & keys, CudaMemory & key_memory, PageStore & values, Cu
                const cuda::RowWrite * writes) {
     cuda::Attention a = prepare_attention(keys, key_memory, values, value_memory, c);
     cuda::Queue & queue = key_memory.queue();
-    const Queries queries = {c.q, c.q_token, c.q_head, c.q_stream, c.n_tokens, c.n_heads, c.n_streams};
+    const Queries queries = {c.q, c.q_token, c.q_head, c.q_stream, c.n_tokens, c.n_heads, c.n_streams, c.first_stream};
     if (writes) {
         cuda::attention(queue.stream(), a, {writes[0], writes[1], key_memory.observation(queries)});
     } else if (queue.recording() || c.n_tokens > kFewTokens) {

@@ -90,10 +90,14 @@ __device__ void store_tile(const half * tile, half * rows, int row, int head_siz
 
 struct KeyShared {
     alignas(16) half tile[kChunk * (kMaxHeadSize + 2)];
-    // By segment and channel; from channel_ranges() on by group.
+    // By segment and channel; from channel_ranges() on by group, and at the end `hi` holds inverse scales.
     float lo[kPageCells / kSegment][kMaxHeadSize], hi[kPageCells / kSegment][kMaxHeadSize];
     float salience[kMaxHeadSize];
-    uint8_t order[kMaxHeadSize];
+    half scale[kPageCells / kSegment][kMaxHeadSize];
+    uint8_t own[kMaxHeadSize], tier[kMaxHeadSize], order[kMaxHeadSize];
+    // Scales and bits that the tile's numbers are rounded with as they are read, for a page that is packed twice.
+    half first_scale[kPageCells / kSegment][kMaxHeadSize];
+    uint8_t bits[kMaxHeadSize], first_bits[kMaxHeadSize];
 };
 
 // Least and largest number of the tile's channels in each segment; infinities where no cell holds a token.
@@ -139,25 +143,210 @@ __device__ float channel_ranges(KeyShared & s, int group, int d) {
     return sum;
 }
 
-__device__ half affine_scale(float lo, float hi, int bits) { return float_to_half((hi - lo) / float((1 << bits) - 1)); }
-
 __device__ float inverse(half scale) {
     const float s = half_to_float(scale);
     return s > 0 ? 1.0f / s : 0.0f;
 }
 
-__device__ uint32_t affine_code(float x, float min, float inv, int bits) {
-    return uint32_t(fminf(fmaxf(rintf((x - min) * inv), 0.0f), float((1 << bits) - 1)));
+// Numbers from `lo` on as codes: see cpp/kernels/scalar.cpp.
+struct Affine {
+    float lo, scale, inv, top;
+    half scale_half;
+
+    __device__ Affine(float lo, half scale, int bits)
+        : lo(lo), scale(half_to_float(scale)), inv(inverse(scale)), top(float((1 << min(bits, 8)) - 1)), scale_half(scale) {}
+    __device__ float code(float x) const { return fminf(fmaxf(rintf((x - lo) * inv), 0.0f), top); }
+    __device__ half back_half(float x) const { return float_to_half(lo + code(x) * scale); }
+    __device__ float back(float x) const { return half_to_float(back_half(x)); }
+};
+
+// The scale of a range is that of the range as it reads back.
+__device__ Affine affine_range(float lo, float hi, int bits) {
+    const float top = float((1 << min(bits, 8)) - 1);
+    const Affine first(lo, float_to_half((hi - lo) / top), bits);
+    return Affine(lo, float_to_half((first.back(hi) - lo) / top), bits);
+}
+
+// Bits of the i-th tier below 16, the narrowest first, and how many channels a format has there.
+__device__ int narrow_bits(int i) { return i < 3 ? 2 + i : 8; }
+__device__ int tier_count(const KeyFormat & f, int bits) { return bits == 16 ? f.n16 : bits == 8 ? f.n8 : bits == 4 ? f.n4 : bits == 3 ? f.n3 : f.n2; }
+__device__ int tier_at(const KeyFormat & f, int rank) {
+    return rank < f.n16 ? 16 : rank < f.n16 + f.n8 ? 8 : rank < f.n16 + f.n8 + f.n4 ? 4 : rank < f.head_size - f.n2 ? 3 : 2;
+}
+
+// The page's chunk into the tile, once all threads are done with the one before; `again`: as it reads back the first time.
+__device__ void load_chunk(KeyShared & s, const half * rows, int row, const KeyFormat & f, int chunk, bool again) {
+    const int n = f.head_size, width = tile_width(n), per_group = f.group / kSegment;
+    __syncthreads();
+    load_tile(rows + size_t(chunk) * kChunk * row, row, n, s.tile);
+    __syncthreads();
+    if (!again) return;
+    for (int i = threadIdx.x; i < kChunk * n; i += kKeyThreads) {
+        const int t = i / n, d = i % n, g = (chunk * (kChunk / kSegment) + t / kSegment) / per_group;
+        if (s.first_bits[d] == 16) continue;
+        half & x = s.tile[t * width + d];
+        x = Affine(s.lo[g][d], s.first_scale[g][d], s.first_bits[d]).back_half(half_to_float(x));
+    }
+    __syncthreads();
+}
+
+// How many cells of channel d of the tile read back as they are at these bits, of those in `cells`; at the first that does not, -1 if `all` must.
+// `hi` is the end of each group's range.
+__device__ int unchanged(const KeyShared & s, const KeyFormat & f, int chunk, uint64_t cells, int d, int bits, const float * hi, bool all,
+                         const int round_bits = 16) {
+    const int width = tile_width(f.head_size), per_group = f.group / kSegment;
+    int same = 0;
+    for (int segment = 0; segment < kChunk / kSegment; ++segment) {
+        const int g = (chunk * (kChunk / kSegment) + segment) / per_group;
+        const Affine a = affine_range(s.lo[g][d], hi[g], bits), own(s.lo[g][d], s.scale[g][d], round_bits);
+        for (int t = segment * kSegment; t < (segment + 1) * kSegment; ++t) {
+            if (!(cells >> t & 1)) continue;
+            float x = half_to_float(s.tile[t * width + d]);
+            if (round_bits < 16) x = own.back(x);
+            const bool equal = a.back(x) == x;
+            same += equal;
+            if (all && !equal) return -1;
+        }
+    }
+    return same;
+}
+
+// Whether rows come from a record, which they do if their channels fit its tiers; s.tier and s.bits then say how.
+__device__ bool keep_tiers(KeyShared & s, const half * rows, int row, const KeyFormat & f, const CellMask & valid, bool again) {
+    const int n = f.head_size, d = threadIdx.x;
+    bool whole[4] = {true, true, true, true};
+    float hi[kPageCells / kSegment];
+    for (int g = 0; d < n && g < kPageCells / f.group; ++g) hi[g] = s.hi[g][d];
+    for (int chunk = 0; chunk < 2; ++chunk) {
+        load_chunk(s, rows, row, f, chunk, again);
+        for (int i = 0; i < 4 && d < n; ++i) {
+            const int bits = narrow_bits(i);
+            whole[i] = whole[i] && tier_count(f, bits) > 0 && unchanged(s, f, chunk, valid.word[chunk], d, bits, hi, true) >= 0;
+        }
+    }
+    if (d < n) s.own[d] = whole[0] ? 2 : whole[1] ? 3 : whole[2] ? 4 : whole[3] ? 8 : 16;
+    __syncthreads();
+    bool fits = true;
+    if (d < n) {
+        int rank = 0;
+        for (int i = 0; i < n; ++i) rank += s.own[i] > s.own[d] || (s.own[i] == s.own[d] && i < d);
+        s.tier[d] = uint8_t(tier_at(f, rank));
+        s.bits[d] = s.own[d];
+        fits = s.own[d] <= s.tier[d];
+    }
+    return __syncthreads_and(fits);
+}
+
+// The bits at which channels seem to have been packed before, judged by a sample of cells, to s.own; whether enough of them do. The last chunk is
+// in the tile, the first is afterwards.
+__device__ bool sampled_bits(KeyShared & s, const half * rows, int row, const KeyFormat & f, const CellMask & valid) {
+    const uint64_t sample = 0x000000ff000000ffull;
+    const int n = f.head_size, d = threadIdx.x;
+    const int n_sample = __popcll(valid.word[0] & sample) + __popcll(valid.word[1] & sample);
+    int same[4] = {};
+    float hi[kPageCells / kSegment];
+    for (int g = 0; d < n && g < kPageCells / f.group; ++g) hi[g] = s.hi[g][d];
+    for (int chunk = 1; chunk >= 0; --chunk) {
+        if (chunk == 0) load_chunk(s, rows, row, f, chunk, false);
+        for (int i = 0; i < 4 && d < n; ++i) {
+            if (tier_count(f, narrow_bits(i)) > 0) same[i] += unchanged(s, f, chunk, valid.word[chunk] & sample, d, narrow_bits(i), hi, false);
+        }
+    }
+    int own = 16, best = 0;
+    for (int i = 0; i < 4 && d < n; ++i) {
+        if (2 * same[i] >= n_sample && same[i] > best) best = same[i], own = narrow_bits(i);
+    }
+    if (d < n) s.own[d] = uint8_t(own);
+    const int known = __syncthreads_count(own < 16);
+    return n_sample == 0 || 2 * known >= f.head_size - f.n16;
+}
+
+// Tiers by salience, but for channels that keep theirs.
+__device__ void choose_tiers(KeyShared & s, const KeyFormat & f, bool is_new) {
+    const int n = f.head_size, d = threadIdx.x;
+    int own = d < n && !is_new ? s.own[d] : 16, known = 0;
+    for (int i = 0; i < 4; ++i) {
+        const int bits = narrow_bits(i), found = __syncthreads_count(own == bits);
+        if (found <= tier_count(f, bits)) {
+            known += found;
+        } else if (own == bits) {
+            own = 16;  // no record has so many
+        }
+    }
+    if (2 * known < n - f.n16) own = 16;
+    if (d < n) s.own[d] = uint8_t(own);
+    __syncthreads();
+    if (d < n) {
+        int tier = own;
+        if (own == 16) {
+            int rank = 0, kept[17] = {};
+            for (int i = 0; i < n; ++i) {
+                ++kept[s.own[i]];
+                rank += s.own[i] == 16 && (s.salience[i] > s.salience[d] || (s.salience[i] == s.salience[d] && i < d));
+            }
+            for (int i = 0; i < 5; ++i) {
+                tier = i == 0 ? 16 : narrow_bits(4 - i);
+                const int room = tier_count(f, tier) - (i == 0 ? 0 : kept[tier]);
+                if (rank < room) break;
+                rank -= room;
+            }
+        }
+        s.tier[d] = s.bits[d] = uint8_t(tier);
+    }
+    __syncthreads();
+}
+
+// Scales of the chosen bits; whether a channel comes out so that fewer bits than its tier's would hold it.
+__device__ bool any_narrower(KeyShared & s, const half * rows, int row, const KeyFormat & f, const CellMask & valid) {
+    const int n = f.head_size, d = threadIdx.x;
+    bool narrower[4] = {};
+    float hi[kPageCells / kSegment];  // as they read back
+    for (int g = 0; d < n && g < kPageCells / f.group; ++g) {
+        const Affine a(s.lo[g][d], s.scale[g][d], s.bits[d]);
+        hi[g] = s.bits[d] == 16 ? s.hi[g][d] : a.back(s.hi[g][d]);
+    }
+    for (int i = 0; i < 4 && d < n; ++i) narrower[i] = tier_count(f, narrow_bits(i)) > 0 && narrow_bits(i) < s.tier[d];
+    for (int chunk = 0; chunk < 2; ++chunk) {
+        if (chunk == 1) load_chunk(s, rows, row, f, chunk, false);
+        for (int i = 0; i < 4 && d < n; ++i) {
+            narrower[i] = narrower[i] && unchanged(s, f, chunk, valid.word[chunk], d, narrow_bits(i), hi, true, s.bits[d]) >= 0;
+        }
+    }
+    return __syncthreads_or(narrower[0] || narrower[1] || narrower[2] || narrower[3]);
+}
+
+__device__ void set_scales(KeyShared & s, const KeyFormat & f) {
+    const int d = threadIdx.x;
+    for (int g = 0; d < f.head_size && g < kPageCells / f.group; ++g) s.scale[g][d] = affine_range(s.lo[g][d], s.hi[g][d], s.bits[d]).scale_half;
+    __syncthreads();
+}
+
+// The rows as they read back with the chosen tiers are what is packed from here on.
+__device__ void read_back(KeyShared & s, const KeyFormat & f) {
+    const int d = threadIdx.x;
+    if (d < f.head_size) {
+        s.first_bits[d] = s.bits[d];
+        for (int g = 0; g < kPageCells / f.group; ++g) {
+            s.first_scale[g][d] = s.scale[g][d];
+            if (s.bits[d] < 16) s.hi[g][d] = Affine(s.lo[g][d], s.scale[g][d], s.bits[d]).back(s.hi[g][d]);
+        }
+    }
+    __syncthreads();
 }
 
 // The tile's codes and F16 channels. s.lo and s.hi hold minima and inverse scales.
 __device__ void store_key_codes(const KeyShared & s, const KeyFormat & f, int chunk, uint64_t cells, uint8_t * record) {
     const int width = tile_width(f.head_size), per_group = f.group / kSegment;
     for (int i = threadIdx.x; i < f.n16 * (kChunk / 2); i += kKeyThreads) {
-        const int r = i / (kChunk / 2), t = i % (kChunk / 2) * 2;
-        const half * x = s.tile + t * width + s.order[r];
-        const uint32_t a = cells >> t & 1 ? x[0] : 0, b = cells >> (t + 1) & 1 ? x[width] : 0;
-        *reinterpret_cast<uint32_t *>(record + 2 * (r * kPageCells + chunk * kChunk + t)) = a | b << 16;
+        const int r = i / (kChunk / 2), t = i % (kChunk / 2) * 2, d = s.order[r];
+        uint32_t x[2] = {s.tile[t * width + d], s.tile[(t + 1) * width + d]};
+        if (s.bits[d] < 16) {
+            const int g = (chunk * (kChunk / kSegment) + t / kSegment) / per_group;
+            const Affine a(s.lo[g][d], s.scale[g][d], s.bits[d]);
+            for (int k = 0; k < 2; ++k) x[k] = a.back_half(half_to_float(half(x[k])));
+        }
+        for (int k = 0; k < 2; ++k) x[k] = cells >> (t + k) & 1 ? x[k] : 0;
+        *reinterpret_cast<uint32_t *>(record + 2 * (r * kPageCells + chunk * kChunk + t)) = x[0] | x[1] << 16;
     }
     for (int i = threadIdx.x; i < (f.head_size - f.n16) * 2; i += kKeyThreads) {
         const KeyQuad quad(f, i / 8);
@@ -165,10 +354,12 @@ __device__ void store_key_codes(const KeyShared & s, const KeyFormat & f, int ch
         uint32_t code[8] = {};
         for (int r = 0; r < 4; ++r) {
             const int d = s.order[f.n16 + i / 8 * 4 + r];
+            const float top = float((1 << s.bits[d]) - 1);
 #pragma unroll
             for (int k = 0; k < 8; ++k) {
                 const int g = (chunk * (kChunk / kSegment) + k / 4) / per_group;
-                const uint32_t c = affine_code(half_to_float(s.tile[(8 * k + t) * width + d]), s.lo[g][d], s.hi[g][d], quad.bits);
+                const float x = half_to_float(s.tile[(8 * k + t) * width + d]);
+                const uint32_t c = uint32_t(fminf(fmaxf(rintf((x - s.lo[g][d]) * s.hi[g][d]), 0.0f), top));
                 if (cells >> (8 * k + t) & 1) code[k] |= c << 8 * r;
             }
         }
@@ -190,39 +381,52 @@ __global__ void __launch_bounds__(kKeyThreads) pack_keys_kernel(const KeyHead * 
     uint8_t * record = job.records + heads[head].record_offset;
 
     for (int chunk = 0; chunk < 2; ++chunk) {
-        load_tile(rows + size_t(chunk) * kChunk * row, row, n, s.tile);
-        __syncthreads();
+        load_chunk(s, rows, row, f, chunk, false);
         segment_ranges(s, n, chunk, valid);
-        __syncthreads();
-    }
-
-    float salience = 0;
-    if (d < n) {
-        salience = importance[size_t(head) * n + d] * channel_ranges(s, f.group, d);
-        if (!(salience > 0)) salience = 0;  // NaN sorts as 0
-        s.salience[d] = salience;
     }
     __syncthreads();
     if (d < n) {
+        const float salience = importance[size_t(head) * n + d] * channel_ranges(s, f.group, d);
+        s.salience[d] = salience > 0 ? salience : 0;  // NaN sorts as 0
+    }
+    __syncthreads();
+
+    const bool is_new = !sampled_bits(s, rows, row, f, valid);
+    bool again = false;
+    uint8_t sampled = d < n ? s.own[d] : 16;
+    if (!is_new && keep_tiers(s, rows, row, f, valid, false)) {
+        set_scales(s, f);
+    } else {
+        if (d < n) s.own[d] = sampled;
+        if (!is_new) load_chunk(s, rows, row, f, 0, false);
+        choose_tiers(s, f, is_new);
+        set_scales(s, f);
+        again = any_narrower(s, rows, row, f, valid);
+        if (again) {  // then the page is packed once more, from the rows as they read back
+            read_back(s, f);
+            keep_tiers(s, rows, row, f, valid, true);
+            set_scales(s, f);
+        }
+    }
+
+    if (d < n) {
         int rank = 0;
-        for (int i = 0; i < n; ++i) rank += s.salience[i] > salience || (s.salience[i] == salience && i < d);
+        for (int i = 0; i < n; ++i) rank += s.tier[i] > s.tier[d] || (s.tier[i] == s.tier[d] && i < d);
         s.order[rank] = uint8_t(d);
         record[at.order + rank] = uint8_t(d);
         const int coded = rank - f.n16;
-        for (int g = 0; g < groups && coded >= 0; ++g) {
-            const half scale = affine_scale(s.lo[g][d], s.hi[g][d], KeyQuad(f, coded / 4).bits);
-            reinterpret_cast<half *>(record + at.scale)[coded * groups + g] = scale;
+        for (int g = 0; g < groups; ++g) {
+            s.hi[g][d] = inverse(s.scale[g][d]);
+            if (coded < 0) continue;
+            reinterpret_cast<half *>(record + at.scale)[coded * groups + g] = s.scale[g][d];
             reinterpret_cast<half *>(record + at.min)[coded * groups + g] = float_to_half(s.lo[g][d]);
-            s.hi[g][d] = inverse(scale);
         }
     }
     for (uint32_t i = at.order + n + threadIdx.x; i < at.end; i += kKeyThreads) record[i] = 0;
     __syncthreads();
 
     store_key_codes(s, f, 1, valid.word[1], record);  // its tile is still there
-    __syncthreads();
-    load_tile(rows, row, n, s.tile);
-    __syncthreads();
+    load_chunk(s, rows, row, f, 0, again);
     store_key_codes(s, f, 0, valid.word[0], record);
 }
 
@@ -320,6 +524,21 @@ __device__ float warp_max(float x) {
 // page.h's, which is host code.
 __device__ float step_of(int bits) { return bits == 2 ? 0.9957f : bits == 3 ? 0.5860f : 0.3352f; }
 
+// The sum of a token's numbers in the order of eight vector lanes, known to all lanes.
+template <int slots>
+__device__ float sum_of_lanes(const float (&x)[slots]) {
+    float s = 0;  // of dimensions lane % 8, + 8, + 16, ...
+#pragma unroll
+    for (int i = 0; i < slots; ++i) {
+#pragma unroll
+        for (int k = 0; k < 32; k += 8) s += __shfl_sync(kAllLanes, x[i], lane() % 8 + k);
+    }
+    s += __shfl_xor_sync(kAllLanes, s, 4);
+    s += __shfl_xor_sync(kAllLanes, s, 2);
+    s += __shfl_xor_sync(kAllLanes, s, 1);
+    return s;
+}
+
 // The scale of a rotated token, known to all lanes.
 template <int slots>
 __device__ uint8_t rotated_scale(int bits, int n, const float (&x)[slots]) {
@@ -329,65 +548,199 @@ __device__ uint8_t rotated_scale(int bits, int n, const float (&x)[slots]) {
         for (int i = 0; i < slots; ++i) top = fmaxf(top, fabsf(x[i]));
         return scale_byte(warp_max(top) / 127.5f, 0x7f);  // upwards: nothing is cut off
     }
-    float s = 0;  // of dimensions lane % 8, + 8, + 16, ...
+    float square[slots];
 #pragma unroll
-    for (int i = 0; i < slots; ++i) {
-        const float square = x[i] * x[i];
-#pragma unroll
-        for (int k = 0; k < 32; k += 8) s += __shfl_sync(kAllLanes, square, lane() % 8 + k);
-    }
-    s += __shfl_xor_sync(kAllLanes, s, 4);
-    s += __shfl_xor_sync(kAllLanes, s, 2);
-    s += __shfl_xor_sync(kAllLanes, s, 1);
-    return scale_byte(sqrtf(s / float(n)) * step_of(bits), 0x40);
+    for (int i = 0; i < slots; ++i) square[i] = x[i] * x[i];
+    return scale_byte(sqrtf(sum_of_lanes(square) / float(n)) * step_of(bits), 0x40);
 }
 
 template <int slots>
 struct ValueShared {
-    uint32_t codes[kPageCells / 4 * 32 * slots];  // [token quad][dimension], a byte per token
-    float mean[32 * slots];
+    uint32_t codes[kPageCells / 4 * 32 * slots];  // [token quad][dimension], a byte per token; before that phases, [token][dimension]
+    float mean[32 * slots], square[32 * slots];
+    float inv[kPageCells];  // of the scales that tokens seem to have had, or 0
+    uint8_t near[32 * slots];
+    float least;
 };
 
-// The means of the page's rows, rotated, to the record and to `mean`.
+// --- rotated values that come from a record: see cpp/kernels/scalar.cpp
+
+constexpr int kPhases = 256;
+__device__ int phase_of(float z, float inv) { return (int(floorf(z * inv * float(kPhases))) & (kPhases - 1)) - kPhases / 2; }
+
+// page.h's, which is host code.
+__device__ int above_of(int bits) { return bits == 2 ? 9 : bits == 3 ? 15 : bits == 4 ? 21 : 2; }
+
+__device__ int warp_sum(int x) {
+    for (int h = 16; h > 0; h /= 2) x += __shfl_xor_sync(kAllLanes, x, h);
+    return x;
+}
+
 template <int slots>
-__device__ void rotated_means(const half * rows, int row, int n, const CellMask & valid, uint8_t * record, float * mean) {
-    const int d = threadIdx.x;
+__device__ uint8_t kept_scale(int bits, int n, const float (&z)[slots], int dims) {
+    const int guess = rotated_scale(bits, n, z), above = above_of(bits);
+    float peak = 0;
+#pragma unroll
+    for (int i = 0; i < slots; ++i) peak = fmaxf(peak, fabsf(z[i]));
+    peak = warp_max(peak);
+    int fewest = kPhases / 8 * dims, best = 0;
+    for (int i = 1; i <= 2 * max(above, kScalesBelow) + 1 && fewest > kPhases / 64 * dims; ++i) {
+        const int by = i % 2 ? -(i / 2) : i / 2, byte = guess + by;  // 0, 1, -1, 2, ...
+        if (by < -kScalesBelow || by > above || byte <= 0 || byte > 0xf7) continue;
+        const float inv = 1.0f / scale_of(uint8_t(byte));
+        if (peak * inv > float(1 << (bits - 1))) continue;
+        int off = 0;
+#pragma unroll
+        for (int k = 0; k < slots; ++k) off += lane() + 32 * k < dims ? abs(phase_of(z[k], inv)) : 0;
+        off = warp_sum(off);
+        if (off < fewest) fewest = off, best = byte;
+    }
+    return uint8_t(best);
+}
+
+__device__ uint8_t large_mean_byte(float x, float least) {
+    const uint8_t byte = mean_byte(x);
+    return fabsf(x) < least || byte == 0x80 ? 0 : byte;
+}
+
+// A token, rotated, without the means.
+template <int slots>
+__device__ void rotated_row(const half * row, int n, const float * mean, float (&x)[slots]) {
+    load_row(row, n, x);
+    rotate(x, n & -n);
+#pragma unroll
+    for (int i = 0; i < slots; ++i) x[i] = lane() + 32 * i < n ? x[i] - mean[lane() + 32 * i] : 0.0f;
+}
+
+// How far dimension d would be from the middles of its steps with another mean, over all tokens.
+__device__ int off_with(const int8_t * phase, const float * inv, int n, int d, float mean, float near) {
+    int sum = 0;
+    for (int t = 0; t < kPageCells; ++t) {
+        if (inv[t] == 0) continue;
+        const float away = fminf(fmaxf((mean - near) * inv[t], -16384.0f), 16384.0f);
+        const int moved = int(floorf(away * float(kPhases) + 0.5f));
+        sum += abs(((phase[t * n + d] - moved + kPhases / 2) & (kPhases - 1)) - kPhases / 2);
+    }
+    return sum;
+}
+
+__device__ uint8_t kept_mean(const int8_t * phase, const float * inv, int n, int d, float least, uint8_t near) {
+    const float was = mean_of(near);
+    float total = 0, weight = 0;  // least squares
+    int count = 0;
+    for (int t = 0; t < kPageCells; ++t) {
+        if (inv[t] == 0) continue;
+        total += (float(phase[t * n + d]) + 0.5f) * inv[t];
+        weight += inv[t] * inv[t];
+        ++count;
+    }
+    uint8_t best = large_mean_byte(was + (weight > 0 ? total / (weight * float(kPhases)) : 0.0f), least * 0.5f);
+    int fewest = off_with(phase, inv, n, d, mean_of(best), was);
+    if (fewest <= kPhases / 16 * count) return best;
+    const int sign = near & 0x80, magnitude = near & 0x7f;
+    const int others[3] = {sign | min(magnitude + 1, 0x7b), sign | max(magnitude - 1, 0), 0};
+    for (int byte : others) {
+        const int off = off_with(phase, inv, n, d, mean_of(uint8_t(byte)), was);
+        if (off < fewest) fewest = off, best = uint8_t(byte);
+    }
+    return best;
+}
+
+// The cell of the i-th row to look at, or -1.
+__device__ int sample_cell(const CellMask & valid, int i) {
+    for (int k = 0; k < kPageCells; ++k) {
+        const int t = k % 8 * 16 + k / 8;
+        if (holds(valid, t) && i-- == 0) return t;
+    }
+    return -1;
+}
+
+// The means of the page's rows, rotated, to the record and to `mean`, and whether the rows come from a record: then they are the means of that one.
+template <int slots>
+__device__ bool rotated_means(ValueShared<slots> & s, const half * rows, int row, int bits, int n, const CellMask & valid, uint8_t * record) {
+    const int d = threadIdx.x, count = max(__popcll(valid.word[0]) + __popcll(valid.word[1]), 1);
     if (d < n) {
-        float sum = 0;
+        float sum = 0, square = 0;
 #pragma unroll 16
         for (int t = 0; t < kPageCells; ++t) {
             const float x = half_to_float(rows[size_t(t) * row + d]);
-            if (holds(valid, t)) sum += x;
+            if (!holds(valid, t)) continue;
+            sum += x;
+            square += x * x;
         }
-        const int count = __popcll(valid.word[0]) + __popcll(valid.word[1]);
-        mean[d] = count > 0 ? sum / float(count) : 0.0f;
+        s.mean[d] = sum / float(count);
+        s.square[d] = square;
     }
     __syncthreads();
     if (threadIdx.x < 32) {
-        float x[slots];
+        float x[slots], square[slots];
 #pragma unroll
-        for (int i = 0; i < slots; ++i) x[i] = lane() + 32 * i < n ? mean[lane() + 32 * i] : 0.0f;
+        for (int i = 0; i < slots; ++i) {
+            const bool inside = lane() + 32 * i < n;
+            x[i] = inside ? s.mean[lane() + 32 * i] : 0.0f;
+            square[i] = inside ? s.square[lane() + 32 * i] : 0.0f;
+        }
+        const float least = sqrtf(sum_of_lanes(square) / float(count * n)) * kLeastMean;
         rotate(x, n & -n);
 #pragma unroll
         for (int i = 0; i < slots; ++i) {
             const int d = lane() + 32 * i;
             if (d >= n) continue;
-            const uint8_t byte = mean_byte(x[i]);
-            record[d] = byte;
-            mean[d] = mean_of(byte);
+            s.near[d] = mean_byte(x[i]);
+            record[d] = large_mean_byte(x[i], least);
+            s.mean[d] = mean_of(s.near[d]);
         }
+        if (lane() == 0) s.least = least;
     }
     __syncthreads();
+
+    const int looked = min(count, kSample);
+    bool kept = false;
+    if (threadIdx.x / 32 < kSample) {
+        const int t = sample_cell(valid, threadIdx.x / 32);
+        if (t >= 0) {
+            float x[slots];
+            rotated_row(rows + size_t(t) * row, n, s.mean, x);
+            kept = kept_scale(bits, n, x, kSampleDims) > 0;
+        }
+    }
+    const int n_kept = __syncthreads_count(kept && lane() == 0);
+    const bool from_record = (valid.word[0] | valid.word[1]) != 0 && 2 * n_kept >= looked;
+    int8_t * phase = reinterpret_cast<int8_t *>(s.codes);
+    for (int round = 0; round < 2 && from_record; ++round) {  // with better means, more rows find their scale
+        for (int t = threadIdx.x / 32; t < kPageCells; t += kValueWarps) {
+            float inv = 0;
+            if (holds(valid, t)) {
+                float x[slots];
+                rotated_row(rows + size_t(t) * row, n, s.mean, x);
+                const uint8_t scale = kept_scale(bits, n, x, n);
+                if (scale > 0) inv = 1.0f / scale_of(scale);
+#pragma unroll
+                for (int i = 0; i < slots; ++i) {
+                    if (inv > 0 && lane() + 32 * i < n) phase[t * n + lane() + 32 * i] = int8_t(phase_of(x[i], inv));
+                }
+            }
+            if (lane() == 0) s.inv[t] = inv;
+        }
+        __syncthreads();
+        if (d < n) {
+            record[d] = s.near[d] = kept_mean(phase, s.inv, n, d, s.least, s.near[d]);
+            s.mean[d] = mean_of(record[d]);
+        }
+        __syncthreads();
+    }
+    if (d < n) s.mean[d] = mean_of(record[d]);
+    __syncthreads();
+    return from_record;
 }
 
 // Codes of a token into x, and its scale into the record.
 template <int slots>
-__device__ void rotated_codes(const ValueFormat & f, const float * mean, float (&x)[slots], uint8_t * scale) {
+__device__ void rotated_codes(const ValueFormat & f, const half * row, const float * mean, bool from_record, float (&x)[slots], uint8_t * scale) {
     const int n = f.head_size;
-    rotate(x, n & -n);
-#pragma unroll
-    for (int i = 0; i < slots; ++i) x[i] = lane() + 32 * i < n ? x[i] - mean[lane() + 32 * i] : 0.0f;
-    const uint8_t s = rotated_scale(f.bits, n, x);
+    rotated_row(row, n, mean, x);
+    uint8_t s = from_record ? kept_scale(f.bits, n, x, n) : 0;
+    if (s == 0) s = rotated_scale(f.bits, n, x);
     if (lane() == 0) *scale = s;
     const float inv = s > 0 ? 1.0f / scale_of(s) : 0.0f, middle = float(1 << (f.bits - 1));
 #pragma unroll
@@ -413,13 +766,13 @@ __device__ void grouped_codes(const ValueFormat & f, float (&x)[slots], half * s
         for (int k = 0; k < 2; ++k) {
             if (32 * (i + k) >= f.head_size) break;
             const float low = warp_min(lo[k]) + 0.0f, high = warp_max(hi[k]) + 0.0f;  // a zero becomes +0
-            const half s = affine_scale(low, high, f.bits);
+            const Affine a = affine_range(low, high, f.bits);
             const int g = 32 * (i + k) / f.group;
             if (lane() == 0) {
-                scale[g] = s;
+                scale[g] = a.scale_half;
                 min[g] = float_to_half(low);
             }
-            x[i + k] = float(affine_code(x[i + k], low, inverse(s), f.bits));
+            x[i + k] = a.code(x[i + k]);
         }
     }
 }
@@ -439,14 +792,14 @@ __global__ void __launch_bounds__(kValueThreads) pack_values_kernel(const ValueH
     half * mins = reinterpret_cast<half *>(record + at.min);
     const bool rotated = f.group == 0;
 
-    if (rotated) rotated_means<slots>(rows, row, n, valid, record + at.mean, shared.mean);
+    const bool from_record = rotated && rotated_means<slots>(shared, rows, row, f.bits, n, valid, record + at.mean);
     for (int t = threadIdx.x / 32; t < kPageCells; t += kValueWarps) {
         float x[slots] = {};
         if (holds(valid, t)) {
-            load_row(rows + size_t(t) * row, n, x);
             if (rotated) {
-                rotated_codes(f, shared.mean, x, record + at.scale + t);
+                rotated_codes(f, rows + size_t(t) * row, shared.mean, from_record, x, record + at.scale + t);
             } else {
+                load_row(rows + size_t(t) * row, n, x);
                 grouped_codes(f, x, scales + t * at.groups, mins + t * at.groups);
             }
         } else if (rotated) {
@@ -525,10 +878,12 @@ constexpr size_t kFew = 1 << 15;  // numbers that one block reads by itself
 
 __global__ void __launch_bounds__(kObserveThreads) observe_kernel(QuerySums sums, Queries c, int head_size, float memory) {
     __shared__ float abs[kObserveThreads], sqr[kObserveThreads];
+    const int stream = blockIdx.y;
+    const size_t its = stream * sums.stream;
     const int chunks = head_size / kObserveChannels, kv_head = blockIdx.x / chunks, i = threadIdx.x;
     const int d = blockIdx.x % chunks * kObserveChannels + i % kObserveChannels;
     float a = 0, b = 0;
-    add_queries(c, kv_head, d, i / kObserveChannels, kObserveRows, a, b);
+    add_queries(c, stream, kv_head, d, i / kObserveChannels, kObserveRows, a, b);
     abs[i] = a;
     sqr[i] = b;
     for (int h = kObserveThreads / 2; h >= kObserveChannels; h /= 2) {
@@ -537,22 +892,28 @@ __global__ void __launch_bounds__(kObserveThreads) observe_kernel(QuerySums sums
         abs[i] += abs[i + h];
         sqr[i] += sqr[i + h];
     }
-    if (i < kObserveChannels) add_sums(sums, kv_head * head_size + d, abs[i], sqr[i], Fading(*sums.count, c.n, memory));
+    if (i < kObserveChannels) add_sums(sums, its + kv_head * head_size + d, abs[i], sqr[i], Fading(sums.count[its], c.n, memory));
 }
 
 // After observe_kernel, whose blocks all read the old count.
-__global__ void count_kernel(QuerySums sums, int n, float memory) { *sums.count = Fading(*sums.count, n, memory).count; }
+__global__ void count_kernel(QuerySums sums, int n, float memory) {
+    float & count = sums.count[blockIdx.x * sums.stream];
+    count = Fading(count, n, memory).count;
+}
 
 // Both in one, by a block, for a few queries.
 __device__ void observe_few(const QuerySums & sums, const Queries & c, int n_kv_heads, int head_size, float memory) {
-    const Fading fading(*sums.count, c.n, memory);
-    for (int i = threadIdx.x; i < n_kv_heads * head_size; i += kFewThreads) {
-        float abs = 0, sqr = 0;
-        add_queries(c, i / head_size, i % head_size, 0, 1, abs, sqr);
-        add_sums(sums, i, abs, sqr, fading);
+    for (int stream = 0; stream < c.n_streams; ++stream) {
+        const size_t its = stream * sums.stream;
+        const Fading fading(sums.count[its], c.n, memory);
+        for (int i = threadIdx.x; i < n_kv_heads * head_size; i += kFewThreads) {
+            float abs = 0, sqr = 0;
+            add_queries(c, stream, i / head_size, i % head_size, 0, 1, abs, sqr);
+            add_sums(sums, its + i, abs, sqr, fading);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) sums.count[its] = fading.count;
     }
-    __syncthreads();
-    if (threadIdx.x == 0) *sums.count = fading.count;
 }
 __global__ void __launch_bounds__(kFewThreads) observe_few_kernel(QuerySums sums, Queries c, int n_kv_heads, int head_size, float memory) {
     observe_few(sums, c, n_kv_heads, head_size, memory);
@@ -569,7 +930,7 @@ __global__ void __launch_bounds__(kFewThreads)
     }
 }
 
-bool are_few(const Observation & o, const Queries & queries) { return size_t(queries.n) * o.n_kv_heads * o.head_size <= kFew; }
+bool are_few(const Observation & o, const Queries & queries) { return size_t(queries.n) * o.n_streams * o.n_kv_heads * o.head_size <= kFew; }
 
 }  // namespace
 
@@ -608,8 +969,9 @@ void observe(Stream stream, const Observation & o) {
     if (are_few(o, queries)) {
         launch(observe_few_kernel, 1, kFewThreads, 0, stream, o.sums, queries, o.n_kv_heads, o.head_size, o.memory);
     } else {
-        launch(observe_kernel, o.n_kv_heads * (o.head_size / kObserveChannels), kObserveThreads, 0, stream, o.sums, queries, o.head_size, o.memory);
-        launch(count_kernel, 1, 1, 0, stream, o.sums, queries.n, o.memory);
+        launch(observe_kernel, dim3(o.n_kv_heads * (o.head_size / kObserveChannels), o.n_streams), kObserveThreads, 0, stream, o.sums, queries, o.head_size,
+               o.memory);
+        launch(count_kernel, o.n_streams, 1, 0, stream, o.sums, queries.n, o.memory);
     }
 }
 

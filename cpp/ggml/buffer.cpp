@@ -1,10 +1,8 @@
 // The buffer type whose key and value tensors take the bytes of packed pages.
 
 #include <algorithm>
-#include <cinttypes>
 #include <cstring>
-#include <new>
-#include <utility>
+#include <set>
 
 #include "glue.h"
 
@@ -40,8 +38,9 @@ StoreShape shape_of(const ggml_tensor * t, bool is_value, const Settings & s) {
     return shape;
 }
 
-size_t records_for(const Settings & s, int layer, int row, int head_size, bool is_value, std::string & error) {
-    const int n_heads = row / head_size;
+// Bytes of a page's records; 0 if there is no such format.
+size_t records_for(const Settings & s, const LayerProfile * layer, bool is_value, int n_heads, int head_size) {
+    std::string error;
     size_t bytes = 0;
     if (is_value) {
         std::vector<ValueFormat> formats;
@@ -49,40 +48,46 @@ size_t records_for(const Settings & s, int layer, int row, int head_size, bool i
         for (const ValueFormat & f : formats) bytes += f.record_bytes();
     } else {
         std::vector<KeyFormat> formats;
-        std::vector<float> prior;
-        if (!key_formats(s, layer, n_heads, head_size, formats, prior, error)) return 0;
+        if (!key_formats(s, layer, n_heads, head_size, formats, error)) return 0;
         for (const KeyFormat & f : formats) bytes += f.record_bytes();
     }
     return bytes;
 }
 
-// Bytes of a page's records. The head size is known from the settings or a profile; otherwise llama.cpp tells it only when the tensor is
-// first read, and the largest answer that a usual head size gives is reserved.
-size_t records_per_page(const Settings & s, int layer, int row, bool is_value, std::string & error) {
-    if (s.profile) {
-        const bool known = layer < int(s.profile->layers.size());
-        if (known && s.profile->layers[layer].keys.empty()) return 0;  // it stays F16
-        const int n_heads = known ? int(s.profile->layers[layer].keys.size()) : 0;
-        if (!known || row % n_heads) {
-            error = "the profile " + s.profile->path + " is for another model: layer " + std::to_string(layer) + " does not fit it";
-            return 0;
-        }
-        return records_for(s, layer, row, row / n_heads, is_value, error);
-    }
+// The head size is known from the settings or a profile; otherwise llama.cpp tells it only when the tensor is first read, and the largest answer that a
+// usual head size gives is reserved, or, for a row that has none, that of any.
+size_t records_per_page(const Settings & s, int layer, bool is_value, int row) {
+    const ProfileFit fit = profile_fit(s, layer, is_value, row, 0, 0);
+    if (fit.layer) return records_for(s, fit.layer, is_value, int(fit.layer->keys.size()), row / int(fit.layer->keys.size()));
+    if (s.codec || fit.kind != ProfileFit::none) return 0;  // a codec's pages stay F16, in the scratch pool where the home pages do not hold them
     if (layer < int(s.head_sizes.size())) {
         const int d = is_value ? s.head_sizes[layer].second : s.head_sizes[layer].first;
-        if (d >= kMinHeadSize && d <= kMaxHeadSize && d % 8 == 0 && row % d == 0) return records_for(s, layer, row, d, is_value, error);
+        if (d >= kMinHeadSize && d <= kMaxHeadSize && d % 8 == 0 && row % d == 0) return records_for(s, nullptr, is_value, row / d, d);
     }
-    size_t most = 0;
-    for (int d : {64, 80, 96, 112, 128, 160, 192, 224, 256}) {
-        if (row % d == 0) most = std::max(most, records_for(s, layer, row, d, is_value, error));
-    }
-    if (!most && row % kMinHeadSize == 0) most = records_for(s, layer, row, kMinHeadSize, is_value, error);
-    return most;
+    const auto most_of = [&](const std::vector<int> & sizes) {
+        size_t most = 0;
+        for (int d : sizes) {
+            if (row % d == 0) most = std::max(most, records_for(s, nullptr, is_value, row / d, d));
+        }
+        return most;
+    };
+    if (const size_t usual = most_of({64, 80, 96, 112, 128, 160, 192, 224, 256})) return usual;
+    std::vector<int> all;
+    for (int d = kMinHeadSize; d <= kMaxHeadSize; d += 8) all.push_back(d);
+    return most_of(all);
 }
 
-// A sentence from get_alloc_size for the alloc_buffer that follows it in the same thread.
-thread_local std::string pending_error;
+size_t size_of(const Settings & s, const ggml_tensor * t, int layer, bool is_value) {
+    return reserve_bytes(shape_of(t, is_value, s), records_per_page(s, layer, is_value, int(t->ne[0])));
+}
+
+// Sentences stay for as long as the process: a program may read one while the tensor that it is about goes.
+const char * for_ever(const std::string & sentence) {
+    static std::mutex mutex;
+    static auto * const sentences = new std::set<std::string>;
+    std::lock_guard<std::mutex> lock(mutex);
+    return sentences->insert(sentence).first->c_str();
+}
 
 }  // namespace
 
@@ -108,12 +113,32 @@ Buffer * buffer_of(const ggml_tensor * t) {
 
 CacheTensor * cache_of(const ggml_tensor * t) {
     const ggml_tensor * root = root_of(t);
-    return buffer_of(root) ? static_cast<CacheTensor *>(root->extra) : nullptr;
+    return is_ours(root->buffer) ? static_cast<CacheTensor *>(root->extra) : nullptr;
 }
 
 bool is_in_memory_of_llama(const ggml_tensor * t) {
     const ggml_tensor * root = root_of(t);
     return is_ours(root->buffer) && std::strncmp(root->name, "cache_", 6) == 0;
+}
+
+bool is_split(const ggml_tensor * op) {
+    static std::atomic<bool> any{false};  // model in this process
+    const auto is_there = [](const ggml_tensor * t) {
+        const ggml_backend_buffer_t buffer = root_of(t)->buffer;
+        ggml_backend_dev_t device = buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer)) : nullptr;
+        return device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_META;
+    };
+    // The result is in no buffer yet when ggml asks, nor may its sources be; what those come from is in the end, a weight or the cache.
+    constexpr int kLook = 64;
+    const ggml_tensor * found[kLook] = {op};
+    for (int i = 0, n = 1; i < n && (i <= GGML_MAX_SRC || any); ++i) {
+        if (is_there(found[i])) return any = true;
+        const ggml_tensor * t = root_of(found[i]);
+        for (int j = 0; j < GGML_MAX_SRC && n < kLook; ++j) {
+            if (t->src[j]) found[n++] = t->src[j];
+        }
+    }
+    return false;
 }
 
 size_t offset_in_cache(const ggml_tensor * t) {
@@ -122,6 +147,8 @@ size_t offset_in_cache(const ggml_tensor * t) {
 
 void CacheTensor::decide(int heads_size, int heads) {
     if (mode != Mode::undecided) return;
+    std::lock_guard<std::recursive_mutex> lock(owner->mutex);
+    const Settings & settings = owner->session->settings;
     head_size = heads_size;
     n_heads = heads;
     if (head_size < kMinHeadSize || head_size > kMaxHeadSize || head_size % 8) {
@@ -132,30 +159,56 @@ void CacheTensor::decide(int heads_size, int heads) {
         make_plain("its cells do not divide into " + std::to_string(n_heads) + " heads of " + std::to_string(head_size));
         return;
     }
+    const ProfileFit fit = profile_fit(settings, layer, is_value, store->shape().row, n_heads, head_size);
+    if (fit.kind == ProfileFit::left_out || fit.kind == ProfileFit::wrong) {
+        make_plain(fit.why, settings.profile->path);  // one line for a profile, not one for every layer
+        return;
+    }
+    const size_t bytes = reserve_bytes(store->shape(), settings.codec ? 0 : records_for(settings, fit.layer, is_value, n_heads, head_size));
+    if (bytes > region_bytes) move_to_larger_region(bytes);
     std::string error;
     if (is_value) {
         std::vector<ValueFormat> formats;
-        if (value_formats(owner->session->settings, layer, n_heads, head_size, formats, error)) store->set_formats(std::move(formats));
+        if (value_formats(settings, fit.layer, n_heads, head_size, formats, error)) store->set_formats(std::move(formats));
     } else {
         std::vector<KeyFormat> formats;
-        std::vector<float> prior;
-        if (key_formats(owner->session->settings, layer, n_heads, head_size, formats, prior, error)) {
-            store->set_formats(std::move(formats), std::move(prior));
+        std::vector<float> prior = fit.layer ? fit.layer->query_prior : std::vector<float>();
+        if (key_formats(settings, fit.layer, n_heads, head_size, formats, error)) store->set_formats(std::move(formats), std::move(prior));
+    }
+    if (!error.empty()) {
+        make_plain(error);
+        return;
+    }
+    mode = Mode::packed;
+    ++mode_changes;
+}
+
+// The pages of heads of this size take more than was reserved for others.
+void CacheTensor::move_to_larger_region(size_t bytes) {
+    const StoreShape shape = store->shape();
+    auto larger = std::make_unique<PageStore>(shape, owner->memory->pages(*this, shape), owner->memory->allocate(bytes), bytes);
+    std::vector<half> rows(size_t(kPageCells) * shape.row);
+    for (int s = 0; s < shape.n_streams; ++s) {
+        for (int p = 0; p < shape.n_pages(); ++p) {
+            if (store->page(s, p).empty()) continue;
+            const int cell = p * kPageCells, n = std::min(kPageCells, shape.n_cells - cell);
+            store->read(s, cell, n, rows.data());
+            larger->write(s, cell, n, rows.data(), shape.row);
         }
     }
-    if (error.empty()) {
-        mode = Mode::packed;
-        ++mode_changes;
-    } else {
-        const auto & profile = owner->session->settings.profile;
-        make_plain(error, profile ? profile->path : "");  // one line for a profile, not one for every layer
-    }
+    store = std::move(larger);
+    owner->more += bytes;
+    if (!owner->memory->is_zero()) unused_bytes = region_bytes;  // fresh memory of the machine is not there before it is written
+    region_bytes = bytes;
 }
 
 void CacheTensor::make_plain(const std::string & why, const std::string & topic) {
     if (mode == Mode::plain) return;
+    std::lock_guard<std::recursive_mutex> lock(owner->mutex);
+    const char * const sentence = for_ever(why);
     const StoreShape & shape = store->shape();
     uint8_t * data = owner->memory->allocate(nominal_bytes);
+    owner->more += nominal_bytes;
     std::vector<half> rows(size_t(kPageCells) * shape.row);
     for (int s = 0; s < shape.n_streams; ++s) {
         for (int p = 0; p < shape.n_pages(); ++p) {
@@ -169,8 +222,9 @@ void CacheTensor::make_plain(const std::string & why, const std::string & topic)
     plain_data = data;
     mode = Mode::plain;
     ++mode_changes;
-    reason = why;
-    warn_once(std::string(is_value ? "values" : "keys") + " of some layers are stored plainly in F16: " + why, topic);
+    reason = sentence;
+    // One line for a cause, not one for every layer, keys and values.
+    if (!owner->dry) warn_once("keys or values of some layers are stored plainly in F16: " + why, topic.empty() ? why : topic);
 }
 
 void CacheTensor::read(size_t offset, void * data, size_t size) const {
@@ -255,116 +309,157 @@ namespace {
 
 Buffer & get(ggml_backend_buffer_t buffer) { return **static_cast<std::shared_ptr<Buffer> *>(buffer->context); }
 
-void free_buffer(ggml_backend_buffer_t buffer) { delete static_cast<std::shared_ptr<Buffer> *>(buffer->context); }
+void free_buffer(ggml_backend_buffer_t buffer) {
+    at_border("out of memory while a cache was freed", [&] { delete static_cast<std::shared_ptr<Buffer> *>(buffer->context); });
+}
 
 void * get_base(ggml_backend_buffer_t buffer) { return get(buffer).memory->base(); }
 
-ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
-    Buffer & buffer = get(ggml_buffer);
-    int layer;
-    bool is_value;
-    if (!is_cache_tensor(t, layer, is_value)) {
-        if (!t->view_src && std::strncmp(t->name, "cache_", 6) == 0) buffer.direct.push_back({t->data, ggml_nbytes(t)});
-        return t->view_src ? GGML_STATUS_SUCCESS : buffer.memory->init(t);
+// A cache tensor over `bytes` from `region` on. False: the profile is not for it, as the session says.
+bool add_cache(Buffer & buffer, ggml_tensor * t, int layer, bool is_value, uint8_t * region, size_t bytes) {
+    Session & session = *buffer.session;
+    const Settings & settings = session.settings;
+    if (t->type == GGML_TYPE_F16) {
+        const ProfileFit fit = profile_fit(settings, layer, is_value, int(t->ne[0]), 0, 0);
+        if (fit.kind == ProfileFit::wrong) {
+            session.fail(fit.why, settings.profile->path);
+            return false;
+        }
     }
-    try {
-        auto cache = std::make_unique<CacheTensor>();
-        cache->owner = &buffer;
-        cache->name = t->name;
-        cache->layer = layer;
-        cache->is_value = is_value;
-        cache->nominal_bytes = ggml_nbytes(t);
-        cache->row_bytes = t->nb[1];
-        auto * region = static_cast<uint8_t *>(t->data);
-        const size_t bytes = std::min(get_alloc_size(ggml_buffer->buft, t), buffer.size - size_t(region - buffer.memory->base()));
-        const StoreShape shape = shape_of(t, is_value, buffer.session->settings);
-        cache->store = std::make_unique<PageStore>(shape, buffer.memory->pages(*cache, shape), region, bytes);
-        if (buffer.session->settings.codec) cache->store->set_codec(codec_of(*buffer.session, layer, is_value, *cache->store), kernels());
-        if (t->type != GGML_TYPE_F16) {
-            cache->mode = CacheTensor::Mode::plain;
-            cache->plain_data = region;
-            buffer.memory->init(t);
-            cache->reason = std::string("its type is ") + ggml_type_name(t->type);
-            warn_once(std::string(is_value ? "values" : "keys") + " of some layers are stored plainly: llama.cpp was asked for a cache of type " +
+    auto cache = std::make_unique<CacheTensor>();
+    cache->owner = &buffer;
+    cache->name = t->name;
+    cache->layer = layer;
+    cache->is_value = is_value;
+    cache->nominal_bytes = ggml_nbytes(t);
+    cache->row_bytes = t->nb[1];
+    cache->region_bytes = bytes;
+    const StoreShape shape = shape_of(t, is_value, settings);
+    cache->store = std::make_unique<PageStore>(shape, buffer.memory->pages(*cache, shape), region, bytes);
+    cache->store->keep_statistics(keeps_statistics());
+    if (settings.codec) cache->store->set_codec(codec_of(session, layer, is_value, *cache->store), kernels());
+    if (t->type != GGML_TYPE_F16) {
+        cache->mode = CacheTensor::Mode::plain;
+        cache->plain_data = region;
+        cache->reason = for_ever(std::string("its type is ") + ggml_type_name(t->type));
+        if (!buffer.dry) {
+            warn_once(std::string("keys or values of some layers are stored plainly: llama.cpp was asked for a cache of type ") +
                       ggml_type_name(t->type) + "; leave the type at f16 for a MixKVQ cache");
         }
-        t->extra = cache.get();
-        buffer.tensors.push_back(std::move(cache));
-    } catch (const std::bad_alloc &) {
-        return GGML_STATUS_ALLOC_FAILED;
     }
-    return GGML_STATUS_SUCCESS;
+    buffer.tensors.reserve(buffer.tensors.size() + 1);
+    t->extra = cache.get();
+    buffer.tensors.push_back(std::move(cache));
+    return true;
+}
+
+// ggml sees a key or value tensor as itself, without an operation.
+ggml_status init_cache(Buffer & buffer, ggml_tensor * t, int layer, bool is_value) {
+    auto * region = static_cast<uint8_t *>(t->data);
+    const size_t bytes = std::min(size_of(buffer.session->settings, t, layer, is_value), buffer.size - size_t(region - buffer.memory->base()));
+    if (t->type != GGML_TYPE_F16) buffer.memory->init(t);
+    return add_cache(buffer, t, layer, is_value, region, bytes) ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
+}
+
+ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
+    try {
+        Buffer & buffer = get(ggml_buffer);
+        std::lock_guard<std::recursive_mutex> lock(buffer.mutex);
+        int layer;
+        bool is_value;
+        if (is_cache_tensor(t, layer, is_value)) return init_cache(buffer, t, layer, is_value);
+        if (!t->view_src && std::strncmp(t->name, "cache_", 6) == 0) buffer.direct.push_back({t->data, ggml_nbytes(t)});
+        return t->view_src ? GGML_STATUS_SUCCESS : buffer.memory->init(t);
+    } catch (...) {
+        return say_exception("out of memory for a cache");
+    }
 }
 
 // ggml cannot be told that such a call failed.
-template <class F> void guarded(F && f) {
-    try {
-        f();
-    } catch (const std::bad_alloc &) {
-        warn_once("out of memory while llama.cpp copied into or out of the cache: what it copied is incomplete, reset the context");
-    }
+template <class F> void guarded(ggml_backend_buffer_t buffer, F && f) noexcept {
+    at_border("out of memory while llama.cpp copied into or out of the cache: what it copied is incomplete, reset the context", [&] {
+        std::lock_guard<std::recursive_mutex> lock(get(buffer).mutex);
+        f(get(buffer));
+    });
 }
 
-void memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
-    CacheTensor * cache = cache_of(t);
-    get(buffer).touched = true;
-    if (!cache) {
-        get(buffer).memory->fill(static_cast<uint8_t *>(t->data) + offset, value, size);
-    } else if (value == 0) {
-        guarded([&] { cache->erase(offset_in_cache(t) + offset, size); });
-    } else {
-        guarded([&] {
+void memset_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
+    guarded(ggml_buffer, [&](Buffer & buffer) {
+        CacheTensor * cache = cache_of(t);
+        buffer.touched = true;
+        if (!cache) {
+            buffer.memory->fill(static_cast<uint8_t *>(t->data) + offset, value, size);
+        } else if (value == 0) {
+            cache->erase(offset_in_cache(t) + offset, size);
+        } else {
             const std::vector<uint8_t> data(size, value);
             cache->write(offset_in_cache(t) + offset, data.data(), size, 1);
-        });
-    }
+        }
+    });
 }
 
-void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data, size_t offset, size_t size) {
-    get(buffer).touched = true;
-    if (CacheTensor * cache = cache_of(t)) {
-        guarded([&] { cache->write(offset_in_cache(t) + offset, data, size, get(buffer).session->n_threads); });
-    } else {
-        get(buffer).memory->set(static_cast<uint8_t *>(t->data) + offset, data, size);
-    }
+void set_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    guarded(ggml_buffer, [&](Buffer & buffer) {
+        buffer.touched = true;
+        if (CacheTensor * cache = cache_of(t)) {
+            cache->write(offset_in_cache(t) + offset, data, size, buffer.session->n_threads);
+        } else {
+            buffer.memory->set(static_cast<uint8_t *>(t->data) + offset, data, size);
+        }
+    });
 }
 
-void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * t, void * data, size_t offset, size_t size) {
-    if (const CacheTensor * cache = cache_of(t)) {
-        guarded([&] { cache->read(offset_in_cache(t) + offset, data, size); });
-        get(buffer).memory->trim();
-    } else {
-        get(buffer).memory->get(data, static_cast<const uint8_t *>(t->data) + offset, size);
-    }
+void get_tensor(ggml_backend_buffer_t ggml_buffer, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+    guarded(ggml_buffer, [&](Buffer & buffer) {
+        if (const CacheTensor * cache = cache_of(t)) {
+            cache->read(offset_in_cache(t) + offset, data, size);
+            buffer.memory->trim();
+        } else {
+            buffer.memory->get(data, static_cast<const uint8_t *>(t->data) + offset, size);
+        }
+    });
 }
 
 // seq_cp between streams copies a stream's view. Packed pages are copied as they are.
-bool cpy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * src, ggml_tensor * dst) {
+bool copy_between(Buffer & buffer, const ggml_tensor * src, ggml_tensor * dst) {
     CacheTensor * from = cache_of(src);
     CacheTensor * to = cache_of(dst);
-    if (!from && !to) return get(buffer).memory->copy(src, dst);
+    if (!from && !to) return buffer.memory->copy(src, dst);
     if (!from || !to || (from->owner != to->owner && (from->cuda || to->cuda))) return false;  // on a GPU a buffer has a queue of its own
     if (from->mode != CacheTensor::Mode::packed || to->mode != from->mode || !from->store->same_layout(*to->store)) return false;
     const size_t stream_bytes = from->row_bytes * from->store->shape().n_cells;
     const size_t a = offset_in_cache(src), b = offset_in_cache(dst);
     if (a % stream_bytes || b % stream_bytes || ggml_nbytes(src) != stream_bytes) return false;
-    get(buffer).touched = true;
-    guarded([&] { to->store->copy_stream(*from->store, int(a / stream_bytes), int(b / stream_bytes)); });
+    buffer.touched = true;
+    to->store->copy_stream(*from->store, int(a / stream_bytes), int(b / stream_bytes));
     return true;
 }
 
+bool cpy_tensor(ggml_backend_buffer_t ggml_buffer, const ggml_tensor * src, ggml_tensor * dst) {
+    // Where this fails ggml copies through the host.
+    return at_border("out of memory while llama.cpp copied a cache", false, [&] {
+        BufferLocks locks;
+        locks.add(&get(ggml_buffer));
+        locks.add(buffer_of(src));
+        locks.lock();
+        return copy_between(get(ggml_buffer), src, dst);
+    });
+}
+
 void clear(ggml_backend_buffer_t ggml_buffer, uint8_t value) {
-    Buffer & buffer = get(ggml_buffer);
-    if (!buffer.touched && value == 0) return;  // fresh memory is zero; writing it would make it resident
-    for (auto & cache : buffer.tensors) cache->clear();
-    if (buffer.tensors.empty()) {
-        buffer.memory->fill(buffer.memory->base(), value, buffer.size);
-    } else {
-        for (auto & d : buffer.direct) buffer.memory->fill(static_cast<uint8_t *>(d.first), value, d.second);
-        if (buffer.direct.empty()) buffer.memory->zero_all();
-        buffer.memory->trim();
-    }
-    buffer.touched = value != 0 || !buffer.memory->is_zero();
+    guarded(ggml_buffer, [&](Buffer & buffer) {
+        if (!buffer.touched && value == 0) return;  // fresh memory is zero; writing it would make it resident
+        for (auto & cache : buffer.tensors) cache->clear();
+        if (buffer.tensors.empty()) {
+            buffer.memory->fill(buffer.memory->base(), value, buffer.size);
+        } else {
+            for (auto & d : buffer.direct) buffer.memory->fill(static_cast<uint8_t *>(d.first), value, d.second);
+            if (buffer.direct.empty()) buffer.memory->zero_all();
+            buffer.memory->trim();
+        }
+        buffer.memory->recover(buffer.tensors);
+        buffer.touched = value != 0 || !buffer.memory->is_zero();
+    });
 }
 
 // ---- the buffer type ----
@@ -373,27 +468,28 @@ Device & device_at(ggml_backend_buffer_type_t type) { return *static_cast<Device
 
 const char * buft_name(ggml_backend_buffer_type_t type) { return device_at(type).name.c_str(); }
 
-ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
+ggml_backend_buffer_t make_buffer(ggml_backend_buffer_type_t type, size_t size) {
     auto session = current_session();
-    auto fail = [&](const std::string & sentence) -> ggml_backend_buffer_t {
-        std::lock_guard<std::mutex> lock(session->mutex);
-        session->error = sentence;
-        warn_once(sentence);
-        return nullptr;
-    };
-    std::string error = std::exchange(pending_error, std::string());
-    if (!error.empty()) return fail(error);
+    std::string error;
     auto buffer = std::make_shared<Buffer>();
     buffer->device = &device_at(type);
     buffer->memory = buffer->device->allocate(*buffer->device, size, error);
-    if (!buffer->memory) return fail(error);
+    if (!buffer->memory) {
+        session->fail(error);
+        return nullptr;
+    }
     buffer->size = size;
     buffer->touched = !buffer->memory->is_zero();
     buffer->session = session;
+    auto holder = std::make_unique<std::shared_ptr<Buffer>>(buffer);
     {
         std::lock_guard<std::mutex> lock(session->mutex);
         auto & list = session->buffers;
         list.erase(std::remove_if(list.begin(), list.end(), [](auto & weak) { return weak.expired(); }), list.end());
+        if (!session->codec_failed || list.empty()) {  // what failed before is not this context's
+            session->error.clear();
+            session->codec_failed = false;
+        }
         list.push_back(buffer);
     }
     ggml_backend_buffer_i iface = {};
@@ -405,7 +501,11 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size)
     iface.get_tensor = get_tensor;
     iface.cpy_tensor = cpy_tensor;
     iface.clear = clear;
-    return ggml_backend_buffer_init(type, iface, new std::shared_ptr<Buffer>(buffer), size);
+    return ggml_backend_buffer_init(type, iface, holder.release(), size);
+}
+
+ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
+    return at_border("out of memory for a cache", static_cast<ggml_backend_buffer_t>(nullptr), [&] { return make_buffer(type, size); });
 }
 
 size_t get_alignment(ggml_backend_buffer_type_t type) {
@@ -420,15 +520,58 @@ bool is_host(ggml_backend_buffer_type_t) { return false; }
 size_t get_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor * t) {
     int layer;
     bool is_value;
-    if (!is_cache_tensor(t, layer, is_value) || t->type != GGML_TYPE_F16) {
-        return ggml_backend_buft_get_alloc_size(ggml_backend_dev_buffer_type(device_at(type).inner), t);
+    const bool is_inner = !is_cache_tensor(t, layer, is_value) || t->type != GGML_TYPE_F16;
+    const auto inner = [&] { return ggml_backend_buft_get_alloc_size(ggml_backend_dev_buffer_type(device_at(type).inner), t); };
+    if (is_inner) return inner();
+    return at_border("out of memory for a cache", inner(), [&] { return size_of(current_session()->settings, t, layer, is_value); });
+}
+
+namespace {
+
+// What is behind the tensors of a dry run: nothing. Stores keep their books over addresses that nobody follows.
+class NoMemory final : public BufferMemory {
+  public:
+    uint8_t * base() const override { return nullptr; }
+    bool is_zero() const override { return true; }
+    const char * isa() const override { return isa_name(kernels().isa); }
+    std::unique_ptr<PageMemory> pages(CacheTensor &, const StoreShape & shape) override {
+        return std::make_unique<HostMemory>(kernels(), pool_, shape.row);
     }
-    const Settings & s = current_session()->settings;
-    std::string error;
-    // A codec's pages stay F16, in the scratch pool where the home pages do not hold them.
-    const size_t records = s.codec ? 0 : records_per_page(s, layer, int(t->ne[0]), is_value, error);
-    if (!error.empty()) pending_error = error;
-    return reserve_bytes(shape_of(t, is_value, s), records);
+    void trim() override {}
+    size_t scratch_bytes() const override { return 0; }
+    size_t scratch_bytes_peak() const override { return 0; }
+    uint8_t * allocate(size_t) override { return nullptr; }
+    void set(uint8_t *, const void *, size_t) override {}
+    void get(void *, const uint8_t *, size_t) const override {}
+    void fill(uint8_t *, uint8_t, size_t) override {}
+    void zero_all() override {}
+
+  private:
+    ScratchPool pool_;
+};
+
+}  // namespace
+
+void take_dry(const ggml_tensor * tensor) {
+    auto * root = const_cast<ggml_tensor *>(root_of(tensor));
+    int layer;
+    bool is_value;
+    if (!is_ours(root->buffer) || root->buffer->context || root->extra || !is_cache_tensor(root, layer, is_value)) return;
+    const auto session = current_session();
+    if (session->is_default) return;  // nobody asks it for sizes
+    if (!session->dry) {
+        auto buffer = std::make_shared<Buffer>();
+        buffer->memory = std::make_unique<NoMemory>();
+        buffer->dry = true;
+        buffer->session = session;
+        session->dry = buffer;
+        std::lock_guard<std::mutex> lock(session->mutex);
+        session->buffers.push_back(buffer);
+    }
+    const size_t bytes = get_alloc_size(root->buffer->buft, root);
+    session->dry->device = &device_at(root->buffer->buft);
+    session->dry->size += bytes;
+    add_cache(*session->dry, root, layer, is_value, reinterpret_cast<uint8_t *>(uintptr_t(64)), bytes);
 }
 
 void init_buffer_type(Device & device) {

@@ -3,6 +3,7 @@
 // backend does in between, and then costs one launch.
 
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <cstdlib>
 #include <list>
@@ -20,10 +21,27 @@ namespace {
 
 constexpr size_t kGraphs = 4;        // that are remembered
 constexpr int64_t kRowsOfToken = 64; // a graph that writes more rows at a time is not recorded
+constexpr int kPause = 256;          // graphs, before another try where nothing could be recorded
 constexpr int kLaunches = 8;         // after so many, a graph like the recorded one is recorded when it first comes
 
-// While one thread records, no other may free a handle of cuBLAS, as the end of an inner backend does.
+// While one thread records, no other may free a handle of cuBLAS, as the end of one of ggml's backends does: CUDA then ends the recording, and ggml the
+// process. ggml keeps such frees apart from recordings of its own and does not know ours, so its devices make backends that wait for them.
 std::shared_mutex recording_mutex;
+std::atomic<decltype(ggml_backend_device_i::init_backend)> inner_init{nullptr};  // ggml's, the same for all its devices
+std::atomic<decltype(ggml_backend_i::free)> inner_free{nullptr};
+
+void free_inner(ggml_backend_t backend) {
+    const std::unique_lock<std::shared_mutex> lock(recording_mutex);
+    inner_free.load()(backend);
+}
+
+ggml_backend_t init_inner(ggml_backend_dev_t device, const char * params) {
+    ggml_backend_t backend = inner_init.load()(device, params);
+    if (!backend) return nullptr;
+    inner_free = backend->iface.free;
+    backend->iface.free = free_inner;
+    return backend;
+}
 
 enum class Kind {
     view,    // computes nothing
@@ -45,6 +63,7 @@ struct Graph {
     uint64_t uid = 0, mode_changes = 0;
     const ggml_tensor * first = nullptr;  // node: llama.cpp builds the next graph in the place of the last one
     std::vector<Kind> kinds;              // by node
+    std::vector<Buffer *> buffers;        // of the caches
     bool any_cache = false;
     size_t n_rows = 0;        // that it writes, if it can be recorded, else 0
     bool is_batch = false;    // it writes too many
@@ -58,12 +77,13 @@ struct CudaContext {
     ggml_backend_event_t inner_done = nullptr;
     ggml_backend_event queue_done = {};
     bool inner_has_more = true;  // work that no queue of ours waits for
-    std::vector<std::weak_ptr<cuda::Queue>> queues;  // that graphs have used
+    std::vector<std::weak_ptr<Buffer>> buffers;      // that graphs have used
     std::vector<PageStore::Cell> cells;              // of a write
     std::vector<Indices> indices;
 
     std::list<Graph> graphs;  // the last ones, the latest first
-    bool may_record = std::getenv("GGML_CUDA_DISABLE_GRAPHS") == nullptr;
+    const bool may_record = std::getenv("GGML_CUDA_DISABLE_GRAPHS") == nullptr;
+    int pause = 0;  // graphs that are not recorded
     ggml_tensor filler = {};
     std::vector<ggml_tensor *> nodes;  // of a slice
 };
@@ -132,6 +152,7 @@ class Run {
     bool find_cells(const CacheTensor & t, const ggml_tensor * op, const uint8_t * indices);
     ggml_status write(CacheTensor & t, const ggml_tensor * op);
     void launch_writes();
+    void look(CacheTensor & k, CacheTensor & v, const ggml_tensor * op);
     void attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op);
     ggml_status shift(CacheTensor & t, const ggml_tensor * op);
     ggml_status on_copies(ggml_tensor * op);
@@ -158,9 +179,11 @@ void Run::used(const CacheTensor & t, const std::shared_ptr<cuda::Queue> & queue
     if (std::find(used_.begin(), used_.end(), queue) != used_.end()) return;
     used_.push_back(queue);
     buffers_.push_back(t.owner);
-    auto & known = c_.queues;
-    known.erase(std::remove_if(known.begin(), known.end(), [&](auto & weak) { return weak.expired() || weak.lock() == queue; }), known.end());
-    known.push_back(queue);
+    queue->forget_foreign_error();
+    const auto buffer = t.owner->shared_from_this();
+    auto & known = c_.buffers;
+    known.erase(std::remove_if(known.begin(), known.end(), [&](auto & weak) { return weak.expired() || weak.lock() == buffer; }), known.end());
+    known.push_back(buffer);
     inner_ahead_ = true;
 }
 
@@ -192,15 +215,11 @@ void Run::to_inner() {
     inner_ahead_ = true;
 }
 
-// Gives the inner backend what has gathered for it: a slice of the graph, which it can tell apart and fuse like the graph itself.
+// Gives the inner backend what has gathered for it.
 ggml_status Run::flush() {
     if (first_ < 0) return GGML_STATUS_SUCCESS;
     to_inner();
-    ggml_cgraph slice = *graph_;
-    slice.nodes += first_;
-    slice.n_nodes = end_ - first_;
-    slice.size = slice.n_leafs = 0;
-    slice.grads = slice.grad_accs = slice.leafs = nullptr;
+    ggml_cgraph slice = slice_of(*graph_, first_, end_);
     const uint64_t most = uint64_t(1) << 20;
     const bool known = graph_->uid && graph_->uid < 4 * most && uint64_t(graph_->n_nodes) < most;
     slice.uid = known ? (graph_->uid * most + first_) * most + end_ : 0;
@@ -305,6 +324,16 @@ void Run::launch_writes() {
     n_writes_ = 0;
 }
 
+// The masks that the host has set tell the stores what has become of their streams. One that comes another way, or is too long to be remembered, does not.
+void Run::look(CacheTensor & k, CacheTensor & v, const ggml_tensor * op) {
+    const ggml_tensor * mask = op->src[3];
+    const uint8_t * at = mask && is_input(mask) ? written_by_host(mask) : nullptr;
+    if (mask && !at) return;
+    const MaskView view = attention_call(k, op).view(at);
+    k.store->look(view);
+    v.store->look(view);
+}
+
 void Run::attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op) {
     // A mask that the graph computes may come from the kernel just before, which attention with rows does not wait for in everything.
     const bool is_mask_there = !op->src[3] || is_input(op->src[3]);
@@ -312,6 +341,7 @@ void Run::attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op) {
     const bool together = together_ && is_mask_there && are_ours;
     if (!together) launch_writes();
     use(k);
+    if (!books_done_) look(k, v, op);
     if (together && written_[0] != &k) std::swap(writes_[0], writes_[1]);
     attention(*k.store, *k.cuda, *v.store, *v.cuda, attention_call(k, op), together ? writes_ : nullptr);
     n_writes_ = 0;
@@ -340,6 +370,7 @@ ggml_status Run::shift(CacheTensor & t, const ggml_tensor * op) {
                 page_by.buffer = root_of(positions)->buffer;
                 node.src[0] = &k;
                 node.src[1] = &page_by;
+                keep_lengths(node);
                 to_inner();
                 status = run_node(c_.inner, &node);
                 use(t);
@@ -461,6 +492,12 @@ void Run::classify() {
         const ggml_tensor * node = graph_->nodes[i];
         const Kind kind = kind_of(node);
         known_->kinds.push_back(kind);
+        for (int j = -1; j < GGML_MAX_SRC && kind != Kind::view && kind != Kind::inner; ++j) {
+            const ggml_tensor * t = j < 0 ? node : node->src[j];
+            const CacheTensor * cache = t ? cache_of(t) : nullptr;
+            auto & buffers = known_->buffers;
+            if (cache && std::find(buffers.begin(), buffers.end(), cache->owner) == buffers.end()) buffers.push_back(cache->owner);
+        }
         known_->any_cache |= kind != Kind::view && kind != Kind::inner;
         if (kind == Kind::write) {
             known_->n_rows += node->src[0]->ne[1];
@@ -476,6 +513,7 @@ void Run::classify() {
 // What comes for the second time will come again. So will, after many of its kind, a graph that comes for the first time: they change with the length
 // of the context.
 bool Run::is_worth_recording() const {
+    if (c_.pause > 0 && c_.pause--) return false;
     if (!c_.may_record || known_->n_rows == 0) return false;
     return is_again_ || std::any_of(c_.graphs.begin(), c_.graphs.end(), [&](const Graph & g) {
                return g.n_launches >= kLaunches && g.kinds.size() == known_->kinds.size() && g.n_rows == known_->n_rows;
@@ -562,6 +600,7 @@ ggml_status Run::replay() {
     const bool is_recorded = recording->ready() && known_->workspaces == count_workspaces();
     each(Kind::attend, [&](ggml_tensor * node) {
         CacheTensor * k = cache_of(node->src[1]), * v = cache_of(node->src[2]);
+        look(*k, *v, node);
         k->cuda->table_of(*k->store);
         v->cuda->table_of(*v->store);
         if (!is_recorded) prepare_attention(*k->store, *k->cuda, *v->store, *v->cuda, attention_call(*k, node));
@@ -580,14 +619,14 @@ ggml_status Run::replay() {
     if (std::exchange(c_.inner_has_more, false)) after_inner(queue);
 
     books_done_ = true;
-    if (together_ && (is_recorded || record())) {
+    const bool tried = together_;
+    if (tried && (is_recorded || record()) && recording->launch()) {
         known_->workspaces = count_workspaces();
         c_.inner_has_more = !is_recorded;
-        recording->launch();
         ++known_->n_launches;
     } else {
         c_.inner_has_more = true;
-        c_.may_record = c_.may_record && !together_;  // whatever the reason is, the next graph will have it too
+        if (tried) c_.pause = kPause;  // whatever the reason is, the next graph may have it too
         const ggml_status status = enqueue();
         if (status != GGML_STATUS_SUCCESS) return status;
         after_inner(queue);
@@ -604,7 +643,8 @@ ggml_status Run::replay() {
 bool Run::record() {
     const std::shared_lock<std::shared_mutex> lock(recording_mutex);
     cuda::Queue & queue = known_->recording->queue();
-    known_->recording->begin();
+    if (!known_->recording->begin()) return false;
+    for (const auto & used : used_) used->hold_errors();  // nothing is done yet: what goes wrong ends the recording only
     queue_ = &queue;
     to_inner();  // so that what the inner backend does is recorded, too
     n_written_ = 0;
@@ -615,9 +655,11 @@ bool Run::record() {
         return &g != known_ && g.recording && g.recording->ready() && g.first == known_->first && g.kinds == known_->kinds && g.n_rows == known_->n_rows;
     });
     const bool recorded = known_->recording->end(older == c_.graphs.end() ? nullptr : older->recording.get());
+    bool failed = false;
+    for (const auto & used : used_) failed |= used->held_errors();
     n_written_ = 0;
     queue_ = nullptr;
-    return queued && recorded;
+    return queued && recorded && !failed;
 }
 
 ggml_status Run::operator()() {
@@ -625,6 +667,9 @@ ggml_status Run::operator()() {
     const bool recorded = known_->any_cache && is_worth_recording();
     c_.inner_has_more |= !recorded;
     if (!known_->any_cache) return ggml_backend_graph_compute_async(c_.inner, graph_);
+    BufferLocks locks;
+    for (Buffer * buffer : known_->buffers) locks.add(buffer);
+    locks.lock();
 
     fetch_inputs();
     ggml_status status = recorded ? replay() : enqueue();
@@ -646,9 +691,14 @@ const char * get_name(ggml_backend_t backend) { return ggml_backend_dev_name(bac
 
 void synchronize(ggml_backend_t backend) {
     if (std::exchange(get(backend).inner_has_more, false)) ggml_backend_synchronize(get(backend).inner);
-    for (const auto & weak : get(backend).queues) {
-        if (const auto queue = weak.lock()) queue->synchronize();
-    }
+    at_border("out of memory while a GPU was waited for", [&] {
+        for (const auto & weak : get(backend).buffers) {
+            const auto buffer = weak.lock();
+            if (!buffer) continue;
+            std::lock_guard<std::recursive_mutex> lock(buffer->mutex);
+            queue_of(*buffer)->synchronize();
+        }
+    });
 }
 
 // Behind the graph, for which the inner backend waits: the program need not be there when it is done.
@@ -670,22 +720,21 @@ void get_tensor_async(ggml_backend_t backend, const ggml_tensor * t, void * data
 
 void free_backend(ggml_backend_t backend) {
     synchronize(backend);
-    CudaContext & context = get(backend);
-    ggml_backend_event_free(context.inner_done);
-    {
-        const std::unique_lock<std::shared_mutex> lock(recording_mutex);
+    at_border("out of memory while a context was freed", [&] {
+        CudaContext & context = get(backend);
+        ggml_backend_event_free(context.inner_done);
         ggml_backend_free(context.inner);
-    }
-    delete &context;
-    delete backend;
+        delete &context;
+        delete backend;
+    });
 }
 
 ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
-    ggml_status status = GGML_STATUS_ALLOC_FAILED;
+    ggml_status status = GGML_STATUS_FAILED;
     try {
         status = Run(get(backend), graph)();
-    } catch (const std::bad_alloc &) {
-        warn_once("out of GPU memory in the cache");
+    } catch (...) {
+        status = say_exception("out of GPU memory in the cache");
     }
     has_computed(backend->device);
     return status;
@@ -707,8 +756,17 @@ void event_wait(ggml_backend_t backend, ggml_backend_event_t event) {
 
 }  // namespace
 
+void guard_recordings(ggml_backend_dev_t inner) {
+    if (inner->iface.init_backend == init_inner) return;
+    inner_init = inner->iface.init_backend;
+    inner->iface.init_backend = init_inner;
+}
+
 ggml_backend_t make_cuda_backend(ggml_backend_dev_t device) {
+    begin_context();
     ggml_backend_dev_t inner_device = static_cast<Device *>(device->context)->inner;
+    auto context = std::make_unique<CudaContext>();
+    auto backend = std::make_unique<ggml_backend>();
     ggml_backend_t inner = ggml_backend_dev_init(inner_device, nullptr);
     if (!inner) return nullptr;
     ggml_backend_event_t inner_done = ggml_backend_event_new(inner_device);
@@ -717,11 +775,9 @@ ggml_backend_t make_cuda_backend(ggml_backend_dev_t device) {
         warn_once("this build of ggml has no events for CUDA, which a cache on the GPU needs; use the device MIXKVQ-CPU");
         return nullptr;
     }
-    auto * context = new CudaContext;
     context->inner = inner;
     context->inner_done = inner_done;
     context->queue_done.device = inner_device;
-    auto * backend = new ggml_backend{};
     backend->guid = &guid;
     backend->iface.get_name = get_name;
     backend->iface.free = free_backend;
@@ -732,8 +788,8 @@ ggml_backend_t make_cuda_backend(ggml_backend_dev_t device) {
     backend->iface.event_wait = event_wait;
     backend->iface.graph_optimize = graph_optimize;
     backend->device = device;
-    backend->context = context;
-    return backend;
+    backend->context = context.release();
+    return backend.release();
 }
 
 }  // namespace mixkvq::glue

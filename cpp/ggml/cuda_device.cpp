@@ -3,10 +3,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 #include <cstring>
 #include <deque>
-#include <new>
 
 #include "glue.h"
 #include "mixkvq/cuda_memory.h"
@@ -16,7 +14,7 @@ namespace mixkvq::glue {
 namespace {
 
 // Of what the host wrote last, this much is remembered: a graph has fewer inputs, and lists of indices are shorter.
-constexpr size_t kWrites = 64, kWrittenBytes = 64 * 1024;
+constexpr size_t kWrites = 64, kWrittenBytes = 64 * 1024 * 1024;
 
 struct CudaDevice final : Device {
     int number = -1;  // CUDA's
@@ -87,6 +85,12 @@ class CudaBuffer final : public BufferMemory {
         inner_->iface.memset_tensor(inner_, &t, value, 0, bytes);
     }
     void zero_all() override {}  // pages are zeroed when they are taken
+    void recover(std::vector<std::unique_ptr<CacheTensor>> & tensors) override {
+        if (!queue_ || !queue_->error() || !queue_->recover()) return;
+        for (auto & t : tensors) {
+            if (t->cuda) t->cuda->recover();
+        }
+    }
 
     ggml_status init(ggml_tensor * t) override { return inner_->iface.init_tensor ? inner_->iface.init_tensor(inner_, t) : GGML_STATUS_SUCCESS; }
     bool copy(const ggml_tensor * src, ggml_tensor * dst) override {
@@ -140,10 +144,8 @@ std::unique_ptr<BufferMemory> allocate(Device & device, size_t size, std::string
     }
     size_t free = 0, total = 0;
     ggml_backend_dev_memory(device.inner, &free, &total);
-    char text[200];
-    std::snprintf(text, sizeof(text), "%s has no room for a buffer of %.0f MiB (%.0f of %.0f MiB are free); choose a smaller context",
-                  ggml_backend_dev_name(device.inner), size / 1048576.0, free / 1048576.0, total / 1048576.0);
-    error = text;
+    error = std::string(ggml_backend_dev_name(device.inner)) + " has no room for a buffer of " + format_bytes(size) + " (" + format_bytes(free) + " of " +
+            format_bytes(total) + " are free); choose a smaller context";
     return nullptr;
 }
 
@@ -164,7 +166,9 @@ void get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
     props->description = get_description(dev);
 }
 
-ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) { return make_cuda_backend(dev); }
+ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) {
+    return at_border("out of memory for a context", static_cast<ggml_backend_t>(nullptr), [&] { return make_cuda_backend(dev); });
+}
 ggml_backend_buffer_type_t get_buffer_type(ggml_backend_dev_t dev) { return &get(dev).type; }
 ggml_backend_buffer_type_t get_host_buffer_type(ggml_backend_dev_t dev) { return ggml_backend_dev_host_buffer_type(inner_of(dev)); }
 
@@ -180,15 +184,12 @@ bool supports_op(ggml_backend_dev_t dev, const ggml_tensor * op) {
             return false;  // an empty buffer stands for the one that a weight would be in; ours are for the cache only
         }
     }
-    try {
+    return at_border("there is no memory left on the GPU for a cache that has to be stored plainly", false, [&] {
         touches_cache(op, &device.type);
-    } catch (const std::bad_alloc &) {
-        warn_once("there is no memory left on the GPU for a cache");
-        return false;
-    }
-    // Our attention knows more shapes than the inner device's.
-    if (op->op == GGML_OP_FLASH_ATTN_EXT && can_attend(cache_of(op->src[1]), cache_of(op->src[2]), op)) return true;
-    return ggml_backend_dev_supports_op(device.inner, op);
+        // Our attention knows more shapes than the inner device's.
+        if (op->op == GGML_OP_FLASH_ATTN_EXT && can_attend(cache_of(op->src[1]), cache_of(op->src[2]), op)) return true;
+        return ggml_backend_dev_supports_op(device.inner, op);
+    });
 }
 
 bool supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t type) {
@@ -217,19 +218,23 @@ void has_computed(ggml_backend_dev_t dev) { ++get(dev).n_computed; }
 
 std::shared_ptr<cuda::Queue> queue_of(const Buffer & buffer) { return static_cast<const CudaBuffer &>(*buffer.memory).queue(); }
 
-std::vector<std::unique_ptr<Device>> find_cuda_devices(void * return_address) {
+std::vector<std::unique_ptr<Device>> find_cuda_devices(void * return_address, std::vector<LeftOut> & left_out) {
     std::vector<std::unique_ptr<Device>> found;
     auto count = reinterpret_cast<decltype(&ggml_backend_dev_count)>(registry_function(return_address, "ggml_backend_dev_count"));
     auto at = reinterpret_cast<decltype(&ggml_backend_dev_get)>(registry_function(return_address, "ggml_backend_dev_get"));
     for (size_t i = 0; count && at && i < count(); ++i) {
         ggml_backend_dev_t inner = at(i);
         if (std::strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(inner)), "CUDA") != 0) continue;
-        if (cuda::unavailable()) break;
         ggml_backend_dev_props props = {};
         ggml_backend_dev_get_props(inner, &props);
         auto device = std::make_unique<CudaDevice>();
         device->number = props.device_id ? cuda::device_of_bus(props.device_id) : -1;
-        if (device->number < 0) continue;
+        const char * const why = device->number < 0 ? "CUDA does not show it" : cuda::unavailable(device->number);
+        if (why) {
+            left_out.push_back({ggml_backend_dev_name(inner), why});
+            continue;
+        }
+        guard_recordings(inner);
         device->inner = inner;
         device->name = std::string("MIXKVQ-") + ggml_backend_dev_name(inner);
         device->description = std::string(ggml_backend_dev_description(inner)) + " with a MixKVQ cache";

@@ -8,10 +8,8 @@
 #include <dlfcn.h>
 #endif
 
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "glue.h"
 
@@ -21,6 +19,7 @@ namespace {
 
 Device device;
 std::vector<std::unique_ptr<Device>> others;
+std::vector<LeftOut> without;
 std::vector<Device *> all;
 const Kernels * table = nullptr;
 
@@ -31,24 +30,26 @@ void get_memory(ggml_backend_dev_t, size_t * free, size_t * total) { ggml_backen
 enum ggml_backend_dev_type get_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_IGPU; }
 
 void get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
+    ggml_backend_dev_props inner = {};
+    ggml_backend_dev_get_props(device.inner, &inner);
     *props = {};
     props->name = get_name(dev);
     props->description = get_description(dev);
     props->type = get_type(dev);
     get_memory(dev, &props->memory_free, &props->memory_total);
+    props->caps.mmap_support = inner.caps.mmap_support;  // without it llama.cpp does not map the model into memory
 }
 
-ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) { return make_backend(dev); }
+ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) {
+    return at_border("out of memory for a context", static_cast<ggml_backend_t>(nullptr), [&] { return make_backend(dev); });
+}
 ggml_backend_buffer_type_t get_buffer_type(ggml_backend_dev_t) { return &device.type; }
 
 bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
-    try {
-        if (!touches_cache(op, &device.type)) return false;
-    } catch (const std::bad_alloc &) {
-        warn_once("out of memory for a cache that has to be stored plainly");
-        return false;
-    }
-    return is_view(op->op) || ggml_backend_dev_supports_op(device.inner, op);
+    return at_border("out of memory for a cache that has to be stored plainly", false, [&] {
+        if (!touches_cache(op, &device.type) && !is_split(op)) return false;
+        return is_view(op->op) || ggml_backend_dev_supports_op(device.inner, op);
+    });
 }
 
 bool supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t type) { return type == &device.type || ggml_backend_buft_is_host(type); }
@@ -91,17 +92,13 @@ class HostBuffer final : public BufferMemory {
 
 std::unique_ptr<BufferMemory> allocate(Device &, size_t size, std::string & error) {
     const uint64_t memory = physical_memory();
-    char text[160];
     if (memory && size > memory) {
-        std::snprintf(text, sizeof(text), "the cache needs %.1f GiB and this machine has %.1f GiB of memory; choose a smaller context",
-                      size / 1073741824.0, memory / 1073741824.0);
-        error = text;
+        error = "the cache needs " + format_bytes(size) + " and this process can have " + format_bytes(memory) + " of memory; choose a smaller context";
         return nullptr;
     }
     auto buffer = std::make_unique<HostBuffer>(size);
     if (buffer->base()) return buffer;
-    std::snprintf(text, sizeof(text), "there is no memory for a cache of %.1f GiB; choose a smaller context", size / 1073741824.0);
-    error = text;
+    error = "there is no memory for a cache of " + format_bytes(size) + "; choose a smaller context";
     return nullptr;
 }
 
@@ -128,6 +125,7 @@ void * registry_function(void * return_address, const char * name) {
 }
 
 const std::vector<Device *> & devices() { return all; }
+const std::vector<LeftOut> & left_out() { return without; }
 ggml_backend_dev_t cpu_device() { return &device.ggml; }
 ggml_backend_dev_t inner_device() { return device.inner; }
 
@@ -139,7 +137,8 @@ bool find_inner_device(void * return_address, std::string & error) {
         return false;
     }
 #if defined(MIXKVQ_HAVE_CUDA)
-    others = find_cuda_devices(return_address);
+    others = find_cuda_devices(return_address, without);
+    for (const LeftOut & gpu : without) warn_once(gpu.name + " has no MixKVQ cache: " + gpu.why);
 #endif
     return true;
 }
@@ -159,7 +158,10 @@ void init_devices(ggml_backend_reg_t reg) {
     iface.supports_op = supports_op;
     iface.supports_buft = supports_buft;
     all = {&device};
-    for (auto & other : others) all.push_back(other.get());
+    for (auto & other : others) {
+        other->weights[0] = ggml_backend_dev_buffer_type(other->inner);
+        all.push_back(other.get());
+    }
     for (Device * d : all) {
         d->ggml.reg = reg;
         d->ggml.context = d;

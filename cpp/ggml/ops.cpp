@@ -2,6 +2,7 @@
 // else, the inner backend on an F16 copy.
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "glue.h"
@@ -216,6 +217,15 @@ bool is_shift(const CacheTensor & t, const ggml_tensor * op) {
            k->ne[2] == int64_t(t.store->shape().n_cells) * t.store->shape().n_streams && k->ne[3] == 1 && op->src[1]->ne[0] == k->ne[2];
 }
 
+// llama.cpp passes the parameters with which keys are turned when they come, and with YaRN these make them longer, too: a shift would do so again.
+void keep_lengths(ggml_tensor & rope) {
+    float freq_scale, ext_factor;
+    std::memcpy(&freq_scale, rope.op_params + 6, sizeof(float));
+    std::memcpy(&ext_factor, rope.op_params + 7, sizeof(float));
+    const float attn_factor = ext_factor != 0 ? 1 / (1 + 0.1f * std::log(1 / freq_scale)) : 1.0f;
+    std::memcpy(rope.op_params + 8, &attn_factor, sizeof(float));
+}
+
 // Turns the keys page by page, only where the shift is not zero, so that no more than a page is ever unpacked.
 static ggml_status shift(BackendContext & backend, CacheTensor & t, ggml_tensor * op) {
     const StoreShape & shape = t.store->shape();
@@ -223,7 +233,7 @@ static ggml_status shift(BackendContext & backend, CacheTensor & t, ggml_tensor 
     const size_t skip = offset_in_cache(op->src[0]);
     ggml_status status = GGML_STATUS_SUCCESS;
     for (int s = 0; s < shape.n_streams && status == GGML_STATUS_SUCCESS; ++s) {
-        for (int p = 0; p < shape.n_pages(); ++p) {
+        for (int p = 0; p < shape.n_pages() && status == GGML_STATUS_SUCCESS; ++p) {
             const int cell = p * kPageCells, n = std::min(kPageCells, shape.n_cells - cell);
             const int32_t * page_by = by + size_t(s) * shape.n_cells + cell;
             if (std::all_of(page_by, page_by + n, [](int32_t x) { return x == 0; })) continue;
@@ -238,6 +248,7 @@ static ggml_status shift(BackendContext & backend, CacheTensor & t, ggml_tensor 
                 node.src[0] = &k;
                 node.src[1] = &positions;
                 k.view_src = node.view_src = nullptr;
+                keep_lengths(node);
                 status = run_node(backend.inner, &node);
             });
         }
@@ -253,12 +264,19 @@ bool touches_cache(const ggml_tensor * op, ggml_backend_buffer_type_t type) {
     auto is_there = [&](const ggml_tensor * t) { return is_in_memory_of_llama(t) && root_of(t)->buffer->buft == type; };
     bool touches = is_there(op);
     for (int i = 0; i < GGML_MAX_SRC && !touches; ++i) touches = op->src[i] && is_there(op->src[i]);
-    if (touches && !is_view(op->op)) learn_geometry(op);
-    return touches;
+    if (!touches || is_view(op->op)) return touches;
+    take_dry(op);
+    for (int i = 0; i < GGML_MAX_SRC && op->src[i]; ++i) take_dry(op->src[i]);
+    learn_geometry(op);
+    return true;
 }
 
 ggml_status compute(BackendContext & backend, ggml_tensor * op) {
     if (is_view(op->op) || !(op->flags & GGML_TENSOR_FLAG_COMPUTE) || ggml_is_empty(op)) return GGML_STATUS_SUCCESS;
+    BufferLocks locks;
+    locks.add(buffer_of(op));
+    for (int i = 0; i < GGML_MAX_SRC; ++i) locks.add(op->src[i] ? buffer_of(op->src[i]) : nullptr);
+    locks.lock();
     learn_geometry(op);
     CacheTensor * to = cache_of(op);
     if (to) {

@@ -1,9 +1,7 @@
 // The entry point that ggml calls when it loads the library.
 
-#include <array>
 #include <cstring>
 #include <exception>
-#include <map>
 
 #include "glue.h"
 
@@ -20,19 +18,14 @@ namespace mixkvq::glue {
 
 namespace {
 
-ggml_backend_reg registry;
-
 const char * get_name(ggml_backend_reg_t) { return "MIXKVQ"; }
 size_t get_device_count(ggml_backend_reg_t) { return devices().size(); }
 ggml_backend_dev_t get_device(ggml_backend_reg_t, size_t index) { return index < devices().size() ? &devices()[index]->ggml : nullptr; }
 
 // Where the weights of a device's layers go: it computes whole graphs, but only the cache lies in buffers of its own.
 ggml_backend_buffer_type_t * get_extra_buffer_types(ggml_backend_dev_t dev) {
-    static std::map<ggml_backend_dev_t, std::array<ggml_backend_buffer_type_t, 2>> lists;
-    if (dev == cpu_device()) return nullptr;
-    auto & list = lists[dev];
-    list = {ggml_backend_dev_buffer_type(static_cast<Device *>(dev->context)->inner), nullptr};
-    return list.data();
+    Device & device = *static_cast<Device *>(dev->context);
+    return device.weights[0] ? device.weights : nullptr;
 }
 
 const mixkvq_backend_api * get_api() { return backend_api(); }
@@ -44,6 +37,8 @@ void * get_proc_address(ggml_backend_reg_t, const char * name) {
     return nullptr;
 }
 
+ggml_backend_reg registry = {kBackendApiVersion, {get_name, get_device_count, get_device, get_proc_address}, nullptr};
+
 // Everything that can be wrong before a model is loaded, as one sentence; empty if nothing is.
 std::string start(void * return_address) {
     const char * version = ggml_version();
@@ -52,11 +47,7 @@ std::string start(void * return_address) {
                "; install llama-cpp-python==" + kLlamaCppPythonSupported + " or a mixkvq made for that ggml";
     }
     std::string error;
-    try {
-        if (find_inner_device(return_address, error) && init_kernels(error)) init_default_session(error);
-    } catch (const std::exception & e) {
-        return std::string("this library cannot start: ") + e.what();
-    }
+    if (find_inner_device(return_address, error) && init_kernels(error) && init_default_session(error)) init_devices(&registry);
     return error;
 }
 
@@ -67,13 +58,13 @@ std::string start(void * return_address) {
 // nullptr, after a sentence on stderr, when the library cannot serve this process.
 MIXKVQ_EXPORT ggml_backend_reg_t ggml_backend_init(void) {
     using namespace mixkvq::glue;
-    static const std::string error = start(MIXKVQ_RETURN_ADDRESS());
-    if (!error.empty()) {
-        warn_once(error);
-        return nullptr;
-    }
-    init_devices(&registry);
-    registry.api_version = kBackendApiVersion;
-    registry.iface = {get_name, get_device_count, get_device, get_proc_address};
-    return &registry;
+    void * const caller = MIXKVQ_RETURN_ADDRESS();
+    return at_border("out of memory while the library started", static_cast<ggml_backend_reg_t>(nullptr), [&]() -> ggml_backend_reg_t {
+        static const std::string error = start(caller);
+        if (!error.empty()) {
+            warn_once(error);
+            return nullptr;
+        }
+        return &registry;
+    });
 }

@@ -11,11 +11,44 @@
 
 namespace mixkvq::glue {
 
-void warn_once(const std::string & sentence, const std::string & topic) {
+void warn_once(const std::string & sentence, const std::string & topic) noexcept {
     static std::mutex mutex;
     static std::set<std::string> said;
-    std::lock_guard<std::mutex> lock(mutex);
-    if (said.insert(topic.empty() ? sentence : topic).second) std::fprintf(stderr, "mixkvq: %s\n", sentence.c_str());
+    try {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (!said.insert(topic.empty() ? sentence : topic).second) return;
+    } catch (const std::exception &) {
+        // Then it may be said twice.
+    }
+    std::fprintf(stderr, "mixkvq: %s\n", sentence.c_str());
+}
+
+ggml_status say_exception(const char * out_of_memory) noexcept {
+    try {
+        try {
+            throw;
+        } catch (const std::bad_alloc &) {
+            warn_once(out_of_memory);
+            return GGML_STATUS_ALLOC_FAILED;
+        } catch (const std::exception & e) {
+            warn_once(std::string("the cache failed: ") + e.what() + "; reset the context");
+        } catch (...) {
+            warn_once("the cache failed: an exception of an unknown type; reset the context");
+        }
+    } catch (...) {
+        std::fprintf(stderr, "mixkvq: out of memory\n");
+    }
+    return GGML_STATUS_FAILED;
+}
+
+std::string format_bytes(uint64_t bytes) {
+    const char * const units[] = {"KiB", "MiB", "GiB", "TiB"};
+    double n = double(bytes) / 1024;
+    int unit = 0;
+    for (; n >= 1000 && unit < 3; ++unit) n /= 1024;
+    char text[32];
+    std::snprintf(text, sizeof(text), "%.1f %s", n, units[unit]);
+    return text;
 }
 
 namespace {
@@ -59,6 +92,17 @@ bool read_count(const char * variable, int & value, std::string & error) {
     }
     value = int(n);
     return true;
+}
+
+bool keep_statistics = false;
+
+bool read_switch(const char * variable, bool & value, std::string & error) {
+    const char * text = std::getenv(variable);
+    if (!text || !*text) return true;
+    value = std::strcmp(text, "1") == 0;
+    if (value || std::strcmp(text, "0") == 0) return true;
+    error = std::string(variable) + "=\"" + text + "\" is neither 0 nor 1";
+    return false;
 }
 
 struct FileCloser {
@@ -221,8 +265,12 @@ bool settings_from_environment(Settings & s, std::string & error) {
         error = "MIXKVQ_PROFILE: " + error;
         return false;
     }
-    return read_count("MIXKVQ_WINDOW", s.window, error) && read_count("MIXKVQ_SINKS", s.sinks, error);
+    s.any_model = true;
+    return read_count("MIXKVQ_WINDOW", s.window, error) && read_count("MIXKVQ_SINKS", s.sinks, error) &&
+           read_switch("MIXKVQ_KEEP_STATISTICS", keep_statistics, error);
 }
+
+bool keeps_statistics() { return keep_statistics; }
 
 bool settings_from_api(const mixkvq_settings & from, Settings & s, std::string & error) {
     s.codec = from.codec;
@@ -239,46 +287,73 @@ bool settings_from_api(const mixkvq_settings & from, Settings & s, std::string &
     return true;
 }
 
-// The profile's entry for a layer, checked against what the model turned out to be. Null without a profile.
-static const LayerProfile * layer_profile(const Settings & s, int layer, int n_heads, std::string & error) {
-    if (!s.profile) return nullptr;
-    if (layer < int(s.profile->layers.size()) && s.profile->layers[layer].keys.empty()) {
-        error = "the profile " + s.profile->path + " has no formats for layer " + std::to_string(layer);
-        return nullptr;
+namespace {
+
+// Why a profile's entry is not for this tensor; empty if it may be.
+std::string misfit(const Profile & profile, int layer, bool is_value, int row, int n_heads, int head_size) {
+    const std::string another = "the profile " + profile.path + " is for another model: ";
+    if (layer >= int(profile.layers.size())) {
+        return another + "it has " + std::to_string(profile.layers.size()) + " layers, and there is a layer " + std::to_string(layer);
     }
-    if (layer >= int(s.profile->layers.size()) || int(s.profile->layers[layer].keys.size()) != n_heads) {
-        error = "the profile " + s.profile->path + " is for another model: it does not have " + std::to_string(n_heads) + " heads in layer " +
-                std::to_string(layer);
-        return nullptr;
+    const LayerProfile & p = profile.layers[layer];
+    const int heads = int(p.keys.size());
+    const std::string of_layer = " in layer " + std::to_string(layer);
+    if (n_heads ? heads != n_heads : row % heads != 0) {
+        return another + "it has " + std::to_string(heads) + " heads" + of_layer + ", the cache " +
+               (n_heads ? std::to_string(n_heads) : "cells of " + std::to_string(row) + " elements");
     }
-    return &s.profile->layers[layer];
+    const int size = head_size ? head_size : row / heads;
+    if (!is_value && p.keys[0].head_size != size) {
+        return another + "it has heads of " + std::to_string(p.keys[0].head_size) + " channels" + of_layer + ", the cache of " + std::to_string(size);
+    }
+    return "";
 }
 
-bool key_formats(const Settings & s, int layer, int n_heads, int head_size, std::vector<KeyFormat> & formats, std::vector<float> & prior,
-                 std::string & error) {
-    const LayerProfile * p = layer_profile(s, layer, n_heads, error);
-    if (!error.empty()) return false;
-    formats.assign(n_heads, key_format(*s.preset, head_size));
-    if (p) {
-        formats = p->keys;
-        prior = p->query_prior;
+}  // namespace
+
+ProfileFit profile_fit(const Settings & s, int layer, bool is_value, int row, int n_heads, int head_size) {
+    // llama.cpp comes with the keys of a layer and then with its values, whose head size a profile does not say: if the keys are another model's, so are
+    // they.
+    static thread_local struct {
+        const Profile * profile = nullptr;
+        int layer = -1;
+        std::string why;
+    } keys;
+    ProfileFit fit;
+    if (!s.profile) return fit;
+    const Profile & profile = *s.profile;
+    if (layer < int(profile.layers.size()) && profile.layers[layer].keys.empty()) {
+        fit.kind = ProfileFit::left_out;
+        fit.why = "the profile " + profile.path + " has no formats for this layer";
+    } else {
+        fit.why = misfit(profile, layer, is_value, row, n_heads, head_size);
+        if (is_value && fit.why.empty() && s.any_model && keys.profile == &profile && keys.layer == layer) fit.why = keys.why;
+        fit.kind = fit.why.empty() ? ProfileFit::fits : ProfileFit::wrong;
+        if (fit.why.empty()) fit.layer = &profile.layers[layer];
     }
+    if (!is_value) {
+        keys.profile = &profile;
+        keys.layer = layer;
+        keys.why = fit.why;
+    }
+    if (fit.why.empty() || !s.any_model) return fit;
+    warn_once((fit.kind == ProfileFit::wrong ? fit.why : "the profile " + profile.path + " has no formats for layer " + std::to_string(layer)) +
+                  "; layers that it does not fit get the preset " + s.preset->name, profile.path);
+    return {};
+}
+
+bool key_formats(const Settings & s, const LayerProfile * layer, int n_heads, int head_size, std::vector<KeyFormat> & formats, std::string & error) {
+    formats.assign(n_heads, key_format(*s.preset, head_size));
+    if (layer) formats = layer->keys;
     for (const KeyFormat & f : formats) {
-        if (f.head_size != head_size) {
-            error = "the profile " + s.profile->path + " is for another model: layer " + std::to_string(layer) + " has heads of " +
-                    std::to_string(head_size) + " channels, the profile " + std::to_string(f.head_size);
-        } else if (f.error()) {
-            error = f.error();
-        }
+        if (f.error()) error = f.error();
     }
     return error.empty();
 }
 
-bool value_formats(const Settings & s, int layer, int n_heads, int head_size, std::vector<ValueFormat> & formats, std::string & error) {
-    const LayerProfile * p = layer_profile(s, layer, n_heads, error);
-    if (!error.empty()) return false;
+bool value_formats(const Settings & s, const LayerProfile * layer, int n_heads, int head_size, std::vector<ValueFormat> & formats, std::string & error) {
     formats.assign(n_heads, value_format(*s.preset, head_size));
-    if (p) formats = p->values;
+    if (layer) formats = layer->values;
     for (ValueFormat & f : formats) {
         f.head_size = head_size;
         if (f.error()) error = f.error();

@@ -72,18 +72,24 @@ struct Tiers {
         : tier{{8, f.n8, f.offset8()}, {4, f.n4, f.offset4()}, {3, f.n3, f.offset3()}, {2, f.n2, f.offset2()}} {}
 };
 
-// Minimum and scale of a range, and their halves as stored.
+// Scales and their inverses for eight ranges lo to hi, codes from 0 to top. The scale is that of the range as it reads back: see scalar.cpp.
 struct Affine {
-    half scale_half, min_half;
-    float min, inv, top;
+    F lo, top, scale, inv;
 
-    Affine(float lo, float hi, int bits) : min(lo + 0.0f), top(float((1 << bits) - 1)) {  // -0 becomes +0
-        scale_half = half_of((hi + 0.0f - min) / top);
-        min_half = half_of(min);
-        const float scale = float_of(scale_half);
-        inv = scale > 0 ? 1.0f / scale : 0.0f;
+    Affine(F lo, F hi, F top) : lo(lo), top(top) {
+        set_scale(hi);
+        set_scale(back(hi));
     }
-    I codes(F x) const { return to_int(mixkvq::min(max(mul(sub(x, splat(min)), splat(inv)), splat(0.0f)), splat(top))); }
+    Affine(float lo, float scale, float inv, float top) : lo(splat(lo)), top(splat(top)), scale(splat(scale)), inv(splat(inv)) {}
+    F steps(F x) const { return min(max(mul(sub(x, lo), inv), splat(0.0f)), top); }
+    I codes(F x) const { return to_int(steps(x)); }
+    F back(F x) const { return as_half(add(lo, mul(round(steps(x)), scale))); }
+
+private:
+    void set_scale(F high) {
+        scale = as_half(div(sub(high, lo), top));
+        inv = zero_below(div(splat(1.0f), scale), scale, splat(5.9604645e-8f));  // the smallest half
+    }
 };
 
 // --- keys: pack and unpack ------------------------------------------------------------------------------------
@@ -110,55 +116,260 @@ void sort_channels(const float * salience, int n, uint8_t * order) {
     }
 }
 
-void pack_keys(const KeyFormat & f, const half * rows, size_t stride, const CellMask & valid, const float * importance, uint8_t * record) {
-    const int n = f.head_size, groups = f.n_groups();
+// The keys of a head, channel by channel. A cell without a token repeats another of its group, so that ranges need no mask.
+struct Channels {
+    alignas(64) half x[kMaxHeadSize * kPageCells];
+    float lo[4][kMaxHeadSize], hi[4][kMaxHeadSize];     // by group
+    float scale[4][kMaxHeadSize], inv[4][kMaxHeadSize], top[kMaxHeadSize];
+    uint8_t tier[kMaxHeadSize], bits[kMaxHeadSize];     // the tier of each channel, and the bits at which it is rounded
+    I keep[kPageCells / 8];                             // all ones where a cell holds a token
 
-    // Channel-major copy. A cell without a token repeats another of its group, so that ranges need no mask.
-    alignas(64) half tile[kMaxHeadSize * kPageCells];
+    Affine affine(int d, int g) const { return Affine(lo[g][d], scale[g][d], inv[g][d], top[d]); }
+    F load(int d, int k) const { return load_half(x + d * kPageCells + 8 * k); }
+};
+
+void read_channels(const KeyFormat & f, const half * rows, size_t stride, const CellMask & valid, Channels & c) {
+    const int n = f.head_size;
     if (valid.full()) {
         for (int t = 0; t < kPageCells; t += 8) {
-            for (int d = 0; d < n; d += 8) transpose_halves(rows + t * stride + d, stride, tile + d * kPageCells + t, kPageCells);
+            for (int d = 0; d < n; d += 8) transpose_halves(rows + t * stride + d, stride, c.x + d * kPageCells + t, kPageCells);
         }
     } else {
         for (int t = 0; t < kPageCells; ++t) {
             const int g = t / f.group * f.group;
             const int from = valid.test(t) ? t : first_valid(valid, g, g + f.group);
-            for (int d = 0; d < n; ++d) tile[d * kPageCells + t] = from < 0 ? half(0) : rows[from * stride + d];
+            for (int d = 0; d < n; ++d) c.x[d * kPageCells + t] = from < 0 ? half(0) : rows[from * stride + d];
         }
     }
+    for (int k = 0; k < kPageCells / 8; ++k) c.keep[k] = lanes_of(unsigned(valid.word[k / 8] >> (k % 8 * 8)) & 255);
+}
 
-    float lo[kMaxHeadSize][4], hi[kMaxHeadSize][4], salience[kMaxHeadSize];
-    for (int d = 0; d < n; ++d) {
-        float ranges = 0;
-        for (int g = 0; g < groups; ++g) {
-            const half * x = tile + d * kPageCells + g * f.group;
-            F a = load_half(x), b = a;
-            for (int t = kLanes; t < f.group; t += kLanes) {
-                const F y = load_half(x + t);
+void read_ranges(const KeyFormat & f, Channels & c) {
+    for (int d = 0; d < f.head_size; ++d) {
+        for (int g = 0; g < f.n_groups(); ++g) {
+            F a = c.load(d, g * f.group / 8), b = a;
+            for (int k = g * f.group / 8 + 1; k < (g + 1) * f.group / 8; ++k) {
+                const F y = c.load(d, k);
                 a = min(a, y);
                 b = max(b, y);
             }
-            lo[d][g] = lowest(a);
-            hi[d][g] = highest(b);
-            ranges += hi[d][g] - lo[d][g];
+            c.lo[g][d] = lowest(a) + 0.0f;  // -0 becomes +0
+            c.hi[g][d] = highest(b) + 0.0f;
         }
+    }
+}
+
+// Scales of eight channels from d on, as if they had these bits.
+struct Trial {
+    float scale[4][8], inv[4][8], top;
+
+    Trial(const KeyFormat & f, const float (&lo)[4][kMaxHeadSize], const float (&hi)[4][kMaxHeadSize], int d, int bits) : top(float((1 << bits) - 1)) {
+        for (int g = 0; g < f.n_groups(); ++g) {
+            const Affine a(load(lo[g] + d), load(hi[g] + d), splat(top));
+            store(scale[g], a.scale);
+            store(inv[g], a.inv);
+        }
+    }
+};
+
+// Ones where eight numbers read back as they are.
+inline I unchanged(const Affine & a, F x) { return count_at_least(zero_int(), splat(0.0f), abs(sub(a.back(x), x))); }
+
+// Whether all cells of channel d read back as they are.
+bool reads_back(const KeyFormat & f, const Channels & c, const Trial & trial, int d) {
+    for (int k = 0; k < kPageCells / 8; ++k) {
+        const int g = 8 * k / f.group;
+        if (sum(unchanged(Affine(c.lo[g][d], trial.scale[g][d % 8], trial.inv[g][d % 8], trial.top), c.load(d, k))) < 8) return false;
+    }
+    return true;
+}
+
+// Calls f(bits, channels) for the tiers that the format has, the narrowest first, without the one of 16 bits.
+template <class Function>
+inline void by_narrow_tiers(const KeyFormat & f, Function && call) {
+    for (int i = 3; i >= 0; --i) {
+        const Tier tier = Tiers(f).tier[i];
+        if (tier.count > 0) call(tier.bits, tier.count);
+    }
+}
+template <class Function>
+inline void by_tiers(const KeyFormat & f, Function && call) {
+    call(16, f.n16);
+    for (const Tier & tier : Tiers(f).tier) call(tier.bits, tier.count);
+}
+
+// The bits at which channels seem to have been packed before, judged by half of a sample of their cells; 16 if it does not seem so. False as soon as
+// too many of them are new: then the page is.
+bool sampled_bits(const KeyFormat & f, const Channels & c, const CellMask & valid, uint8_t * most) {
+    int n_sample = 0, unknown = 0;
+    for (int t = 0; t < kPageCells; ++t) n_sample += t % 32 < 8 && valid.test(t);
+    for (int first = 0; first < f.head_size; first += 8) {
+        int best[8] = {};
+        for (int d = first; d < first + 8; ++d) most[d] = 16;
+        by_narrow_tiers(f, [&](int bits, int) {
+            const Trial trial(f, c.lo, c.hi, first, bits);
+            for (int i = 0; i < 8; ++i) {
+                I count = zero_int();
+                for (int k = 0; k < kPageCells / 8; k += 4) {
+                    const int g = 8 * k / f.group;
+                    const Affine a(c.lo[g][first + i], trial.scale[g][i], trial.inv[g][i], trial.top);
+                    count = add(count, bits_and(unchanged(a, c.load(first + i, k)), c.keep[k]));
+                }
+                const int same = sum(count);
+                if (2 * same >= n_sample && same > best[i]) best[i] = same, most[first + i] = uint8_t(bits);
+            }
+        });
+        for (int d = first; d < first + 8; ++d) unknown += most[d] == 16;
+        if (n_sample > 0 && 2 * (f.head_size - unknown) < f.n_coded()) return false;
+    }
+    return true;
+}
+
+// The tiers of rows that come from a record, if these do: nothing is lost then.
+bool keep_tiers(const KeyFormat & f, Channels & c) {
+    const int n = f.head_size;
+    for (int d = 0; d < n; ++d) c.bits[d] = 16;
+    by_narrow_tiers(f, [&](int bits, int) {
+        for (int first = 0; first < n; first += 8) {
+            const Trial trial(f, c.lo, c.hi, first, bits);
+            for (int d = first; d < first + 8; ++d) {
+                if (c.bits[d] == 16 && reads_back(f, c, trial, d)) c.bits[d] = uint8_t(bits);
+            }
+        }
+    });
+    uint8_t at_rank[kMaxHeadSize], * rank = at_rank;
+    by_tiers(f, [&](int bits, int count) {
+        std::memset(rank, bits, count);
+        rank += count;
+    });
+    bool fits = true;
+    rank = at_rank;
+    for (int bits : {16, 8, 4, 3, 2}) {
+        for (int d = 0; d < n; ++d) {
+            if (c.bits[d] != bits) continue;
+            fits = fits && bits <= *rank;
+            c.tier[d] = *rank++;
+        }
+    }
+    return fits;
+}
+
+// Tiers by salience, but for channels that keep theirs: see scalar.cpp.
+void choose_tiers(const KeyFormat & f, const float * importance, uint8_t * most, bool is_new, Channels & c) {
+    const int n = f.head_size;
+    float salience[kMaxHeadSize];
+    for (int d = 0; d < n; ++d) {
+        float ranges = 0;
+        for (int g = 0; g < f.n_groups(); ++g) ranges += c.hi[g][d] - c.lo[g][d];
         const float s = importance[d] * ranges;
         salience[d] = s > 0 ? s : 0.0f;
     }
-    uint8_t * order = record + f.offset_order();
-    sort_channels(salience, n, order);
-    std::memset(order + n, 0, record + f.record_bytes() - (order + n));
+    uint8_t ranked[kMaxHeadSize];
+    sort_channels(salience, n, ranked);
 
+    int known = 0;
+    by_narrow_tiers(f, [&](int bits, int count) {
+        int found = 0;
+        for (int d = 0; d < n && !is_new; ++d) found += most[d] == bits;
+        if (found <= count) {
+            known += found;
+        } else {
+            for (int d = 0; d < n; ++d) most[d] = most[d] == bits ? 16 : most[d];  // no record has so many
+        }
+    });
+    if (2 * known < f.n_coded() || is_new) std::memset(most, 16, n);
+    const uint8_t * next = ranked;
+    by_tiers(f, [&](int bits, int count) {
+        for (int d = 0; d < n && bits < 16; ++d) {
+            if (most[d] == bits) c.tier[d] = uint8_t(bits), --count;
+        }
+        for (; count > 0; ++next) {
+            if (most[*next] == 16) c.tier[*next] = uint8_t(bits), --count;
+        }
+    });
+    std::memcpy(c.bits, c.tier, n);
+}
+
+void set_scales(const KeyFormat & f, Channels & c) {
+    for (int d = 0; d < f.head_size; ++d) c.top[d] = float((1 << (c.bits[d] < 8 ? c.bits[d] : 8)) - 1);
+    for (int g = 0; g < f.n_groups(); ++g) {
+        for (int d = 0; d < f.head_size; d += 8) {
+            const Affine a(load(c.lo[g] + d), load(c.hi[g] + d), load(c.top + d));
+            store(c.scale[g] + d, a.scale);
+            store(c.inv[g] + d, a.inv);
+        }
+    }
+}
+
+// Eight cells of a channel as they read back.
+inline F reads(const KeyFormat & f, const Channels & c, int d, int k) {
+    const F x = c.load(d, k);
+    return c.bits[d] == 16 ? x : c.affine(d, 8 * k / f.group).back(x);
+}
+
+// Whether a channel comes out so that fewer bits than its tier's would hold it.
+bool any_narrower(const KeyFormat & f, const Channels & c) {
+    float hi[4][kMaxHeadSize];  // as they read back
+    for (int g = 0; g < f.n_groups(); ++g) {
+        for (int d = 0; d < f.head_size; d += 8) {
+            Affine a(load(c.lo[g] + d), load(c.hi[g] + d), load(c.top + d));
+            store(hi[g] + d, a.back(load(c.hi[g] + d)));
+            for (int i = d; i < d + 8; ++i) hi[g][i] = c.bits[i] == 16 ? c.hi[g][i] : hi[g][i];
+        }
+    }
+    bool any = false;
+    by_narrow_tiers(f, [&](int bits, int) {
+        for (int first = 0; first < f.head_size && !any; first += 8) {
+            const Trial trial(f, c.lo, hi, first, bits);
+            for (int d = first; d < first + 8; ++d) {
+                bool same = c.tier[d] > bits;
+                for (int k = 0; k < kPageCells / 8 && same; ++k) {
+                    const int g = 8 * k / f.group;
+                    const Affine a(c.lo[g][d], trial.scale[g][d - first], trial.inv[g][d - first], trial.top);
+                    same = sum(unchanged(a, reads(f, c, d, k))) == 8;
+                }
+                any = any || same;
+            }
+        }
+    });
+    return any;
+}
+
+void pack_keys(const KeyFormat & f, const half * rows, size_t stride, const CellMask & valid, const float * importance, uint8_t * record) {
+    const int n = f.head_size, groups = f.n_groups();
+    Channels c;
+    read_channels(f, rows, stride, valid, c);
+    read_ranges(f, c);
+    uint8_t most[kMaxHeadSize];
+    const bool is_new = !sampled_bits(f, c, valid, most);
+    if (!is_new && keep_tiers(f, c)) {
+        set_scales(f, c);
+    } else {
+        choose_tiers(f, importance, most, is_new, c);
+        set_scales(f, c);
+        if (any_narrower(f, c)) {  // then the page is packed once more, from the rows as they read back
+            for (int d = 0; d < n; ++d) {
+                for (int k = 0; k < kPageCells / 8; ++k) store_half(c.x + d * kPageCells + 8 * k, reads(f, c, d, k));
+            }
+            read_ranges(f, c);
+            keep_tiers(f, c);
+            set_scales(f, c);
+        }
+    }
+
+    uint8_t * order = record + f.offset_order(), * place = order;
+    by_tiers(f, [&](int bits, int) {
+        for (int d = 0; d < n; ++d) {
+            if (c.tier[d] == bits) *place++ = uint8_t(d);
+        }
+    });
+    std::memset(order + n, 0, record + f.record_bytes() - (order + n));
     for (int r = 0; r < f.n16; ++r) {
         half row[kPageCells];
-        std::memcpy(row, tile + order[r] * kPageCells, sizeof row);
-        if (!valid.full()) {
-            for (int t = 0; t < kPageCells; ++t) row[t] = valid.test(t) ? row[t] : half(0);
-        }
+        for (int k = 0; k < kPageCells / 8; ++k) store_half(row + 8 * k, reads(f, c, order[r], k));
+        for (int t = 0; t < kPageCells && !valid.full(); ++t) row[t] = valid.test(t) ? row[t] : half(0);
         std::memcpy(record + size_t(r) * sizeof row, row, sizeof row);
     }
-    I keep[kPageCells / 8];
-    for (int k = 0; k < kPageCells / 8; ++k) keep[k] = lanes_of(unsigned(valid.word[k / 8] >> (k % 8 * 8)) & 255);
 
     int rank = f.n16;
     for (const Tier & tier : Tiers(f).tier) {
@@ -168,13 +379,12 @@ void pack_keys(const KeyFormat & f, const half * rows, size_t stride, const Cell
                 for (int r = 0; r < 4; ++r) {
                     const int d = order[rank + r];
                     for (int g = 0; g < groups; ++g) {
-                        const Affine a(lo[d][g], hi[d][g], bits);
+                        const Affine a = c.affine(d, g);
                         const size_t at = 2 * (size_t(rank + r - f.n16) * groups + g);
-                        std::memcpy(record + f.offset_scale() + at, &a.scale_half, 2);
-                        std::memcpy(record + f.offset_min() + at, &a.min_half, 2);
-                        for (int t = g * f.group; t < (g + 1) * f.group; t += 8) {
-                            code[r][t / 8] = bits_and(a.codes(load_half(tile + d * kPageCells + t)), keep[t / 8]);
-                        }
+                        const half scale = half_of(c.scale[g][d]), min = half_of(c.lo[g][d]);
+                        std::memcpy(record + f.offset_scale() + at, &scale, 2);
+                        std::memcpy(record + f.offset_min() + at, &min, 2);
+                        for (int k = g * f.group / 8; k < (g + 1) * f.group / 8; ++k) code[r][k] = bits_and(a.codes(c.load(d, k)), c.keep[k]);
                     }
                 }
                 uint8_t * at = record + tier.offset + quad * size_t(64 * bits);
@@ -283,26 +493,16 @@ uint8_t scale_byte(float x, int rounding) {
     return uint8_t(byte < 0xf7 ? byte : 0xf7);
 }
 
-// The means of the page's rows, rotated, as bytes and as what these read back.
-void rotated_means(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * bytes, float * means) {
-    const int n = f.head_size;
-    int count = 0;
-    for (int d = 0; d < n; ++d) means[d] = 0.0f;
-    for (int t = 0; t < kPageCells; ++t) {
-        if (!valid.test(t)) continue;
-        ++count;
-        for (int d = 0; d < n; d += kLanes) store(means + d, add(load(means + d), load_half(rows + t * stride + d)));
-    }
-    const F all = splat(count > 0 ? float(count) : 1.0f);
-    for (int d = 0; d < n; d += kLanes) store(means + d, div(load(means + d), all));
-    rotate(means, n, f.rotation_block());
-    half h[kMaxHeadSize];
-    for (int d = 0; d < n; d += kLanes) store_half(h + d, load(means + d));
-    for (int d = 0; d < n; ++d) {
-        const int magnitude = ((h[d] & 0x7fff) + 0x80) >> kMeanShift;
-        bytes[d] = uint8_t((h[d] & 0x8000) >> kMeanShift | (magnitude < 0x7b ? magnitude : 0x7b));
-    }
-    for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(bytes + d));
+// The sum of eight lanes in the order of the format, and a square root.
+float sum_of_lanes(F x) {
+    float l[kLanes];
+    store(l, x);
+    return ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
+}
+float root(float x) {
+    float l[kLanes] = {x};
+    store(l, sqrt(load(l)));
+    return l[0];
 }
 
 uint8_t rotated_scale(const ValueFormat & f, const float * y) {
@@ -312,20 +512,170 @@ uint8_t rotated_scale(const ValueFormat & f, const float * y) {
         return scale_byte(highest(s) / 127.5f, 0x7f);  // upwards: nothing is cut off
     }
     for (int d = 0; d < f.head_size; d += kLanes) s = add(s, mul(load(y + d), load(y + d)));
-    float l[kLanes];
-    store(l, s);
-    const float total = ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
-    float root[kLanes] = {total / float(f.head_size)};
-    store(root, sqrt(load(root)));
-    return scale_byte(root[0] * gaussian_step(f.bits), 0x40);
+    return scale_byte(root(sum_of_lanes(s) / float(f.head_size)) * gaussian_step(f.bits), 0x40);
 }
 
-// Codes of one token, as integers. Rotates y if the format says so, and takes the rotated means off.
-void value_codes(const ValueFormat & f, float * y, const float * means, int t, uint8_t * record, I * code) {
+// --- rotated values that come from a record: see scalar.cpp ---------------------------------------------------
+
+constexpr int kPhases = 256;
+
+// How far numbers are from the middles of their steps, in 256ths of a step.
+inline F phases_of(F z, F inv) {
+    const I cut = bits_and(to_int(floor(mul(mul(z, inv), splat(float(kPhases))))), splat_int(kPhases - 1));
+    return sub(to_float(cut), splat(float(kPhases / 2)));
+}
+
+uint8_t kept_scale(const ValueFormat & f, const float * z, int dims) {
+    const int guess = rotated_scale(f, z), above = scales_above(f.bits), reach = above > kScalesBelow ? above : kScalesBelow;
+    F top = splat(0.0f);
+    for (int d = 0; d < f.head_size; d += kLanes) top = max(top, abs(load(z + d)));
+    const float peak = highest(top);
+    int fewest = kPhases / 8 * dims, best = 0;
+    for (int i = 1; i <= 2 * reach + 1 && fewest > kPhases / 64 * dims; ++i) {
+        const int by = i % 2 ? -(i / 2) : i / 2, byte = guess + by;  // 0, 1, -1, 2, ...
+        if (by < -kScalesBelow || by > above || byte <= 0 || byte > 0xf7) continue;
+        const float inv = 1.0f / float_of(half(byte << kScaleShift));
+        if (peak * inv > float(1 << (f.bits - 1))) continue;
+        F off = splat(0.0f);  // whole numbers: any order of the sum will do
+        for (int d = 0; d < dims; d += kLanes) off = add(off, abs(phases_of(load(z + d), splat(inv))));
+        const int sum_off = int(sum(off));
+        if (sum_off < fewest) fewest = sum_off, best = byte;
+    }
+    return uint8_t(best);
+}
+
+uint8_t mean_byte(half h) {
+    const int magnitude = ((h & 0x7fff) + 0x80) >> kMeanShift;
+    return uint8_t((h & 0x8000) >> kMeanShift | (magnitude < 0x7b ? magnitude : 0x7b));
+}
+uint8_t large_mean_byte(float x, half h, float least) {
+    const uint8_t byte = mean_byte(h);
+    return std::fabs(x) < least || byte == 0x80 ? 0 : byte;
+}
+
+void rotated_row(const ValueFormat & f, const half * row, const float * means, float * z) {
+    from_half(row, z, f.head_size);
+    rotate(z, f.head_size, f.rotation_block());
+    for (int d = 0; d < f.head_size; d += kLanes) store(z + d, sub(load(z + d), load(means + d)));
+}
+
+// The rows without the means `near`: phases, as halves, and inverse scales of those that have a scale.
+struct Phases {
+    int n = 0;
+    half phase[kPageCells][kMaxHeadSize];
+    float inv[kPageCells];
+};
+
+// How far eight dimensions would be from the middles of their steps with other means, over all rows.
+void off_with(const Phases & p, int d, const uint8_t * bytes, F was, float * off) {
+    F total = splat(0.0f);
+    const F by = sub(load_byte_halves<kMeanShift>(bytes), was);
+    for (int i = 0; i < p.n; ++i) {
+        const F away = min(max(mul(by, splat(p.inv[i])), splat(-16384.0f)), splat(16384.0f));
+        const F moved = floor(add(mul(away, splat(float(kPhases))), splat(0.5f)));
+        const I x = add(to_int(sub(load_half(p.phase[i] + d), moved)), splat_int(kPhases / 2));
+        total = add(total, abs(sub(to_float(bits_and(x, splat_int(kPhases - 1))), splat(float(kPhases / 2)))));
+    }
+    store(off, total);
+}
+
+void kept_means(const ValueFormat & f, const Phases & p, float least, const uint8_t * near, uint8_t * means) {
+    float weight = 0;
+    for (int i = 0; i < p.n; ++i) weight += p.inv[i] * p.inv[i];
+    for (int d = 0; d < f.head_size; d += kLanes) {
+        const F was = load_byte_halves<kMeanShift>(near + d);
+        F total = splat(0.0f);
+        for (int i = 0; i < p.n; ++i) total = add(total, mul(add(load_half(p.phase[i] + d), splat(0.5f)), splat(p.inv[i])));
+        const F exact = weight > 0 ? add(was, div(total, splat(weight * float(kPhases)))) : was;
+        float x[kLanes], fewest[kLanes], off[kLanes];
+        half h[kLanes];
+        store(x, exact);
+        store_half(h, exact);
+        for (int i = 0; i < kLanes; ++i) means[d + i] = large_mean_byte(x[i], h[i], least * 0.5f);
+        off_with(p, d, means + d, was, fewest);
+        bool settled[kLanes], all = true;
+        for (int i = 0; i < kLanes; ++i) all &= settled[i] = fewest[i] <= float(kPhases / 16 * p.n);
+        for (int other = 0; other < 3 && !all; ++other) {
+            uint8_t bytes[kLanes] = {};
+            for (int i = 0; i < kLanes && other < 2; ++i) {
+                const int sign = near[d + i] & 0x80, magnitude = (near[d + i] & 0x7f) + (other == 0 ? 1 : -1);
+                bytes[i] = uint8_t(sign | (magnitude < 0 ? 0 : magnitude > 0x7b ? 0x7b : magnitude));
+            }
+            off_with(p, d, bytes, was, off);
+            for (int i = 0; i < kLanes; ++i) {
+                if (!settled[i] && off[i] < fewest[i]) fewest[i] = off[i], means[d + i] = bytes[i];
+            }
+        }
+    }
+}
+
+// The means of the page's rows, rotated, as bytes and as what these read back, and whether the rows come from a record: then they are the means of
+// that one.
+bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * bytes, float * means) {
+    const int n = f.head_size;
+    float square[kMaxHeadSize];
+    int count = 0;
+    for (int d = 0; d < n; ++d) means[d] = square[d] = 0.0f;
+    for (int t = 0; t < kPageCells; ++t) {
+        if (!valid.test(t)) continue;
+        ++count;
+        for (int d = 0; d < n; d += kLanes) {
+            const F x = load_half(rows + t * stride + d);
+            store(means + d, add(load(means + d), x));
+            store(square + d, add(load(square + d), mul(x, x)));
+        }
+    }
+    count = count > 0 ? count : 1;
+    F squares = splat(0.0f);
+    for (int d = 0; d < n; d += kLanes) {
+        store(means + d, div(load(means + d), splat(float(count))));
+        squares = add(squares, load(square + d));
+    }
+    const float least = root(sum_of_lanes(squares) / float(count * n)) * kLeastMean;
+    rotate(means, n, f.rotation_block());
+    half h[kMaxHeadSize];
+    uint8_t near[kMaxHeadSize];
+    for (int d = 0; d < n; d += kLanes) store_half(h + d, load(means + d));
+    for (int d = 0; d < n; ++d) near[d] = mean_byte(h[d]), bytes[d] = large_mean_byte(means[d], h[d], least);
+
+    float z[kMaxHeadSize];
+    for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(near + d));
+    int looked = 0, kept = 0;
+    for (int i = 0; i < kPageCells && looked < kSample; ++i) {
+        const int t = i % 8 * 16 + i / 8;
+        if (!valid.test(t)) continue;
+        rotated_row(f, rows + t * stride, means, z);
+        ++looked;
+        kept += kept_scale(f, z, kSampleDims) > 0;
+    }
+    const bool from_record = looked > 0 && 2 * kept >= looked;
+    Phases p;
+    for (int round = 0; round < 2 && from_record; ++round) {  // with better means, more rows find their scale
+        p.n = 0;
+        for (int t = 0; t < kPageCells; ++t) {
+            if (!valid.test(t)) continue;
+            rotated_row(f, rows + t * stride, means, z);
+            const uint8_t s = kept_scale(f, z, n);
+            if (s == 0) continue;
+            p.inv[p.n] = 1.0f / float_of(half(s << kScaleShift));
+            for (int d = 0; d < n; d += kLanes) store_half(p.phase[p.n] + d, phases_of(load(z + d), splat(p.inv[p.n])));
+            ++p.n;
+        }
+        kept_means(f, p, least, near, bytes);
+        std::memcpy(near, bytes, n);
+        for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(near + d));
+    }
+    for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(bytes + d));
+    return from_record;
+}
+
+// Codes of one token, as integers.
+void value_codes(const ValueFormat & f, const half * row, const float * means, bool from_record, int t, uint8_t * record, I * code) {
+    float y[kMaxHeadSize];
     if (f.rotated()) {
-        rotate(y, f.head_size, f.rotation_block());
-        for (int d = 0; d < f.head_size; d += kLanes) store(y + d, sub(load(y + d), load(means + d)));
-        const uint8_t s = rotated_scale(f, y);
+        rotated_row(f, row, means, y);
+        uint8_t s = from_record ? kept_scale(f, y, f.head_size) : 0;
+        if (s == 0) s = rotated_scale(f, y);
         record[f.offset_scale() + t] = s;
         const float middle = float(1 << (f.bits - 1));
         const F inv = splat(s > 0 ? 1.0f / float_of(half(s << kScaleShift)) : 0.0f);
@@ -334,8 +684,10 @@ void value_codes(const ValueFormat & f, float * y, const float * means, int t, u
             code[d / kLanes] = to_int(add(v, splat(middle)));
         }
     } else {
+        from_half(row, y, f.head_size);
         const int groups = f.n_groups();
-        half s[kMaxHeadSize / 32], m[kMaxHeadSize / 32];
+        float lo[kLanes] = {}, hi[kLanes] = {}, scale[kLanes], inv[kLanes];
+        static_assert(kMaxHeadSize / 32 <= kLanes, "a lane per group");
         for (int g = 0; g < groups; ++g) {
             const int begin = g * f.group, end = begin + f.group < f.head_size ? begin + f.group : f.head_size;
             F a = load(y + begin), b = a;
@@ -343,10 +695,19 @@ void value_codes(const ValueFormat & f, float * y, const float * means, int t, u
                 a = min(a, load(y + d));
                 b = max(b, load(y + d));
             }
-            const Affine affine(lowest(a), highest(b), f.bits);
-            s[g] = affine.scale_half;
-            m[g] = affine.min_half;
-            for (int d = begin; d < end; d += kLanes) code[d / kLanes] = affine.codes(load(y + d));
+            lo[g] = lowest(a) + 0.0f;  // -0 becomes +0
+            hi[g] = highest(b) + 0.0f;
+        }
+        const float top = float((1 << f.bits) - 1);
+        const Affine all(load(lo), load(hi), splat(top));
+        store(scale, all.scale);
+        store(inv, all.inv);
+        half s[kLanes], m[kLanes];
+        store_half(s, all.scale);
+        store_half(m, all.lo);
+        for (int d = 0; d < f.head_size; d += kLanes) {
+            const int g = d / f.group;
+            code[d / kLanes] = Affine(lo[g], scale[g], inv[g], top).codes(load(y + d));
         }
         std::memcpy(record + f.offset_scale() + size_t(t) * 2 * groups, s, 2 * groups);
         std::memcpy(record + f.offset_min() + size_t(t) * 2 * groups, m, 2 * groups);
@@ -358,7 +719,7 @@ void pack_values(const ValueFormat & f, const half * rows, size_t stride, const 
     const size_t row = size_t(4) * n;
     float means[kMaxHeadSize];
     std::memset(record + f.offset_scale(), 0, f.record_bytes() - f.offset_scale());
-    if (f.rotated()) rotated_means(f, rows, stride, valid, record + f.offset_mean(), means);
+    const bool from_record = f.rotated() && rotated_means(f, rows, stride, valid, record + f.offset_mean(), means);
     for (int chunk = 0; chunk < kPageCells / 32; ++chunk) {
         B joined[kMaxHeadSize / kLanes][8];
         for (int k = 0; k < 8; ++k) {
@@ -366,9 +727,7 @@ void pack_values(const ValueFormat & f, const half * rows, size_t stride, const 
             for (int r = 0; r < 4; ++r) {
                 const int t = chunk * 32 + k * 4 + r;
                 if (valid.test(t)) {
-                    float y[kMaxHeadSize];
-                    from_half(rows + t * stride, y, n);
-                    value_codes(f, y, means, t, record, code[r]);
+                    value_codes(f, rows + t * stride, means, from_record, t, record, code[r]);
                 } else {
                     for (int i = 0; i < n / kLanes; ++i) code[r][i] = zero_int();
                 }

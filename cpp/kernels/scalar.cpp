@@ -145,63 +145,201 @@ struct Range {
     float high() const { return hi + 0.0f; }
 };
 
+// Numbers between lo and hi as codes from 0 to top. The scale is that of the range as it reads back, so that the codes of what reads back have
+// it, too: of all pairs of halves there is none where this takes a second round.
 struct Affine {
     half scale, min;
-    float inv;
-    int top;
+    float inv, low, top;
 
-    Affine(const Range & r, int bits) : top((1 << bits) - 1) {
-        scale = float_to_half((r.high() - r.low()) / float(top));
-        min = float_to_half(r.low());
-        const float s = half_to_float(scale);
-        inv = s > 0 ? 1.0f / s : 0.0f;
+    Affine(const Range & r, int bits) : min(float_to_half(r.low())), low(r.low()), top(float((1 << bits) - 1)) {
+        set_scale(r.high());
+        set_scale(back(r.high()));
     }
     int code(float x) const {
-        const float v = std::nearbyint((x - half_to_float(min)) * inv);
-        return int(std::min(std::max(v, 0.0f), float(top)));
+        const float v = std::nearbyint((x - low) * inv);
+        return int(std::min(std::max(v, 0.0f), top));
+    }
+    float back(float x) const { return half_to_float(float_to_half(low + float(code(x)) * half_to_float(scale))); }
+
+  private:
+    void set_scale(float high) {
+        scale = float_to_half((high - low) / top);
+        const float s = half_to_float(scale);
+        inv = s > 0 ? 1.0f / s : 0.0f;
     }
 };
 
 // --- keys -----------------------------------------------------------------------------------------------------
 
+// The keys of a head, channel by channel.
+struct Channels {
+    half x[kMaxHeadSize][kPageCells];
+    Range range[kMaxHeadSize][4];
+
+    void read(const KeyFormat & f, const CellMask & valid) {
+        for (int d = 0; d < f.head_size; ++d) {
+            for (int g = 0; g < f.n_groups(); ++g) range[d][g] = Range();
+            for (int t = 0; t < kPageCells; ++t) {
+                if (valid.test(t)) range[d][t / f.group].add(half_to_float(x[d][t]));
+            }
+        }
+    }
+};
+
+// Channels in the order of the record, and the bits at which each is rounded.
+struct Choice {
+    uint8_t order[kMaxHeadSize];
+    uint8_t bits[kMaxHeadSize];
+};
+
+// Calls f(bits, channels) for every tier, the widest first.
+template <class Function>
+void by_tiers(const KeyFormat & f, Function && call) {
+    call(16, f.n16);
+    for (const Tier & tier : Tiers(f).tier) call(tier.bits, tier.count);
+}
+
+// The bits at which a channel seems to have been packed before, of those that the format has; 16 if it does not seem so. `whole`: every cell reads
+// back as it is. `most`: half of a sample does, and no other bits suit more of it.
+void own_bits(const KeyFormat & f, const Channels & page, const CellMask & valid, int d, uint8_t & whole, uint8_t & most) {
+    const auto in_sample = [&](int t) { return t % 32 < 8 && valid.test(t); };
+    int n_sample = 0, best = 0;
+    for (int t = 0; t < kPageCells; ++t) n_sample += in_sample(t);
+    whole = most = 16;
+    for (int i = 3; i >= 0; --i) {
+        const Tier tier = Tiers(f).tier[i];
+        if (tier.count == 0) continue;
+        bool all = true;
+        int same = 0;
+        for (int g = 0; g < f.n_groups(); ++g) {
+            const Affine a(page.range[d][g], tier.bits);
+            for (int t = g * f.group; t < (g + 1) * f.group; ++t) {
+                if (!valid.test(t) || !(all || in_sample(t))) continue;
+                const float x = half_to_float(page.x[d][t]);
+                const bool back = a.back(x) == x;
+                all = all && back;
+                same += back && in_sample(t);
+            }
+        }
+        if (all && whole == 16) whole = uint8_t(tier.bits);
+        if (2 * same >= n_sample && same > best) best = same, most = uint8_t(tier.bits);
+    }
+}
+
+// Deals the channels of a list to the tiers; those of a tier are put in the order of their index.
+void deal(const KeyFormat & f, uint8_t * order, uint8_t * bits) {
+    by_tiers(f, [&](int b, int n) {
+        std::sort(order, order + n);
+        for (int i = 0; i < n && bits; ++i) bits[order[i]] = uint8_t(b);
+        order += n;
+    });
+}
+
+// The tiers of rows that come from a record, if these do: nothing is lost then.
+bool keep_tiers(const KeyFormat & f, const uint8_t * whole, Choice & choice) {
+    const int n = f.head_size;
+    for (int d = 0; d < n; ++d) choice.order[d] = uint8_t(d), choice.bits[d] = whole[d];
+    std::stable_sort(choice.order, choice.order + n, [&](int a, int b) { return whole[a] > whole[b]; });
+    bool fits = true;
+    const uint8_t * order = choice.order;
+    by_tiers(f, [&](int b, int count) {
+        for (int i = 0; i < count; ++i) fits = fits && whole[*order++] <= b;
+    });
+    deal(f, choice.order, nullptr);
+    return fits;
+}
+
+float salience(const KeyFormat & f, const Channels & page, int d, float importance) {
+    float sum = 0;
+    for (int g = 0; g < f.n_groups(); ++g) sum += page.range[d][g].high() - page.range[d][g].low();
+    const float a = importance * sum;
+    return a > 0 ? a : 0.0f;  // NaN sorts as 0: the order stays a permutation
+}
+
+Choice choose_tiers(const KeyFormat & f, const Channels & page, const CellMask & valid, const float * importance) {
+    const int n = f.head_size;
+    uint8_t whole[kMaxHeadSize], most[kMaxHeadSize];
+    for (int d = 0; d < n; ++d) own_bits(f, page, valid, d, whole[d], most[d]);
+    Choice choice;
+    if (keep_tiers(f, whole, choice)) return choice;
+
+    int known = 0;
+    by_tiers(f, [&](int b, int count) {
+        const int found = int(std::count(most, most + n, b));
+        if (b < 16 && found <= count) known += found;
+        if (found > count) std::replace(most, most + n, uint8_t(b), uint8_t(16));  // no record has so many
+    });
+    if (2 * known < f.n_coded()) std::fill(most, most + n, uint8_t(16));
+
+    float a[kMaxHeadSize];
+    uint8_t ranked[kMaxHeadSize], * next = ranked, * at = choice.order;
+    for (int d = 0; d < n; ++d) a[d] = salience(f, page, d, importance[d]), ranked[d] = uint8_t(d);
+    std::sort(ranked, ranked + n, [&](int i, int j) { return a[i] != a[j] ? a[i] > a[j] : i < j; });
+    by_tiers(f, [&](int b, int count) {
+        uint8_t * end = at + count;
+        for (int d = 0; d < n; ++d) {
+            if (b < 16 && most[d] == b) *at++ = uint8_t(d);
+        }
+        for (; at < end; ++next) {
+            if (most[*next] == 16) *at++ = *next;
+        }
+    });
+    deal(f, choice.order, choice.bits);
+    return choice;
+}
+
+// The rows as they will read back.
+void read_back(const KeyFormat & f, const CellMask & valid, const Choice & choice, Channels & page) {
+    for (int d = 0; d < f.head_size; ++d) {
+        for (int g = 0; g < f.n_groups() && choice.bits[d] < 16; ++g) {
+            const Affine a(page.range[d][g], choice.bits[d]);
+            for (int t = g * f.group; t < (g + 1) * f.group; ++t) {
+                if (valid.test(t)) page.x[d][t] = float_to_half(a.back(half_to_float(page.x[d][t])));
+            }
+        }
+    }
+    page.read(f, valid);
+}
+
 void pack_keys(const KeyFormat & f, const half * rows, size_t stride, const CellMask & valid, const float * importance, uint8_t * record) {
     const int n = f.head_size, groups = f.n_groups();
-    std::memset(record, 0, f.record_bytes());
-
-    Range range[kMaxHeadSize][4];
-    float salience[kMaxHeadSize];
-    uint8_t order[kMaxHeadSize];
+    Channels page, back;
     for (int d = 0; d < n; ++d) {
-        float sum = 0;
-        for (int g = 0; g < groups; ++g) {
-            for (int t = g * f.group; t < (g + 1) * f.group; ++t) {
-                if (valid.test(t)) range[d][g].add(half_to_float(rows[t * stride + d]));
-            }
-            sum += range[d][g].high() - range[d][g].low();
-        }
-        const float a = importance[d] * sum;
-        salience[d] = a > 0 ? a : 0.0f;  // NaN sorts as 0: the order stays a permutation
-        order[d] = uint8_t(d);
+        for (int t = 0; t < kPageCells; ++t) page.x[d][t] = valid.test(t) ? rows[t * stride + d] : half(0);
     }
-    std::sort(order, order + n, [&](int a, int b) { return salience[a] != salience[b] ? salience[a] > salience[b] : a < b; });
-    std::memcpy(record + f.offset_order(), order, n);
+    page.read(f, valid);
+    Choice choice = choose_tiers(f, page, valid, importance);
 
+    // A channel may come out so that fewer bits than its tier's would hold it. Then the page is packed once more, from the rows as they read back.
+    back = page;
+    read_back(f, valid, choice, back);
+    const Choice again = choose_tiers(f, back, valid, importance);
+    if (std::memcmp(choice.order, again.order, n) != 0 || std::memcmp(choice.bits, again.bits, n) != 0) {
+        page = back;
+        choice = again;
+    }
+
+    std::memset(record, 0, f.record_bytes());
+    std::memcpy(record + f.offset_order(), choice.order, n);
     for (int r = 0; r < f.n16; ++r) {
+        const int d = choice.order[r];
         for (int t = 0; t < kPageCells; ++t) {
-            store_half(record, size_t(r) * kPageCells + t, valid.test(t) ? rows[t * stride + order[r]] : half(0));
+            half x = page.x[d][t];
+            if (choice.bits[d] < 16) x = float_to_half(Affine(page.range[d][t / f.group], choice.bits[d]).back(half_to_float(x)));
+            store_half(record, size_t(r) * kPageCells + t, valid.test(t) ? x : half(0));
         }
     }
     int rank = f.n16;
     for (const Tier & tier : Tiers(f).tier) {
         for (int i = 0; i < tier.count; ++i, ++rank) {
-            const int d = order[rank];
+            const int d = choice.order[rank];
             uint8_t * quad = record + tier.offset + i / 4 * quad_bytes(tier.bits);
             for (int g = 0; g < groups; ++g) {
-                const Affine a(range[d][g], tier.bits);
+                const Affine a(page.range[d][g], choice.bits[d]);
                 store_half(record + f.offset_scale(), size_t(rank - f.n16) * groups + g, a.scale);
                 store_half(record + f.offset_min(), size_t(rank - f.n16) * groups + g, a.min);
                 for (int t = g * f.group; t < (g + 1) * f.group; ++t) {
-                    if (valid.test(t)) put_key_code(quad, tier.bits, t, i % 4, a.code(half_to_float(rows[t * stride + d])));
+                    if (valid.test(t)) put_key_code(quad, tier.bits, t, i % 4, a.code(half_to_float(page.x[d][t])));
                 }
             }
         }
@@ -255,44 +393,158 @@ void rotate(float * x, int head_size, int block) {
     scale(x, head_size, 1.0f / std::sqrt(float(block)));
 }
 
-// The means of the page's rows, rotated, as bytes.
-void rotated_means(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * means) {
-    float sum[kMaxHeadSize] = {};
+uint8_t rotated_scale(const ValueFormat & f, const float * z) {
+    if (f.bits == 8) {
+        float top = 0;
+        for (int d = 0; d < f.head_size; ++d) top = std::max(top, std::fabs(z[d]));
+        return scale_byte(float_to_half(top / 127.5f), 0x7f);  // upwards: nothing is cut off
+    }
+    float s[8] = {};
+    for (int d = 0; d < f.head_size; ++d) s[d % 8] += z[d] * z[d];
+    const float sum = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+    return scale_byte(float_to_half(std::sqrt(sum / float(f.head_size)) * gaussian_step(f.bits)), 0x40);
+}
+
+// --- rotated values that come from a record -------------------------------------------------------------------
+// Every number of a row then lies in the middle of a step, but for the rounding of the row to halves.
+
+// How far z is from the middle of its step, in 256ths of a step: -128 to 127.
+constexpr int kPhases = 256;
+int phase_of(float z, float inv) { return (int(std::floor(z * inv * float(kPhases))) & (kPhases - 1)) - kPhases / 2; }
+
+// The scale that puts a row on the middles of its steps, judged by the first `dims`, as a byte; 0 if there is none. Rows from a record lie within
+// an eighth of a step on the average, other rows a quarter. The first scale within a 64th is taken, beginning with the best scale of the row.
+uint8_t kept_scale(const ValueFormat & f, const float * z, int dims) {
+    const int guess = rotated_scale(f, z), above = scales_above(f.bits);
+    float peak = 0;
+    for (int d = 0; d < f.head_size; ++d) peak = std::max(peak, std::fabs(z[d]));
+    int fewest = kPhases / 8 * dims, best = 0;
+    for (int i = 1; i <= 2 * std::max(above, kScalesBelow) + 1 && fewest > kPhases / 64 * dims; ++i) {
+        const int by = i % 2 ? -(i / 2) : i / 2, byte = guess + by;  // 0, 1, -1, 2, ...
+        if (by < -kScalesBelow || by > above || byte <= 0 || byte > 0xf7) continue;
+        const float inv = 1.0f / scale_of(uint8_t(byte));
+        if (peak * inv > float(1 << (f.bits - 1))) continue;
+        int off = 0;
+        for (int d = 0; d < dims; ++d) off += std::abs(phase_of(z[d], inv));
+        if (off < fewest) fewest = off, best = byte;
+    }
+    return uint8_t(best);
+}
+
+// A mean as a byte, 0 if it is smaller than `least` or no more than the sign of 0.
+uint8_t large_mean_byte(float x, float least) {
+    const uint8_t byte = mean_byte(x);
+    return std::fabs(x) < least || byte == 0x80 ? 0 : byte;
+}
+
+// The rows without the means `near`: phases and scales of those that have a scale.
+struct Phases {
+    int n = 0;
+    int8_t phase[kPageCells][kMaxHeadSize];
+    float scale[kPageCells];
+};
+
+// How far dimension d would be from the middles of its steps with another mean, over all rows.
+int off_with(const Phases & p, int d, float mean, float near) {
+    int sum = 0;
+    for (int i = 0; i < p.n; ++i) {
+        const float away = std::min(std::max((mean - near) * (1.0f / p.scale[i]), -16384.0f), 16384.0f);
+        const int moved = int(std::floor(away * float(kPhases) + 0.5f));
+        sum += std::abs(((p.phase[i][d] - moved + kPhases / 2) & (kPhases - 1)) - kPhases / 2);
+    }
+    return sum;
+}
+
+// The means that put the rows on the middles of their steps: what the phases say, or, where that leaves them far off, 0 or a neighbour of `near` in the
+// list of bytes.
+void kept_means(const ValueFormat & f, const Phases & p, float least, const uint8_t * near, uint8_t * means) {
+    for (int d = 0; d < f.head_size; ++d) {
+        const float was = mean_of(near[d]);
+        float total = 0, weight = 0;  // least squares
+        for (int i = 0; i < p.n; ++i) {
+            const float w = 1.0f / p.scale[i];
+            total += (float(p.phase[i][d]) + 0.5f) * w;
+            weight += w * w;
+        }
+        means[d] = large_mean_byte(was + (weight > 0 ? total / (weight * float(kPhases)) : 0.0f), least * 0.5f);
+        int fewest = off_with(p, d, mean_of(means[d]), was);
+        if (fewest <= kPhases / 16 * p.n) continue;
+        const int sign = near[d] & 0x80, magnitude = near[d] & 0x7f;
+        for (int byte : {sign | std::min(magnitude + 1, 0x7b), sign | std::max(magnitude - 1, 0), 0}) {
+            const int off = off_with(p, d, mean_of(uint8_t(byte)), was);
+            if (off < fewest) fewest = off, means[d] = uint8_t(byte);
+        }
+    }
+}
+
+void rotated_row(const ValueFormat & f, const half * row, const uint8_t * means, float * z) {
+    from_half(row, z, f.head_size);
+    rotate(z, f.head_size, f.rotation_block());
+    for (int d = 0; d < f.head_size; ++d) z[d] -= mean_of(means[d]);
+}
+
+// The means of the page's rows, rotated, as bytes, and whether the rows come from a record: then they are the means of that one.
+bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * means) {
+    const int n = f.head_size;
+    float sum[kMaxHeadSize] = {}, square[kMaxHeadSize] = {}, lane[8] = {};
     int count = 0;
     for (int t = 0; t < kPageCells; ++t) {
         if (!valid.test(t)) continue;
         ++count;
-        for (int d = 0; d < f.head_size; ++d) sum[d] += half_to_float(rows[t * stride + d]);
+        for (int d = 0; d < n; ++d) {
+            const float x = half_to_float(rows[t * stride + d]);
+            sum[d] += x;
+            square[d] += x * x;
+        }
     }
-    for (int d = 0; d < f.head_size && count > 0; ++d) sum[d] /= float(count);
-    rotate(sum, f.head_size, f.rotation_block());
-    for (int d = 0; d < f.head_size; ++d) means[d] = mean_byte(sum[d]);
-}
+    count = std::max(count, 1);
+    for (int d = 0; d < n; ++d) sum[d] /= float(count), lane[d % 8] += square[d];
+    rotate(sum, n, f.rotation_block());
+    const float squares = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+    const float least = std::sqrt(squares / float(count * n)) * kLeastMean;
+    uint8_t near[kMaxHeadSize];
+    for (int d = 0; d < n; ++d) near[d] = mean_byte(sum[d]), means[d] = large_mean_byte(sum[d], least);
 
-uint8_t rotated_scale(const ValueFormat & f, const float * y) {
-    if (f.bits == 8) {
-        float top = 0;
-        for (int d = 0; d < f.head_size; ++d) top = std::max(top, std::fabs(y[d]));
-        return scale_byte(float_to_half(top / 127.5f), 0x7f);  // upwards: nothing is cut off
+    float z[kMaxHeadSize];
+    int looked = 0, kept = 0;
+    for (int i = 0; i < kPageCells && looked < kSample; ++i) {
+        const int t = i % 8 * 16 + i / 8;
+        if (!valid.test(t)) continue;
+        rotated_row(f, rows + t * stride, near, z);
+        ++looked;
+        kept += kept_scale(f, z, kSampleDims) > 0;
     }
-    float s[8] = {};
-    for (int d = 0; d < f.head_size; ++d) s[d % 8] += y[d] * y[d];
-    const float sum = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-    return scale_byte(float_to_half(std::sqrt(sum / float(f.head_size)) * gaussian_step(f.bits)), 0x40);
+    if (looked == 0 || 2 * kept < looked) return false;
+
+    Phases p;
+    for (int round = 0; round < 2; ++round) {  // with better means, more rows find their scale
+        p.n = 0;
+        for (int t = 0; t < kPageCells; ++t) {
+            if (!valid.test(t)) continue;
+            rotated_row(f, rows + t * stride, near, z);
+            const uint8_t s = kept_scale(f, z, n);
+            if (s == 0) continue;
+            p.scale[p.n] = scale_of(s);
+            for (int d = 0; d < n; ++d) p.phase[p.n][d] = int8_t(phase_of(z[d], 1.0f / p.scale[p.n]));
+            ++p.n;
+        }
+        kept_means(f, p, least, near, means);
+        std::memcpy(near, means, n);
+    }
+    return true;
 }
 
 void pack_values(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
     const int n = f.head_size, groups = f.n_groups(), middle = 1 << (f.bits - 1);
     std::memset(record, 0, f.record_bytes());
-    if (f.rotated()) rotated_means(f, rows, stride, valid, record + f.offset_mean());
+    const bool from_record = f.rotated() && rotated_means(f, rows, stride, valid, record + f.offset_mean());
     for (int t = 0; t < kPageCells; ++t) {
         if (!valid.test(t)) continue;
         float y[kMaxHeadSize];
-        from_half(rows + t * stride, y, n);
         if (f.rotated()) {
-            rotate(y, n, f.rotation_block());
-            for (int d = 0; d < n; ++d) y[d] -= mean_of(record[f.offset_mean() + d]);
-            const uint8_t s = rotated_scale(f, y);
+            rotated_row(f, rows + t * stride, record + f.offset_mean(), y);
+            uint8_t s = from_record ? kept_scale(f, y, n) : 0;
+            if (s == 0) s = rotated_scale(f, y);
             const float inv = s > 0 ? 1.0f / scale_of(s) : 0.0f;
             record[f.offset_scale() + t] = s;
             for (int d = 0; d < n; ++d) {
@@ -301,6 +553,7 @@ void pack_values(const ValueFormat & f, const half * rows, size_t stride, const 
             }
             continue;
         }
+        from_half(rows + t * stride, y, n);
         for (int g = 0; g < groups; ++g) {
             const int end = std::min((g + 1) * f.group, n);
             Range range;

@@ -105,6 +105,11 @@ inline void store_half(uint16_t * p, F x) {
     x = min(max(x, splat(-65504.0f)), splat(65504.0f));
     vst1q_u16(p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.a), x.b)));
 }
+// As it reads back after store_half.
+inline F as_half(F x) {
+    x = min(max(x, splat(-65504.0f)), splat(65504.0f));
+    return {vcvt_f32_f16(vcvt_f16_f32(x.a)), vcvt_f32_f16(vcvt_f16_f32(x.b))};
+}
 inline uint16_t half_of(float x) {  // no clamp
     const __fp16 h = __fp16(x);
     uint16_t bits;

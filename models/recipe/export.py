@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from command_line import add_force, claim
+
 NAME = "cot-tiny-34m"
 DESCRIPTION = "Small Qwen2-style test model trained from scratch on public-domain prose, Python sources and synthetic chain-of-thought tasks"
 CONTEXT = 16384
@@ -105,13 +107,14 @@ def main() -> None:
     parser.add_argument("weights", type=Path, help="final.npz of train.py")
     parser.add_argument("tokenizer", type=Path, help="tokenizer.json of prep.py")
     parser.add_argument("out", type=Path, help="folder for the GGUF files")
+    add_force(parser)
     args = parser.parse_args()
+    claim(args.out, [f"{NAME}-f16.gguf", f"{NAME}-q8_0.gguf"], args.force)
 
     import numpy as np
 
     weights = dict(np.load(args.weights))
     tokenizer = json.loads(args.tokenizer.read_text(encoding="utf-8"))
-    args.out.mkdir(parents=True, exist_ok=True)
     export(weights, tokenizer, args.out / f"{NAME}-f16.gguf", q8_0=False)
     export(weights, tokenizer, args.out / f"{NAME}-q8_0.gguf", q8_0=True)
 

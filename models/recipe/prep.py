@@ -18,6 +18,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from command_line import add_force, claim, number
+
 VOCABULARY = 8192
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Qwen2's pre-tokenizer (`tokenizer.ggml.pre = qwen2`): every digit is a token of its own.
@@ -123,15 +125,16 @@ def main() -> None:
     parser.add_argument("--novels", type=Path, action="append", required=True, metavar="DIR", help="folder of *.txt (may be repeated)")
     parser.add_argument("--gsm8k", type=Path, required=True, help="the training split, JSON lines")
     parser.add_argument("--held-out", type=Path, action="append", default=[], metavar="FILE", help="evaluation text to keep out")
-    parser.add_argument("--until", type=int, default=1930, help="leave out novels named *_YEAR.txt from that year on")
+    parser.add_argument("--until", type=number(int, 0, 9999), default=1930, help="leave out novels named *_YEAR.txt from that year on")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add_force(parser)
     args = parser.parse_args()
+    claim(args.out, ["sources.json", "tokenizer.json", "novel.u16", "code.u16", "gsm8k.npz"], args.force)
 
     import numpy as np
 
     from mixkvq import tasks
 
-    args.out.mkdir(parents=True, exist_ok=True)
     names, novels = read_novels(args.novels, args.held_out, args.until)
     sources, gsm8k = read_python_sources(), read_gsm8k(args.gsm8k)
     print(f"{len(novels)} novels, {len(sources)} Python files, {len(gsm8k)} GSM8K problems")

@@ -15,6 +15,8 @@ import os
 import time
 from pathlib import Path
 
+from command_line import add_force, claim, number
+
 WARM_UP_STEPS = 150
 EARLY_SHARE = 0.15  # of the time: easier problems
 DECAY_FROM = 0.6  # of the time
@@ -27,35 +29,36 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budget", type=float, default=1350, help="seconds")
-    parser.add_argument("--max-steps", type=int, default=10**9)
-    parser.add_argument("--workers", type=int, default=14, help="processes that make rows")
-    parser.add_argument("--batch-tokens", type=int, default=131072)
-    parser.add_argument("--row", type=int, default=4096, help="tokens per row")
-    parser.add_argument("--long-row", type=int, default=16384, help="tokens per row in the last stage")
-    parser.add_argument("--long-from", type=float, default=0.78, help="share of the time at which the last stage starts")
-    parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--feed-forward", type=int, default=1408)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--budget", type=number(float, 0), default=1350, help="seconds")
+    parser.add_argument("--max-steps", type=number(int, 1), default=10**9)
+    parser.add_argument("--workers", type=number(int, 1), default=14, help="processes that make rows")
+    parser.add_argument("--batch-tokens", type=number(int, 1), default=131072)
+    parser.add_argument("--row", type=number(int, 1), default=4096, help="tokens per row")
+    parser.add_argument("--long-row", type=number(int, 1), default=16384, help="tokens per row in the last stage")
+    parser.add_argument("--long-from", type=number(float, 0, 1), default=0.78, help="share of the time at which the last stage starts")
+    parser.add_argument("--layers", type=number(int, 1), default=10)
+    parser.add_argument("--width", type=number(int, 1), default=512)
+    parser.add_argument("--feed-forward", type=number(int, 1), default=1408)
+    parser.add_argument("--heads", type=number(int, 1), default=4)
+    parser.add_argument("--kv-heads", type=number(int, 1), default=2)
+    parser.add_argument("--head-size", type=number(int, 1), default=128)
+    parser.add_argument("--learning-rate", type=number(float, 0), default=2e-3)
     parser.add_argument("--device", default="cuda")
     parser.add_argument(
         "--attention", choices=("flex", "plain"), default="flex", help="plain does not mask documents: for trying things out"
     )
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--validation-problems", type=int, default=32, help="per task and level")
-    parser.add_argument("--validate-every", type=float, default=120, help="seconds")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--validation-problems", type=number(int, 1), default=32, help="per task and level")
+    parser.add_argument("--validate-every", type=number(float, 0), default=120, help="seconds")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1)
+    add_force(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out, ["final.npz", "ckpt.npz", "partial.npz", "validation.json"], args.force)
 
     from rows import EARLY, LONG, MAIN, Loader, RowMaker
 

@@ -21,10 +21,11 @@ import bridge
 from bridge.errors import SettingsError
 from bridge.settings import STOCK_TYPES, Kv, preset_names, resolve_kv
 
+from .reference import PAGE_CELLS
+
 if TYPE_CHECKING:
     from bridge import Llama
 
-PAGE = 128  # cells
 WINDOW = SINKS = 128  # tokens in F16, unless a cache says otherwise
 LENGTHS = (8192, 32768)  # contexts at which total bits are always given
 NO_ROTATION = "-norot"
@@ -131,15 +132,15 @@ def file_of(name: str) -> Path | None:
 def total_bits(body_k: float, body_v: float, n_ctx: int, window: int = WINDOW, sinks: int = SINKS, *, key_share: float = 0.5) -> float:
     """Bits per element that a context of `n_ctx` cells takes, from the body bits of its packed keys and values.
 
-    As the cache reserves them: F16 pages for the sinks, for the window and for the page being filled, and a record for every page but the sinks and
-    that one. Tables of about 40 bytes a page are left out. key_share: of the elements, where keys and values differ in size.
+    As a full cache has them: F16 pages for the sinks, for the window and for the page being filled, and a record for every page that is packed then.
+    Tables of about 40 bytes a page are left out. key_share: of the elements, where keys and values differ in size.
     """
     n_pages = _pages(n_ctx)
     sink_pages = min(_pages(sinks), n_pages)
     f16_pages = min(sink_pages + _pages(window) + 1, n_pages)
-    record_pages = max(0, n_pages - sink_pages - 1)
+    record_pages = max(0, n_pages - sink_pages - max(1, _pages(window)))
     body = key_share * body_k + (1 - key_share) * body_v
-    return PAGE * (16 * f16_pages + body * record_pages) / n_ctx
+    return PAGE_CELLS * (16 * f16_pages + body * record_pages) / n_ctx
 
 
 def sizes(llm: Llama, name: str, lengths: Iterable[int] = LENGTHS, *, window: int | None = None, sinks: int | None = None) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def _packs(layer: dict[str, Any]) -> bool:
 
 
 def _pages(n_cells: int) -> int:
-    return -(-n_cells // PAGE)
+    return -(-n_cells // PAGE_CELLS)
 
 
 def _codec(name: str) -> Any:

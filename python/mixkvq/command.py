@@ -1,37 +1,69 @@
-"""What the command lines of this package share: mistakes end in one sentence and an exit code, without a traceback."""
+"""What the command lines of this project's tools share: their options. `run` is that of `bridge.command`."""
 
 from __future__ import annotations
 
+import math
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import click
 
-from bridge.errors import BridgeError
+from bridge import streams
+from bridge.command import INTERRUPTED, run
+from bridge.model_file import read_header
+
+__all__ = ["COUNT", "COUNT_OR_ZERO", "F16_TOKENS", "SEED", "SETTINGS", "THREADS", "Model", "Number", "force_option", "interrupted", "run", "tool"]
+
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+version_option = click.version_option(package_name="mixkvq", message="%(package)s %(version)s")
 
 
-def run(command: click.Command, module: str, arguments: Sequence[str] | None = None) -> int:
-    """Run the command line of `python -m module`. Returns 0, 2 for a mistake of the user, 1 for a failure, 130 after Ctrl-C."""
-    try:
-        code = command.main(args=None if arguments is None else list(arguments), prog_name=f"python -m {module}", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.ClickException as e:
-        return _complain(" ".join(e.format_message().split()), 2)
-    except BridgeError as e:
-        return _complain(str(e), e.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader went away, as `head` does; Python must not try to flush again
-        return 0
-    except OSError as e:
-        name = f"{e.filename2 or e.filename}: " if e.filename else ""
-        return _complain(f"{name}{e.strerror or e}.", 1)
-    except MemoryError:
-        return _complain("There is not enough memory.", 1)
+def tool(**settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """The decorator of a tool's function: a command with -h, --help and --version."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        return click.command(context_settings=SETTINGS, **settings)(version_option(function))
+
+    return decorate
 
 
-def _complain(sentence: str, code: int) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return code
+def force_option(what: str = "the file of -o") -> Callable[[Any], Any]:
+    """--force: replace an existing file of the kind that is written."""
+    return click.option("--force", is_flag=True, help=f"Replace {what} if it exists and is of the same kind.")
+
+
+class Number(click.FloatRange):
+    """A finite number within bounds; click's own range lets NaN through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+class Model(click.ParamType):
+    """The path of a model, as text. What is no file gets the sentence of `bridge.model_file`: advice where it is an address or a name on a hub."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not os.path.isfile(value):
+            read_header(value)
+        return str(value)
+
+
+SEED = click.IntRange(0, (1 << 32) - 1)
+THREADS = click.IntRange(1, 1024)
+COUNT = click.IntRange(1, 1 << 30)
+COUNT_OR_ZERO = click.IntRange(0, 1 << 30)
+F16_TOKENS = click.IntRange(0, 1 << 20)
+"""Of the options --window and --sinks."""
+
+
+def interrupted(kept: str) -> int:
+    """Says what is kept after Ctrl-C; returns the exit code."""
+    streams.say(f"stopped: {kept}")
+    return INTERRUPTED

@@ -25,8 +25,9 @@ import numpy.typing as npt
 from bridge.errors import ContextError, ContextTooLargeError, SettingsError
 from bridge.library import native
 
-from .caches import LENGTHS, PAGE, f16_tokens, is_stock, open_cache, sizes
+from .caches import LENGTHS, f16_tokens, is_stock, open_cache, sizes
 from .record import available_cores
+from .reference import PAGE_CELLS
 
 if TYPE_CHECKING:
     from bridge import Llama
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 STYLES = ("decode", "prefill", "token")
 NOISE_FLOOR = "noise floor"  # the baseline's own cache in batches of another size
 CELLS = 256  # a context is a multiple of this
+BLOCK, LEAST_BLOCKS = 128, 4  # predictions of a block, and blocks that a standard error takes
 SINGLE_STEPS = 64  # single tokens that a cache is fed before the next one's turn
-_BATCH = {"decode": PAGE, "prefill": 512, "token": 1}
+_BATCH = {"decode": PAGE_CELLS, "prefill": 512, "token": 1}
 # A size at which the CPU backend takes another path through attention: one query at a time, or a tile of 64.
 _OTHER_BATCH = {"decode": 8, "prefill": 8, "token": 64}
 
@@ -53,15 +55,15 @@ class Passage:
     first: int = 1
 
 
-def cut(n: int, style: str, windows: Iterable[int] = (PAGE,)) -> list[int]:
+def cut(n: int, style: str, windows: Iterable[int] = (PAGE_CELLS,)) -> list[int]:
     """Where `n` tokens are cut into batches: positions from 0 to n, the same for every cache of a comparison.
 
     windows: recent tokens in F16, of all caches that are compared. The query at position c sees page p packed if c >= 128 (p + 1) + max(window, 1)
     (the page being written is never packed), so with cuts at max(window, 1) modulo 128 nothing changes inside a batch.
     """
     if style == "decode":
-        phases = {max(window, 1) % PAGE for window in windows} or {0}
-        inner = {start + phase for start in range(0, n, PAGE) for phase in phases}
+        phases = {max(window, 1) % PAGE_CELLS for window in windows} or {0}
+        inner = {start + phase for start in range(0, n, PAGE_CELLS) for phase in phases}
     elif style in STYLES:
         inner = set(range(0, n, SINGLE_STEPS if style == "token" else _BATCH[style]))
     else:
@@ -70,10 +72,7 @@ def cut(n: int, style: str, windows: Iterable[int] = (PAGE,)) -> list[int]:
 
 
 def feed(llm: Llama, tokens: Sequence[int], batch: int, wanted: int) -> Rows:
-    """Evaluate `tokens`, at most `batch` at a time; the logits of the last `wanted` ones, [wanted, vocabulary].
-
-    The result may be a view of the context's memory: the next evaluation overwrites it.
-    """
+    """Evaluate `tokens`, at most `batch` at a time; the logits of the last `wanted` ones, [wanted, vocabulary]."""
     if len(tokens) <= batch:
         return llm.forward(tokens, wanted)
     rows = np.empty((wanted, llm.n_vocab()), np.float32)
@@ -143,14 +142,19 @@ def summarise(parts: Sequence[Comparison]) -> dict[str, Any]:
     }
 
 
-def standard_error(parts: Sequence[Sequence[float] | npt.NDArray[Any]], block: int = 128) -> float | None:
+def n_blocks(lengths: Iterable[int]) -> int:
+    """Into how many blocks `standard_error` cuts parts of these lengths."""
+    return sum(max(1, n // BLOCK) for n in lengths if n)
+
+
+def standard_error(parts: Sequence[Sequence[float] | npt.NDArray[Any]], block: int = BLOCK) -> float | None:
     """Standard error of the mean of all values, from blocks: neighbouring tokens are not independent.
 
     Each part is cut into blocks of at least `block` values (a shorter part is one). None with fewer than four blocks.
     """
     blocks = [piece for part in parts if len(part) for piece in np.array_split(np.asarray(part, np.float64), max(1, len(part) // block))]
     m = len(blocks)
-    if m < 4:
+    if m < LEAST_BLOCKS:
         return None
     sums, counts = np.array([piece.sum() for piece in blocks]), np.array([len(piece) for piece in blocks])
     rest = sums - sums.sum() / counts.sum() * counts
@@ -220,7 +224,7 @@ def compare_caches(
     if windows is None:
         windows = windows_of([baseline, *names], window)
     n_ctx = -(-max(len(p.tokens) for p in passages) // CELLS) * CELLS
-    n_batch = max(_BATCH[style], _OTHER_BATCH[style]) if style in STYLES else PAGE
+    n_batch = max(_BATCH[style], _OTHER_BATCH[style]) if style in STYLES else PAGE_CELLS
     options: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_batch, "window": window, "sinks": sinks}
     options["device"] = device
     if threads:
@@ -269,7 +273,7 @@ def work(n_names: int, passages: Sequence[Passage], at_once: int) -> int:
 def _walk(
     baseline: _Walker, others: Sequence[_Walker], passage: Passage, cuts: Sequence[int], threads: int, progress: Callable[[int], None]
 ) -> list[Comparison]:
-    """Nothing of the size of the passage is kept: every batch is compared while all contexts still hold its logits."""
+    """Nothing of the size of the passage is kept: every batch is compared at once."""
     found = [Comparison() for _ in others]
     walkers = (baseline, *others)
     for w in walkers:

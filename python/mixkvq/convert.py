@@ -7,7 +7,8 @@
     python -m mixkvq.convert from-json model.json -o model.mixkvq.gguf
     python -m mixkvq.convert upgrade old.mixkvq.gguf
 
-OUT may be the input itself. Models are copied in blocks, checked, and renamed when they are whole.
+OUT is a file of its own, and what is there already is replaced with --force only, never by a file of another kind. Models are copied in blocks,
+checked, and renamed when they are whole.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 from gguf import GGUFValueType
@@ -30,19 +31,19 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from bridge.errors import ModelFileError, ProfileError
+from bridge.files import write_atomically
 from bridge.memory import format_bytes
 from bridge.model_file import Header, read_header
 
-from .command import run
+from .command import SETTINGS, force_option, run, version_option
+from .outputs import check_json, check_output, writing
 from .profile import (
     PREFIX,
     PROFILE_VERSION,
     Profile,
     check_model,
-    check_target,
     from_json,
     read_profile,
-    replacing,
     to_json,
     write_keys,
     write_profile,
@@ -76,7 +77,8 @@ def embed(model: str | os.PathLike[str], profile: Profile, out: str | os.PathLik
 
     Everything else in the copy is the same, byte for byte. Of a model in several files give the first; only that one is written.
 
-    Raises ProfileError if the profile is not for this model or the disk has too little room, ModelFileError for an unreadable model, OSError.
+    Raises ProfileError if the profile is not for this model or the disk has too little room, ModelFileError for an unreadable model, SettingsError if
+    `out` cannot be written or is no model, OSError.
     """
     check_model(profile, model)
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +91,10 @@ def embed(model: str | os.PathLike[str], profile: Profile, out: str | os.PathLik
 
 
 def extract(model: str | os.PathLike[str], out: str | os.PathLike[str]) -> Profile:
-    """Write the profile that is embedded in a model as a side-car. Raises ProfileError if there is none, OSError."""
+    """Write the profile that is embedded in a model as a side-car.
+
+    Raises ProfileError if there is none, SettingsError if `out` cannot be written or is no profile, OSError.
+    """
     profile = _embedded(os.fspath(model))
     write_profile(out, profile)
     return profile
@@ -168,11 +173,11 @@ def _rewrite(model: str, out: str, added: bytes, n_added: int, on_progress: OnPr
     """Copy a model with other profile keys: everything else, and the order of it, stays as it is."""
     header = read_header(model)
     _check_name(model, out, header)
-    check_target(out)
+    check_output(out, "model", force=True)
     size = os.path.getsize(model)
     _check_room(out, size + len(added))
     report = on_progress or (lambda done, total: None)
-    with open(model, "rb") as f, replacing(out) as temporary:
+    with open(model, "rb") as f, writing(out) as temporary:
         layout = _Layout(f)
         kept = [(start, end) for name, start, end in layout.pairs if not name.startswith(PREFIX)]
         data = _data_start(layout.infos[1], header)
@@ -274,10 +279,12 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-_OUT = click.option("-o", "--out", required=True, help="The file to write. It is replaced if it exists.")
+_OUT = click.option("-o", "--out", required=True, help="The file to write.")
+_FORCE = force_option()
 
 
-@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(no_args_is_help=False, context_settings=SETTINGS)
+@version_option
 def command() -> None:
     """Embed a profile in a model, take it out, convert it to JSON and back, upgrade it."""
 
@@ -286,8 +293,10 @@ def command() -> None:
 @click.argument("model")
 @click.argument("profile")
 @_OUT
-def embed_command(model: str, profile: str, out: str) -> None:
-    """Write a copy of MODEL that has PROFILE (a side-car, or JSON) inside. OUT may be MODEL."""
+@_FORCE
+def embed_command(model: str, profile: str, out: str, force: bool) -> None:
+    """Write a copy of MODEL that has PROFILE (a side-car, or JSON) inside."""
+    check_output(out, "model", force=force, inputs=[model, profile])
     with _bar("Copying the model") as on_progress:
         embed(model, load_profile(profile), out, on_progress)
     _say(f"{out} has the profile {profile} inside; its tensors are those of {model}, byte for byte.")
@@ -296,8 +305,10 @@ def embed_command(model: str, profile: str, out: str) -> None:
 @command.command("extract")
 @click.argument("model")
 @_OUT
-def extract_command(model: str, out: str) -> None:
+@_FORCE
+def extract_command(model: str, out: str, force: bool) -> None:
     """Write the profile that is inside MODEL as a side-car."""
+    check_output(out, "profile", force=force, inputs=[model])
     extract(model, out)
     _say(f"{out} is the profile that {model} has inside.")
 
@@ -305,8 +316,10 @@ def extract_command(model: str, out: str) -> None:
 @command.command("remove")
 @click.argument("model")
 @_OUT
-def remove_command(model: str, out: str) -> None:
-    """Write a copy of MODEL without the profile inside. OUT may be MODEL."""
+@_FORCE
+def remove_command(model: str, out: str, force: bool) -> None:
+    """Write a copy of MODEL without the profile inside."""
+    check_output(out, "model", force=force, inputs=[model])
     with _bar("Copying the model") as on_progress:
         remove(model, out, on_progress)
     _say(f"{out} has no profile inside; its tensors are those of {model}, byte for byte.")
@@ -315,22 +328,30 @@ def remove_command(model: str, out: str) -> None:
 @command.command("to-json")
 @click.argument("profile")
 @click.option("-o", "--out", help="The file to write.  [default: stdout]")
-def to_json_command(profile: str, out: str | None) -> None:
+@_FORCE
+def to_json_command(profile: str, out: str | None, force: bool) -> None:
     """Write PROFILE, a side-car or a model with one inside, as JSON."""
+    if out is not None:
+        check_json(out, "that of a profile", _is_profile, force=force, inputs=[profile])
     text = to_json(read_profile(profile))
     if out is None:
-        click.echo(text, nl=False)
+        click.echo(text.encode(), nl=False)  # UTF-8 whatever the terminal's encoding is
         return
-    with replacing(out) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+    write_atomically(out, text)
     _say(f"{out} is the profile {profile} as JSON.")
+
+
+def _is_profile(found: Any) -> bool:
+    return isinstance(found, dict) and {"fingerprint", "layers"} <= set(found)
 
 
 @command.command("from-json")
 @click.argument("json_file", metavar="JSON")
 @_OUT
-def from_json_command(json_file: str, out: str) -> None:
+@_FORCE
+def from_json_command(json_file: str, out: str, force: bool) -> None:
     """Write the profile in the file JSON as a side-car."""
+    check_output(out, "profile", force=force, inputs=[json_file])
     write_profile(out, read_json(json_file))
     _say(f"{out} is the profile {json_file} as a side-car.")
 
@@ -338,8 +359,11 @@ def from_json_command(json_file: str, out: str) -> None:
 @command.command("upgrade")
 @click.argument("profile")
 @click.option("-o", "--out", help="The file to write.  [default: PROFILE itself]")
-def upgrade_command(profile: str, out: str | None) -> None:
+@_FORCE
+def upgrade_command(profile: str, out: str | None, force: bool) -> None:
     """Write PROFILE, a side-car or a model with one inside, in the newest version of the format."""
+    if out is not None:
+        check_output(out, "model" if read_profile(profile).embedded else "profile", force=force, inputs=[profile])
     with _bar("Copying the model") as on_progress:
         version = upgrade(profile, out or profile, on_progress)
     _say(f"{out or profile} is of version {PROFILE_VERSION}; {profile} was of version {version}.")

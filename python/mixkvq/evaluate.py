@@ -10,12 +10,12 @@ What is in the JSON file is not measured again: a run that was stopped goes on w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,36 +26,38 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bridge.devices import DEVICE_HELP, check_device
-from bridge.errors import SettingsError
+from bridge.errors import BridgeError, SettingsError
 from bridge.library import llama, native
+from bridge.machine import physical_cores
+from bridge.memory import SEQUENCES
 from bridge.model_file import open_model
-from bridge.run import physical_cores
 
 from . import plots, problems, tasks
 from .caches import CACHE_HELP, check_name, file_of, is_stock, open_cache, split_names
-from .command import run
-from .compare import NOISE_FLOOR, STYLES, Measured, Passage, compare_caches, draw_windows, tokenize_text, windows_of, work
-from .record import describe_file, describe_run, save_json
+from .command import COUNT, COUNT_OR_ZERO, F16_TOKENS, SEED, THREADS, Model, Number, force_option, interrupted, run, tool
+from .compare import (
+    LEAST_BLOCKS,
+    NOISE_FLOOR,
+    STYLES,
+    Measured,
+    Passage,
+    compare_caches,
+    draw_windows,
+    n_blocks,
+    tokenize_text,
+    windows_of,
+    work,
+)
+from .outputs import check_different
+from .record import check_result, describe_file, describe_run, save_json
+from .texts import DEFAULT_TEXT, default_text, read_utf8
 
 if TYPE_CHECKING:
     from bridge import Llama
 
 DEFAULT_CACHES = "q8_0,q4_0,balanced"
 DEFAULT_CONTEXT = 4096
-DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 MIB = 1 << 20
-
-
-def default_text() -> str:
-    """The part of the text that comes with this package which calibration does not read: pieces of many kinds, one after the other.
-
-    Raises SettingsError if this installation has none.
-    """
-    try:
-        _, _, held_out = DEFAULT_TEXT.read_text(encoding="utf-8").partition("\n%%%% held out\n")
-    except OSError:
-        raise SettingsError("The default text is not part of this installation; give --text FILE.") from None
-    return "\n\n".join(piece.strip() for piece in held_out.split("\n%%%%\n"))
 
 
 # ---- measuring -------------------------------------------------------------------------------------------
@@ -126,7 +128,8 @@ def load_or_start(out: Path | None, fresh: dict[str, Any], restart: bool) -> dic
         known = found["files"]
         changed = [name for name in fresh["files"] if name in known and known[name] != fresh["files"][name]]
         if not changed:
-            return {**found, **{key: fresh[key] for key in ("date", "commit", "machine", "versions")}, "files": {**known, **fresh["files"]}}
+            newer = {key: fresh[key] for key in ("date", "command", "commit", "machine", "versions")}
+            return {**found, **newer, "files": {**known, **fresh["files"]}}
         other = f"content of {changed[0]}"
     raise SettingsError(f"{out} holds a run with another {other}; give another --out, or --restart to replace it.")
 
@@ -143,13 +146,9 @@ class Text:
 def read_text(vocabulary: Llama, path: Path | None, ctx: int, n_windows: int, skip: int, seed: int) -> Text:
     """The windows of a text file, or of the default text. Raises SettingsError if it is shorter than a window."""
     if path is None:
-        text, description = default_text().encode(), describe_file(DEFAULT_TEXT) | {"name": "the default text"}
+        text, description = default_text()[1].encode(), describe_file(DEFAULT_TEXT) | {"name": "the default text"}
     else:
-        text, description = path.read_bytes(), describe_file(path)
-        try:
-            text.decode("utf-8")
-        except UnicodeDecodeError as e:
-            raise SettingsError(f"{path} is not UTF-8 text (byte {e.start}).") from None
+        text, description = read_utf8(path).encode(), describe_file(path)
     tokens, begin = tokenize_text(vocabulary, text)
     size = ctx - len(begin)
     offsets = draw_windows(len(tokens), size, n_windows, seed)
@@ -204,7 +203,7 @@ def answer_problems(
     workers: int,
     threads: int,
 ) -> None:
-    """Free greedy answers with the baseline and every named cache, one record per problem; saved after each."""
+    """Free greedy answers with the baseline and every named cache, one record per problem; saved as they come."""
     settings = evaluation.result["settings"]
     baseline = settings["baseline"]
     caches = list(dict.fromkeys([baseline, *names]))
@@ -229,16 +228,16 @@ def answer_problems(
         if missing := [cache for cache in caches if cache not in record["answers"]]:
             jobs.append((i, problem, missing))
 
-    saved, cost = 0.0, 0.0
+    saved, cost, unsaved = 0.0, 0.0, False
 
     def update() -> None:
-        nonlocal saved, cost
+        nonlocal saved, cost, unsaved
         begin = time.perf_counter()
         part["records"] = [records[i] for i in sorted(records) if records[i]["answers"]]
         part["summary"] = problems.summarise([r for r in part["records"] if r["index"] < len(drawn)], caches, baseline, first)
         save_json(evaluation.out, evaluation.result)
         saved = time.perf_counter()
-        cost = saved - begin
+        cost, unsaved = saved - begin, False
 
     solver = problems.Solver(str(evaluation.model), source, n_ctx, threads, **evaluation.cache_options)
     step = evaluation.bar.add_task(plots.title(part), total=sum(len(missing) for _, _, missing in jobs))
@@ -246,11 +245,15 @@ def answer_problems(
         for index, answers in solver.solve(jobs, workers):
             part["sizes"] |= {cache: answer.pop("sizes") for cache, answer in answers.items()}
             records[index]["answers"].update(answers)
+            unsaved = True
             if time.perf_counter() - saved >= 20 * cost:  # a long result takes its time to write: a twentieth of all, and so much may be lost
                 update()
             evaluation.bar.advance(step, len(answers))
-    finally:
-        update()
+    except BaseException:  # Ctrl-C as well
+        if unsaved:
+            update()
+        raise
+    update()
     evaluation.bar.remove_task(step)
 
 
@@ -270,6 +273,8 @@ def guarantee(evaluation: Evaluation, texts: Sequence[Text], names: Sequence[str
 
     Measured in decode style, `at_once` caches at a time, and no more caches than it takes. The result gets "guarantee".
     """
+    if any(n_blocks([len(p.tokens) - p.first for p in text.passages]) < LEAST_BLOCKS for text in texts):
+        raise SettingsError("A guarantee needs at least 512 predictions per text; give a larger --ctx or more --windows.")
     tried = []
     best = None
     for i in range(0, len(names), evaluation.at_once):
@@ -277,8 +282,6 @@ def guarantee(evaluation: Evaluation, texts: Sequence[Text], names: Sequence[str
         sections = [measure_text(evaluation, text, "decode", group) for text in texts]
         for name in group:
             figures = [section["caches"][name] for section in sections]
-            if any(f["kld_standard_error"] is None for f in figures):
-                raise SettingsError("A guarantee needs at least 512 predictions per text; give a larger --ctx or more --windows.")
             worst = max(figures, key=lambda f: f["kld_mean"] + f["kld_standard_error"])
             holds = worst["kld_mean"] + worst["kld_standard_error"] <= limit
             tried.append({"cache": name, "holds": holds, **{key: worst[key] for key in ("body_bits", "kld_mean", "kld_standard_error")}})
@@ -416,22 +419,26 @@ def _nats(x: float) -> str:
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 GIVEN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-COUNT = click.IntRange(min=1)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("model", type=FILE)
+@tool()
+@click.argument("model", type=Model(), callback=lambda _context, _parameter, path: Path(path))
 @click.option("--kv", multiple=True, help=f"The {CACHE_HELP}; may be repeated.  [default: {DEFAULT_CACHES}]")
 @click.option("--baseline", default="f16", show_default=True, help="What all caches are compared with.")
 @click.option("--text", "texts", multiple=True, type=GIVEN_FILE, help="Text to read; may be repeated.  [default: a text that comes with MixKVQ]")
 @click.option("--style", default="decode", show_default=True, help="How tokens are fed: decode, prefill or token; several, comma-separated.")
-@click.option("--ctx", type=click.IntRange(min=2), help=f"Tokens per window of a text.  [default: {DEFAULT_CONTEXT}, or the model's context]")
+@click.option("--ctx", type=click.IntRange(2, 1 << 30), help=f"Tokens per window of a text.  [default: {DEFAULT_CONTEXT}, or the model's context]")
 @click.option("--windows", default=1, show_default=True, type=COUNT, help="Windows per text, drawn by the seed.")
-@click.option("--skip", default=0, show_default=True, type=click.IntRange(min=0), help="Predictions left out at the start of each window.")
-@click.option("--window", type=click.IntRange(0, 1 << 20), help="Recent tokens in F16, for every cache but llama.cpp's.  [default: its own, or 128]")
-@click.option("--sinks", type=click.IntRange(0, 1 << 20), help="First tokens in F16, for every cache but llama.cpp's.  [default: its own, or 128]")
+@click.option("--skip", default=0, show_default=True, type=COUNT_OR_ZERO, help="Predictions left out at the start of each window.")
+@click.option("--window", type=F16_TOKENS, help="Recent tokens in F16, for every cache but llama.cpp's.  [default: its own, or 128]")
+@click.option("--sinks", type=F16_TOKENS, help="First tokens in F16, for every cache but llama.cpp's.  [default: its own, or 128]")
 @click.option("--floor/--no-floor", default=None, help="Measure the baseline in other batches as well.  [default: unless --guarantee]")
-@click.option("--guarantee", "limit", type=float, help="Find the smallest preset (or cache of --kv) whose mean KLD stays below this.")
+@click.option(
+    "--guarantee",
+    "limit",
+    type=Number(0, 1e3, min_open=True),
+    help="Find the smallest preset (or cache of --kv) whose mean KLD stays below this.",
+)
 @click.option("--derivations", type=COUNT, help="Teacher-force the derivations of so many built-in problems.")
 @click.option("--problems", "count", type=COUNT, help="Let the model answer so many problems, with every cache.")
 @click.option("--problems-file", type=GIVEN_FILE, help='Problems as JSON lines with "question" and "answer" ("... #### number"), as GSM8K.')
@@ -441,14 +448,15 @@ COUNT = click.IntRange(min=1)
 @click.option("--instruction", default=problems.INSTRUCTION, show_default=True, help="What follows each question of --problems-file.")
 @click.option("--max-tokens", type=COUNT, help=f"Longest answer.  [default: 5/4 of a built-in problem's derivation + 64; else {problems.MAX_TOKENS}]")
 @click.option("--first", default=200, show_default=True, type=COUNT, help="Compare that many greedy tokens with the baseline's.")
-@click.option("--workers", type=COUNT, help=f"Problems that are answered at once.  [default: {problems.AT_ONCE}]")
+@click.option("--workers", type=click.IntRange(1, SEQUENCES), help=f"Problems that are answered at once.  [default: {problems.AT_ONCE}]")
 @click.option("--at-once", default=4, show_default=True, type=COUNT, help="Caches that are in memory beside the baseline.")
-@click.option("--seed", default=1, show_default=True)
+@click.option("--seed", default=1, show_default=True, type=SEED)
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads.  [default: physical cores]")
+@click.option("--threads", type=THREADS, help="Threads.  [default: physical cores]")
 @click.option("--out", type=FILE, help="Write the figures as JSON; what is there already is not measured again.")
-@click.option("--restart", is_flag=True, help="Replace the file of --out.")
+@click.option("--restart", is_flag=True, help="Measure everything anew, and replace the figures in the file of --out.")
 @click.option("--plot", type=FILE, help="Draw divergence over bits, .png or .svg.")
+@force_option("the picture of --plot")
 @click.option("-q", "--quiet", is_flag=True, help="No tables and no progress; of --guarantee only the cache's name.")
 def command(**given: Any) -> int:
     """Measure key/value caches on MODEL (a GGUF file): how far each moves the model's predictions from those of the F16 cache, and what it takes.
@@ -457,22 +465,51 @@ def command(**given: Any) -> int:
     in nats) with its standard error. Body bits count packed pages with all their scales and tables; total bits every byte that a context
     allocates.
     """
-    # llama-cpp-python points file descriptor 2 at /dev/null while it loads; progress must reach the terminal nevertheless.
-    with os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace", buffering=1) as stderr:
-        console = Console(file=stderr, highlight=False)
+    result: dict[str, Any] = {}
+    texts: list[Text] = []
+    try:
+        console = Console(stderr=True, highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True, disable=given["quiet"] or not console.is_terminal) as bar:
-            result, texts = evaluate(given, bar)
+            evaluate(given, bar, result, texts)
+    except KeyboardInterrupt:
+        _show_some(result, given)
+        return interrupted(_kept(result, given))
+    except (BridgeError, OSError, MemoryError):
+        _show_some(result, given)
+        raise
     show(result, texts, given)
     return 1 if given["limit"] is not None and result["guarantee"]["cache"] is None else 0
 
 
+def _show_some(result: dict[str, Any], given: dict[str, Any]) -> None:
+    """The tables of what was measured before a run ended early."""
+    if not given["quiet"] and _measured(result):
+        print_figures(_wide_console(), result)
+
+
+def _measured(result: dict[str, Any]) -> int:
+    """How many figures there are: caches on texts, and answers."""
+    records = (result.get("problems") or {}).get("records", [])
+    return sum(len(section["caches"]) for section in result.get("sections", [])) + sum(len(record["answers"]) for record in records)
+
+
+def _kept(result: dict[str, Any], given: dict[str, Any]) -> str:
+    if not _measured(result):
+        return "Nothing was measured yet, and nothing is written."
+    if given["out"] is None:
+        return "What was measured is not in a file, for --out was not given."
+    return f"What was measured is in {given['out']}; the same command goes on from there."
+
+
+def _wide_console() -> Console:
+    return Console(width=max(190, Console().width), highlight=False)
+
+
 def show(result: dict[str, Any], texts: Sequence[Text], given: dict[str, Any]) -> None:
-    """Print the tables and the sentence of the guarantee, and draw the plot."""
-    if given["plot"]:
-        plots.draw_evaluation(result, given["plot"])
+    """Print the tables and the sentence of the guarantee, then draw the plot: if it cannot be written the tables are there."""
     if not given["quiet"]:
-        console = Console(width=max(190, Console().width), highlight=False)
+        console = _wide_console()
         if texts and not given["texts"]:
             console.print("No --text was given: the text that comes with MixKVQ was read, the part that calibration does not see.")
         print_figures(console, result)
@@ -484,19 +521,31 @@ def show(result: dict[str, Any], texts: Sequence[Text], given: dict[str, Any]) -
             click.echo(found)
         else:
             click.echo(sentence, err=True)
+    if given["plot"]:
+        plots.draw_evaluation(result, given["plot"])
 
 
-def evaluate(given: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], list[Text]]:
-    """Check the command line and measure; the result, and the texts that were read. Raises BridgeError."""
+def check_outputs(given: dict[str, Any]) -> None:
+    """Raises SettingsError if --out or --plot cannot be written, or something would be lost by it."""
+    inputs = [given["model"], *given["texts"], *(given[key] for key in ("problems_file", "checker") if given[key])]
+    check_different(given["out"], given["plot"])
+    if given["out"]:
+        check_result(given["out"], "evaluate", force=True, inputs=inputs)  # a result is gone on with, or replaced if --restart says so
+    if given["plot"]:
+        plots.check_path(given["plot"], force=given["force"], inputs=inputs)
+
+
+def evaluate(given: dict[str, Any], bar: Progress, result: dict[str, Any], texts: list[Text]) -> None:
+    """Check the command line and measure. Raises BridgeError.
+
+    result, texts: empty; they get what is measured, as it comes, and the texts that were read.
+    """
+    check_outputs(given)
     source = _source(given)
     reads_text = bool(given["texts"]) or given["limit"] is not None or not (given["derivations"] or source)
     styles = split_names(given["style"])
     if unknown := [style for style in styles if style not in STYLES] or (not styles and [""]):
         raise SettingsError(f"There is no style {unknown[0]!r}; the styles are {', '.join(STYLES)}.")
-    if given["limit"] is not None and not 0 < given["limit"] < float("inf"):
-        raise SettingsError(f"--guarantee {given['limit']:g} is not a divergence; give a number above 0.")
-    if given["plot"]:
-        plots.check_path(given["plot"])
     device = check_device(given["device"])
     file = open_model(given["model"])  # says what is wrong with it before anything else is read
     baseline = given["baseline"]
@@ -517,18 +566,18 @@ def evaluate(given: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], list
     windows = windows_of([baseline, *measured], given["window"])
     settings = {key: given[key] for key in ("baseline", "windows", "skip", "window", "sinks", "seed")} | {"ctx": ctx, "cuts": sorted(windows)}
     settings |= {"device": device} if device != "auto" else {}
-    fresh = describe_run("evaluate", given["model"], settings)
+    with hashing(bar, given["model"], given["out"] is not None) as progress:
+        fresh = describe_run("evaluate", given["model"], settings, hashed=given["out"] is not None, progress=progress)
     fresh.update(files=_files([baseline, *measured]), sections=[], problems=None)
-    result = load_or_start(given["out"], fresh, given["restart"])
+    result.update(load_or_start(given["out"], fresh, given["restart"]))
     threads = given["threads"] or physical_cores()
     result["run"] = {"threads": threads, "workers": given["workers"] or problems.AT_ONCE, "at_once": given["at_once"]}
 
     vocabulary = open_cache(given["model"], "f16", n_ctx=256, vocab_only=True)
     cache_options = {"window": given["window"], "sinks": given["sinks"], "device": device}
     evaluation = Evaluation(given["model"], result, given["out"], bar, windows, given["at_once"], threads, cache_options)
-    texts = []
     if reads_text:
-        texts = [read_text(vocabulary, path, ctx, given["windows"], given["skip"], given["seed"]) for path in given["texts"] or (None,)]
+        texts += [read_text(vocabulary, path, ctx, given["windows"], given["skip"], given["seed"]) for path in given["texts"] or (None,)]
     drawn: list[problems.Problem] = []
     if given["derivations"]:
         tasks_of = problems.BuiltIn(*_built_in(given), purpose="derivation")
@@ -558,7 +607,14 @@ def evaluate(given: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], list
         )
     vocabulary.close()
     save_json(given["out"], result)
-    return result, texts
+
+
+@contextlib.contextmanager
+def hashing(bar: Progress, model: Path, hashed: bool) -> Iterator[Callable[[int], None]]:
+    """A progress line for the hash of the model, which names it in the result."""
+    step = bar.add_task(f"SHA-256 of {model.name}", total=model.stat().st_size, visible=hashed)
+    yield lambda n: bar.advance(step, n)
+    bar.remove_task(step)
 
 
 def _source(given: dict[str, Any]) -> problems.Source | None:

@@ -21,12 +21,12 @@ from rich.table import Table
 from bridge.errors import SettingsError
 from bridge.model_file import open_model, read_header
 
-from .command import run
+from . import plots
+from .command import force_option, run, tool
 from .convert import load_profile
-from .profile import PREFIX, LayerProfile, Profile, check_model, replacing, side_car
-from .reference import KEY_BITS
+from .profile import PREFIX, LayerProfile, Profile, check_model, side_car
+from .reference import KEY_BITS, PAGE_CELLS
 
-FORMATS = (".png", ".svg")
 _SHARE = "{:.2f}"
 
 
@@ -77,7 +77,7 @@ def layer_rows(profile: Profile, head_sizes_v: Sequence[int] | None = None) -> l
             continue
         size_v = layer.head_size if head_sizes_v is None else head_sizes_v[i]
         keys, values = layer.packed_bytes(size_v)
-        n_k, n_v = 128 * layer.n_heads * layer.head_size, 128 * layer.n_heads * size_v
+        n_k, n_v = PAGE_CELLS * layer.n_heads * layer.head_size, PAGE_CELLS * layer.n_heads * size_v
         bits = tuple(_SHARE.format(8 * n_bytes / n) for n_bytes, n in ((keys, n_k), (values, n_v), (keys + values, n_k + n_v)))
         for heads in _same(layer):
             tiers, (value_bits, group) = layer.tiers[heads[0]].tolist(), layer.values[heads[0]].tolist()
@@ -221,17 +221,15 @@ def maps(profile: Profile) -> Maps:
 
 def figure(profile: Profile) -> Any:
     """A matplotlib figure: tiers, and salience, key ranges and |q| where the profile has them. Raises SettingsError without matplotlib."""
-    try:
-        from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise SettingsError("Plots need matplotlib; install it with: pip install 'mixkvq[plot]'.") from None
+    pyplot = plots.load()
+    from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+
     m = maps(profile)
     panels: list[tuple[str, npt.NDArray[np.float64]]] = [("tier of a key channel, bits", m.tiers)]
     others = (("expected salience, |q| x range", m.salience), ("range of keys in a page", m.key_range), ("mean |q|", m.query_prior))
     panels += [(name, values) for name, values in others if values is not None]
     n_rows, width = m.tiers.shape
-    drawn = Figure(figsize=(1.2 + 4.6 * len(panels), min(40.0, 1.6 + max(2.4, 0.07 * n_rows))), layout="constrained")
+    drawn = pyplot.figure(figsize=(1.2 + 4.6 * len(panels), min(40.0, 1.6 + max(2.4, 0.07 * n_rows))), layout="constrained")
     drawn.suptitle(os.path.basename(profile.path) or "profile")
     starts = [i for i, (_, head) in enumerate(m.rows) if head == 0]
     every = max(1, -(-len(starts) // 40))
@@ -263,32 +261,21 @@ def figure(profile: Profile) -> Any:
 
 def plot(profile: Profile, path: str | os.PathLike[str]) -> None:
     """Draw the heat maps into a .png or .svg file. Raises SettingsError for another ending or without matplotlib, OSError."""
-    ending = _ending(os.fspath(path))
-    drawn = figure(profile)
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": "mixkvq"}), replacing(path) as temporary:  # the same profile gives the same file
-        drawn.savefig(temporary, format=ending[1:], dpi=150, metadata={"Date": None} if ending == ".svg" else None)
-
-
-def _ending(path: str) -> str:
-    ending = os.path.splitext(path)[1].lower()
-    if ending not in FORMATS:
-        raise SettingsError(f"{path} cannot be drawn: the name of a picture ends in .png or .svg.")
-    return ending
+    plots.save(figure(profile), path, dpi=150)
 
 
 # ---- the command line --------------------------------------------------------------------------------------------------------------------
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@tool()
 @click.argument("file")
 @click.option("--model", help="The model, to check that the profile is for it and to count bits with its value heads.")
 @click.option("--plot", "picture", help="Draw heat maps of tiers, salience, ranges and |q| into this file, .png or .svg.")
-def command(file: str, model: str | None, picture: str | None) -> None:
+@force_option("the picture")
+def command(file: str, model: str | None, picture: str | None, force: bool) -> None:
     """Show the profile FILE: a side-car, JSON, or a model that has one beside or inside it."""
     if picture is not None:
-        _ending(picture)
+        plots.check_path(picture, force=force, inputs=[file, *([model] if model else [])])
     profile = find(file)
     model = model or (file if profile.embedded or profile.path != file else None)
     sizes = None

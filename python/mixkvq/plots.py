@@ -1,15 +1,17 @@
-"""Plots of what `mixkvq.evaluate` measured. They need matplotlib: pip install 'mixkvq[plot]'."""
+"""Pictures: how matplotlib is set up for all of them, and those of what `mixkvq.evaluate` measured. They need: pip install 'mixkvq[plot]'."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from pathlib import Path
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bridge.errors import SettingsError
+from bridge.files import PathLike
 
 from .compare import NOISE_FLOOR
+from .outputs import check_output, writing
 
 FORMATS = (".png", ".svg")
 _TINY = 1e-7  # a divergence of 0 has no place on a logarithmic axis
@@ -26,18 +28,27 @@ def load() -> Any:
     return importlib.import_module("matplotlib.pyplot")
 
 
-def check_path(path: Path) -> None:
-    """Raises SettingsError unless a plot can be written there, so that nothing is measured in vain."""
-    if path.suffix not in FORMATS:
-        raise SettingsError(f"The plot {path} must end in {' or '.join(FORMATS)}.")
+def check_path(path: PathLike, *, force: bool, inputs: Iterable[PathLike] = ()) -> None:
+    """Raises SettingsError unless a picture can be drawn and written there, so that nothing is measured in vain."""
+    _ending(path)
+    check_output(path, "plot", force=force, inputs=inputs)
     load()
 
 
-def save(pyplot: Any, figure: Any, path: Path) -> None:
-    """Write the figure and free it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
+def save(figure: Any, path: PathLike, **options: Any) -> None:
+    """Write the figure, whole or not at all, and free it. options: matplotlib's. Raises SettingsError for another ending, OSError."""
+    ending = _ending(path)
+    check_output(path, "plot", force=True)
+    with writing(path) as temporary:
+        figure.savefig(temporary, format=ending[1:], metadata={"Date": None} if ending == ".svg" else None, **options)
+    load().close(figure)
+
+
+def _ending(path: PathLike) -> str:
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in FORMATS:
+        raise SettingsError(f"{os.fspath(path)} cannot be drawn: the name of a picture ends in {' or '.join(FORMATS)}.")
+    return ending
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -49,7 +60,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return best
 
 
-def draw_evaluation(result: dict[str, Any], path: Path) -> None:
+def draw_evaluation(result: dict[str, Any], path: PathLike) -> None:
     """Divergence over body bits and over total bits at the measured context, a row of panels per section; and the share of problems that are right.
 
     result: what `python -m mixkvq.evaluate --out` writes. The frontier is the line; the noise floor is dashed.
@@ -83,7 +94,7 @@ def draw_evaluation(result: dict[str, Any], path: Path) -> None:
                 low, high = caches[name]["accuracy_95%"]
                 panel.errorbar(x, y, yerr=[[y - low], [high - y]], fmt="o", color="C0")
             _finish(panel, points, title(problems), label, "right answers, 95 % interval")
-    save(pyplot, figure, path)
+    save(figure, path)
 
 
 def title(section: dict[str, Any]) -> str:

@@ -6,13 +6,12 @@ Three sources:
     a module       problems(rng, n) -> iterable of {"prompt": ..., "answer": ..., anything else that JSON can hold}
                    check(problem, text) -> bool
 
-Several are answered at once, as sequences of one context. One at a time, every answer is made in a fresh context and does not depend on the others.
+Several are answered at once, as sequences of one context. None of them sees anything of the others.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import re
@@ -29,12 +28,14 @@ from typing import TYPE_CHECKING, Any
 from bridge.errors import BridgeError, ContextTooLargeError, SettingsError
 
 from . import tasks
-from .caches import is_stock, open_cache, sizes
+from .caches import open_cache, sizes
 from .compare import CELLS, Passage
+from .texts import read_utf8
+from .user_code import load_module, said
 
 if TYPE_CHECKING:
     from bridge import Llama
-    from bridge.streams import Streams
+    from bridge.sequences import Sequences
 
 BATCH = 512
 AT_ONCE = 8
@@ -83,12 +84,7 @@ class NumberFile:
     instruction: str = INSTRUCTION
 
     def draw(self, seed: int, n: int | None) -> list[Problem]:
-        try:
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-        except OSError as e:
-            raise SettingsError(f"{self.path} cannot be read: {e.strerror or e}.") from None
-        except UnicodeDecodeError as e:
-            raise SettingsError(f"{self.path} is not UTF-8 text (byte {e.start}).") from None
+        lines = read_utf8(self.path).split("\n")
         found: list[Problem] = []
         for i, line in enumerate(lines, 1):
             if not line.strip():
@@ -120,14 +116,7 @@ class Module:
     def load(self) -> ModuleType:
         """The module, loaded once in a process."""
         if self.path not in _modules:
-            try:
-                spec = importlib.util.spec_from_file_location(f"checker_{self.path.stem}", self.path)
-                if spec is None or spec.loader is None or not self.path.is_file():
-                    raise FileNotFoundError("it is not a Python file")
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-            except Exception as e:  # noqa: BLE001 - anything may happen in a user's module
-                raise SettingsError(f"{self.path} cannot be loaded: {_said(e)}.") from e
+            module = load_module(self.path)
             for name in ("problems", "check"):
                 if not callable(getattr(module, name, None)):
                     raise SettingsError(f"{self.path} has no function {name}(); it needs problems(rng, n) and check(problem, text).")
@@ -140,7 +129,7 @@ class Module:
             drawn = [dict(problem) for problem in module.problems(Random(seed), n)]
             json.dumps(drawn)
         except Exception as e:  # noqa: BLE001
-            raise SettingsError(f"problems() of {self.path} failed: {_said(e)}.") from e
+            raise SettingsError(f"problems() of {self.path} failed: {said(e)}.") from e
         if len(drawn) != n or any(not isinstance(p.get("prompt"), str) or "answer" not in p for p in drawn):
             raise SettingsError(f"problems(rng, {n}) of {self.path} must give {n} dictionaries with a text 'prompt' and an 'answer'.")
         return drawn
@@ -151,7 +140,7 @@ class Module:
         except BridgeError:
             raise
         except Exception as e:  # noqa: BLE001
-            raise SettingsError(f"check() of {self.path} failed: {_said(e)}.") from e
+            raise SettingsError(f"check() of {self.path} failed: {said(e)}.") from e
 
 
 Source = BuiltIn | NumberFile | Module
@@ -176,10 +165,6 @@ def last_number(text: str) -> Fraction | None:
         return number(found[0])
     found = _NUMBER.findall(text)
     return number(found[-1]) if found else None
-
-
-def _said(e: BaseException) -> str:
-    return " ".join(f"{type(e).__name__}: {e}".split()).rstrip(".: ")
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------
@@ -229,8 +214,8 @@ Job = tuple[int, Problem, list[str]]  # the problem's index, the problem, and th
 class Solver:
     """Answers problems, `at_once` of them in one context, each in a sequence of its own with its own cells.
 
-    With at_once 1 every answer is made in a fresh context. Else answers made together can differ a little from those: by the rounding of llama.cpp's
-    larger batches, and because our caches learn from the queries of all of them.
+    What is answered before or beside a problem does not matter, but for the rounding of llama.cpp's larger batches: a sequence begins anew with each,
+    what the cache has learnt of the queries included.
     """
 
     model: str
@@ -249,19 +234,16 @@ class Solver:
         """Index and answers by cache, as they are done: one cache after the other."""
         for cache in dict.fromkeys(cache for _, _, caches in jobs for cache in caches):
             wanted = [(index, problem) for index, problem, caches in jobs if cache in caches]
-            n_seq = min(at_once, len(wanted))
-            fresh = [wanted] if n_seq > 1 or is_stock(cache) else [[job] for job in wanted]
-            for some in fresh:
-                yield from ((index, {cache: answer}) for index, answer in self._answer(cache, some, n_seq))
+            yield from ((index, {cache: answer}) for index, answer in self._answer(cache, wanted, min(at_once, len(wanted))))
 
     def _answer(self, cache: str, wanted: Sequence[tuple[int, Problem]], n_seq: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        from bridge.streams import Streams
+        from bridge.sequences import Sequences
 
         try:
             llm: Any = open_cache(
                 self.model,
                 cache,
-                Streams,
+                Sequences,
                 window=self.window,
                 sinks=self.sinks,
                 n_seq=n_seq,
@@ -289,7 +271,7 @@ class _Writing:
     seconds: float = 0.0  # its share of what all took
 
 
-def generate_greedily(llm: Streams, wanted: Iterable[tuple[int, Problem]]) -> Iterator[tuple[int, Problem, list[int], bool, float]]:
+def generate_greedily(llm: Sequences, wanted: Iterable[tuple[int, Problem]]) -> Iterator[tuple[int, Problem, list[int], bool, float]]:
     """The arg-max tokens that follow each prompt, up to and including the end of the turn, whether that was reached, and seconds; as they are done.
 
     Prompts are read one at a time, as if they were alone; then all answers grow by a token at a time, and where one ends the next prompt begins.
@@ -336,7 +318,11 @@ def generate_greedily(llm: Streams, wanted: Iterable[tuple[int, Problem]]) -> It
 
 
 def summarise(records: Sequence[dict[str, Any]], caches: Sequence[str], baseline: str, first: int) -> dict[str, Any]:
-    """Figures per cache, over the problems that every cache has answered. lost: right with the baseline only; won: the reverse."""
+    """Figures per cache, over the problems that every cache has answered. lost: right with the baseline only; won: the reverse.
+
+    A cache that has answered none yet is left out: in a run that was stopped the others are compared.
+    """
+    caches = [cache for cache in caches if any(cache in record["answers"] for record in records)]
     complete = [record["answers"] for record in records if all(cache in record["answers"] for cache in caches)]
     n = len(complete)
     summary = {}

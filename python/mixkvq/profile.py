@@ -9,11 +9,9 @@ A profile is a GGUF file beside its model (a side-car), is embedded in the model
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +25,8 @@ from bridge.library import native
 from bridge.model_file import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE, Header, ModelFile, open_model, read_header, served
 from bridge.settings import check_geometry, side_car
 
-from .reference import KeyFormat, ValueFormat
+from .outputs import check_output, writing
+from .reference import PAGE_CELLS, KeyFormat, ValueFormat
 
 __all__ = [
     "LayerProfile",
@@ -148,7 +147,7 @@ class Profile:
             if layer is not None:
                 size_v = layer.head_size if head_sizes_v is None else head_sizes_v[i]
                 n_bits += 8 * sum(layer.packed_bytes(size_v))
-                elements += 128 * layer.n_heads * (layer.head_size + size_v)
+                elements += PAGE_CELLS * layer.n_heads * (layer.head_size + size_v)
         return n_bits / elements
 
     def error(self) -> str | None:
@@ -202,43 +201,15 @@ def fingerprint(model_path: str | os.PathLike[str]) -> str:
     return open_model(model_path).fingerprint
 
 
-def check_target(path: str | os.PathLike[str]) -> None:
-    """Raises ProfileError if no file can be written there."""
-    path = os.path.abspath(os.fspath(path))
-    if os.path.isdir(path):
-        raise ProfileError(f"{path} cannot be written: it is a folder.")
-    if not os.path.isdir(os.path.dirname(path)):
-        raise ProfileError(f"{path} cannot be written: its folder does not exist.")
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The path of an empty temporary file, which takes the place of `path` if the body succeeds and is deleted if it does not.
-
-    Raises ProfileError if `path` cannot be a file, OSError if it cannot be written.
-    """
-    check_target(path)
-    path = os.path.abspath(os.fspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=".mixkvq-", dir=os.path.dirname(path))
-    os.close(handle)
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes the file private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def write_profile(path: str | os.PathLike[str], profile: Profile) -> None:
     """Write a profile as a side-car, in the newest version of the format; the file appears whole or not at all.
 
-    Raises ProfileError naming the layer if a format is not valid, OSError if the file cannot be written.
+    Raises ProfileError naming the layer if a format is not valid, SettingsError if what is there is no profile and would be lost, OSError if the file
+    cannot be written.
     """
     check(profile, os.fspath(path))
-    with replacing(path) as temporary:
+    check_output(path, "profile", force=True)
+    with writing(path) as temporary:
         writer = GGUFWriter(temporary, arch="mixkvq")
         writer.add_string("general.type", PROFILE_TYPE)
         _add_keys(writer, profile)
@@ -435,12 +406,15 @@ def check_model(profile: Profile, model_path: str | os.PathLike[str]) -> ModelFi
     return model
 
 
-def uniform_profile(model_path: str | os.PathLike[str], preset: str = "balanced", *, window: int | None = None, sinks: int | None = None) -> Profile:
+def uniform_profile(
+    model: str | os.PathLike[str] | ModelFile, preset: str = "balanced", *, window: int | None = None, sinks: int | None = None
+) -> Profile:
     """A profile that gives every layer and head of a model the formats of one preset: the start of an allocation.
 
-    Raises SettingsError for an unknown preset, ModelFileError for an unreadable model, GeometryError for a model that no profile can describe.
+    model: its path, or what was read of it. Raises SettingsError for an unknown preset, ModelFileError for an unreadable model, GeometryError for a
+    model that no profile can describe.
     """
-    model = open_model(model_path)
+    model = model if isinstance(model, ModelFile) else open_model(model)
     known = native().presets()
     if not any(preset in (p["name"], p["alias"]) for p in known):
         raise SettingsError(f"There is no preset {preset!r}; the presets are {', '.join(p['name'] for p in known)}.")

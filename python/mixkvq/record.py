@@ -1,4 +1,4 @@
-"""What a file of results says about its run: machine, commit, versions and files, without paths or host names."""
+"""What a file of results says about its run: command line, machine, commit, versions and files, without absolute paths or host names."""
 
 from __future__ import annotations
 
@@ -9,43 +9,72 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bridge.run import write_atomically
+from bridge.command import command_line
+from bridge.files import PathLike, write_atomically
+
+from .outputs import check_json, check_output
+
+_BLOCK = 1 << 22
 
 
-def describe_run(bench: str, model: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The head of a result: which program (`bench`) ran, when, where, on which model, with which settings."""
+def describe_run(
+    bench: str, model: Path, settings: dict[str, Any], *, hashed: bool, progress: Callable[[int], None] = lambda n: None
+) -> dict[str, Any]:
+    """The head of a result: which program (`bench`) ran, when, where, on which model, with which command line and settings.
+
+    hashed: whether the result is written to a file, which needs the model's SHA-256; that takes seconds per GiB. progress: see `describe_file`.
+    """
     return {
         "bench": bench,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "command": shlex.join(_without_folders(word) for word in command_line()),
+        "commit": commit(),
         "machine": _machine(),
         "versions": _versions(),
-        "model": describe_file(model),
+        "model": describe_file(model, progress) if hashed else {"name": model.name, "bytes": model.stat().st_size},
         "settings": settings,
     }
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Name, size and SHA-256 of a file."""
+def describe_file(path: Path, progress: Callable[[int], None] = lambda n: None) -> dict[str, Any]:
+    """Name, size and SHA-256 of a file. progress: called with the bytes of every block that was read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(_BLOCK):
             digest.update(block)
+            progress(len(block))
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def save_json(path: Path | None, result: dict[str, Any]) -> None:
-    """Write atomically, so that an interrupted run leaves the previous state; None: nowhere."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(result, indent=1) + "\n")
+def check_result(path: PathLike, bench: str, *, force: bool, inputs: Iterable[PathLike] = ()) -> None:
+    """Raises SettingsError unless a result of `bench` can be written there without a loss: what is replaced must be one, too."""
+    check_output(path, "JSON", force=True, inputs=inputs)
+    check_json(path, f"a result of {bench}", lambda found: isinstance(found, dict) and found.get("bench") == bench, force=force, inputs=inputs)
+
+
+def save_json(path: PathLike | None, result: dict[str, Any]) -> None:
+    """Write atomically, so that an interrupted run leaves the previous state; None: nowhere. Raises OSError."""
+    if path is not None:
+        write_atomically(path, json.dumps(result, indent=1) + "\n")
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command line in which files have no folders: `--out=/home/a/x.json` becomes `--out=x.json`."""
+
+    def shortened(found: re.Match[str]) -> str:
+        folder, name = os.path.split(found[0])
+        return name if folder and os.path.isdir(os.path.expanduser(folder)) else found[0]
+
+    return re.sub("[^,=:]+", shortened, word)
 
 
 def available_cores() -> int:
@@ -69,15 +98,23 @@ def _machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": available_cores(), "isa": isa, "arch": platform.machine(), "os": platform.system()}
 
 
-def _commit() -> str:
+def commit(file: Path = Path(__file__)) -> str:
+    """The commit of the repository that has this file, "+changes" behind it if its work tree has others; else the version of the package.
+
+    A package may be installed within a repository of the user's, which does not have its files. Results do not count as changes: they come from runs.
+    """
+    file = file.resolve()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's GIT_DIR is not ours
+
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        command: Sequence[str] = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        git("ls-files", "--error-unmatch", "--", file.name)
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ":/", ":(exclude,top)bench/results") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # an installed package
+        return f"mixkvq {_versions().get('mixkvq', 'of unknown version')}"
 
 
 def _versions() -> dict[str, str]:

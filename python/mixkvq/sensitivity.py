@@ -198,7 +198,7 @@ class Reader:
     def read_exact(self, collector: Collector | None, progress: Progress) -> None:
         """Keep what the exact cache predicts; show every page to the collector."""
         self.probe.rounding, self.probe.collector = {}, collector
-        self._exact = {kind: [[rows.copy() for rows in self._chunks(passage, progress)] for passage in some] for kind, some in self.passages.items()}
+        self._exact = {kind: [list(self._chunks(passage, progress)) for passage in some] for kind, some in self.passages.items()}
         self.probe.collector = None
 
     def divergence(
@@ -284,54 +284,106 @@ def head_formats(profile: LayerProfile, size_v: int) -> tuple[list[KeyFormat], l
 # ---- sensitivity -----------------------------------------------------------------------------------------------------------------------------
 
 
+Part = tuple[bool, list[tuple[int, list[int]]]]
+"""A part of the cache: whether it is values, and the heads of each of its layers."""
+
+
+def parts_of(layers: Sequence[Tables | None], probe: Sequence[LayerProfile | None], group: int, *, by_head: bool) -> list[list[Part]]:
+    """The parts that are rounded one at a time, those of `group` neighbouring layers together: keys and values of a group, or of every head."""
+    seen = [(i, list(range(t.n_heads))) for i, (t, p) in enumerate(zip(layers, probe, strict=True)) if t is not None and p is not None]
+    groups = [seen[i : i + group] for i in range(0, len(seen), group)]
+    found = []
+    for some in groups:
+        pieces = [[(i, [h])] for i, heads in some for h in heads] if by_head else [some]
+        found.append([(is_value, piece) for piece in pieces for is_value in (False, True)])
+    return found
+
+
 def measure_weights(
     reader: Reader,
     layers: Sequence[Tables | None],
     probe: Sequence[LayerProfile | None],
+    groups: Sequence[Sequence[Part]],
     *,
-    by_head: bool,
     sample: Sample,
     progress: Progress,
-) -> None:
+    enough: Callable[[], bool] = lambda: False,
+) -> int:
     """Sets the weights of `layers`: what rounding one part at a time to the formats of `probe` does to the predictions, per unit of its error.
 
-    A part is the keys or the values of a layer, or of one head of it. A part's effect on a kind of text is its share of the effects of all parts,
-    so the sum over all parts of weight times error is 1 for `probe`: for every kind, and for `key_weight` and `value_weight`, in which kinds
-    count alike.
+    groups: see `parts_of`. A part's effect on a kind of text is its share of the effects of all parts, so the sum over all parts of weight times
+    error is 1 for `probe`: for every kind, and for `key_weight` and `value_weight`, in which kinds count alike.
 
-    Whatever changes a layer at all moves the predictions a little, through the rounding of all that comes behind it. What the layer's values do at
+    Whatever changes a layer at all moves the predictions a little, through the rounding of all that comes behind it. What the group's values do at
     8 bits is taken for that and subtracted.
+
+    enough: asked before every part; once it says so the parts that are left count as the mean of the others. Returns how many were measured.
     """
-    parts: list[tuple[int, bool, list[int]]] = []
+    parts: list[Part] = [part for group in groups for part in group]
     effects: list[dict[str, float]] = []
-    for i, (tables, profile) in enumerate(zip(layers, probe, strict=True)):
-        if tables is None or profile is None:
-            continue
-        reader.probe.rounding = {(i, True): [ValueFormat(tables.size_v, 8)] * tables.n_heads}
+    for group in groups:
+        if enough():
+            break
+        reader.probe.rounding = {}
+        for i in {i for _, piece in group for i, _ in piece}:
+            tables = layers[i]
+            assert tables is not None
+            reader.probe.rounding[i, True] = [ValueFormat(tables.size_v, 8)] * tables.n_heads
         floor = reader.divergence_now(progress, sample, power=1)
-        keys, values = head_formats(profile, tables.size_v)
-        everyone = list(range(tables.n_heads))
-        for heads in [[h] for h in everyone] if by_head else [everyone]:
-            for is_value in (False, True):
-                formats: Sequence[KeyFormat | ValueFormat] = values if is_value else keys
-                rounding: list[KeyFormat | ValueFormat | None] = [f if h in heads else None for h, f in enumerate(formats)]
-                reader.probe.rounding = {(i, is_value): rounding}
-                parts.append((i, is_value, heads))
-                found = reader.divergence_now(progress, sample, power=1)
-                effects.append({kind: max(0.0, kld - floor[kind]) for kind, kld in found.items()})
-    total = {kind: sum(effect[kind] for effect in effects) or 1.0 for kind in effects[0]}
+        for is_value, piece in group:
+            if enough():
+                break
+            reader.probe.rounding = {}
+            for i, heads in piece:
+                formats: Sequence[KeyFormat | ValueFormat] = _formats_of(layers[i], probe[i])[is_value]
+                reader.probe.rounding[i, is_value] = [f if h in heads else None for h, f in enumerate(formats)]
+            found = reader.divergence_now(progress, sample, power=1)
+            effects.append({kind: max(0.0, kld - floor[kind]) for kind, kld in found.items()})
+    n_measured = len(effects)
+    if not n_measured:
+        even_weights(layers, probe, groups, kinds=list(sample))
+        return 0
+    mean = {kind: sum(effect[kind] for effect in effects) / n_measured for kind in effects[0]}
+    effects += [mean] * (len(parts) - n_measured)
+    total = {kind: sum(effect[kind] for effect in effects) or 1.0 for kind in mean}
     least = 1 / (20 * len(parts))  # a part whose rounding did not show on a short text is not free
     norm = {kind: sum(max(effect[kind] / total[kind], least) for effect in effects) for kind in total}
-    for (i, is_value, heads), effect in zip(parts, effects, strict=True):
-        tables, profile = layers[i], probe[i]
-        assert tables is not None and profile is not None
-        keys, values = head_formats(profile, tables.size_v)
-        weight, even, kinds = (
-            (tables.value_weight, tables.value_even, tables.value_kinds) if is_value else (tables.key_weight, tables.key_even, tables.key_kinds)
-        )
-        weight[heads] = 1.0
-        error = sum(value_harm(tables, h, values[h].bits) if is_value else key_harm(tables, h, keys[h]) for h in heads)
-        even[heads] = 1 / (len(parts) * error)
-        for kind in total:
-            kinds.setdefault(kind, np.ones(tables.n_heads))[heads] = max(effect[kind] / total[kind], least) / norm[kind] / error
-        weight[heads] = np.mean([of[heads] for of in kinds.values()], axis=0)
+    shares = [{kind: max(effect[kind] / total[kind], least) / norm[kind] for kind in total} for effect in effects]
+    _set_weights(layers, probe, parts, shares)
+    return n_measured
+
+
+def even_weights(
+    layers: Sequence[Tables | None], probe: Sequence[LayerProfile | None], groups: Sequence[Sequence[Part]], kinds: Sequence[str]
+) -> None:
+    """Weights with which every part does the same harm at the formats of `probe`: where nothing of it was measured."""
+    parts = [part for group in groups for part in group]
+    _set_weights(layers, probe, parts, [dict.fromkeys(kinds, 1 / len(parts)) for _ in parts])
+
+
+def _set_weights(
+    layers: Sequence[Tables | None], probe: Sequence[LayerProfile | None], parts: Sequence[Part], shares: Sequence[Mapping[str, float]]
+) -> None:
+    """shares: of each part in the harm of all, by kind of text."""
+    for (is_value, piece), share in zip(parts, shares, strict=True):
+        error = 0.0
+        for i, heads in piece:
+            tables, formats = layers[i], _formats_of(layers[i], probe[i])[is_value]
+            assert tables is not None
+            (tables.value_weight if is_value else tables.key_weight)[heads] = 1.0
+            error += sum(value_harm(tables, h, formats[h].bits) if is_value else key_harm(tables, h, formats[h]) for h in heads)  # type: ignore
+        for i, heads in piece:
+            tables = layers[i]
+            assert tables is not None
+            weight, even, kinds = (
+                (tables.value_weight, tables.value_even, tables.value_kinds) if is_value else (tables.key_weight, tables.key_even, tables.key_kinds)
+            )
+            even[heads] = 1 / (len(parts) * error)
+            for kind, part in share.items():
+                kinds.setdefault(kind, np.ones(tables.n_heads))[heads] = part / error
+            weight[heads] = np.mean([of[heads] for of in kinds.values()], axis=0)
+
+
+def _formats_of(tables: Tables | None, profile: LayerProfile | None) -> tuple[list[KeyFormat], list[ValueFormat]]:
+    assert tables is not None and profile is not None
+    return head_formats(profile, tables.size_v)

@@ -1,4 +1,4 @@
-"""Golden records of the page format: `python tests/golden/make_golden.py` writes format_v2.npz beside itself.
+"""Golden records of the page format: `python tests/golden/make_golden.py` writes format_v3.npz beside itself.
 
 Every case is a seeded page of one head and the record that the reference makes. Inputs come from integer
 hashing, not from a random generator or a mathematical library, so that they are the same bits everywhere; the
@@ -17,7 +17,7 @@ import numpy as np
 
 from mixkvq.reference import KeyFormat, ValueFormat, pack_keys, pack_values
 
-GOLDEN_FILE = Path(__file__).with_name("format_v2.npz")
+GOLDEN_FILE = Path(__file__).with_name("format_v3.npz")
 FULL_BYTES = 4096  # a record up to this size is stored in full
 
 PAGE_KINDS = (

@@ -74,9 +74,9 @@ size_t first_difference(const T * a, const T * b, size_t n) {
 }
 
 // Every head of the store has a format of its own, every page another kind of data or mask. scalar_pack(head, rows, valid, record) and so on
-// are given what the device is.
+// are given what the device is. `again`: the rows were packed before, and in every third page some were written anew since.
 template <class Head, class Format, class ScalarPack, class ScalarUnpack, class Pack, class Unpack>
-void compare_records(const std::vector<Format> & formats, ScalarPack scalar_pack, ScalarUnpack scalar_unpack, Pack pack, Unpack unpack) {
+void compare_records(const std::vector<Format> & formats, bool again, ScalarPack scalar_pack, ScalarUnpack scalar_unpack, Pack pack, Unpack unpack) {
     const int d = formats[0].head_size, n_heads = int(formats.size()), row = n_heads * d + (d % 64 == 0 ? 24 : 0);
     const size_t page = size_t(kPageCells) * row;
     std::vector<Head> heads;
@@ -97,6 +97,13 @@ void compare_records(const std::vector<Format> & formats, ScalarPack scalar_pack
         const std::vector<half> data = make_rows(scalar, Data(job / kMasks), row, row);
         for (int t = 0; t < kPageCells; ++t) {
             if (masks[job].test(t) || job % 2) std::copy_n(&data[size_t(t) * row], n_heads * d, &rows[job * page + size_t(t) * row]);
+        }
+        for (int h = 0; h < n_heads && again; ++h) {
+            half * head_rows = &rows[job * page + h * d];
+            std::vector<uint8_t> before(formats[h].record_bytes());
+            scalar_pack(h, head_rows, row, masks[job], before.data());
+            scalar_unpack(h, before.data(), head_rows, row);
+            for (int t = 0; t < kPageCells && job % 3 == 1; t += 5) std::copy_n(&data[size_t(t) * row + h * d], d, head_rows + size_t(t) * row);
         }
         for (int h = 0; h < n_heads; ++h) {
             uint8_t * record = &records[job * size_t(page_bytes) + heads[h].record_offset];
@@ -144,7 +151,7 @@ void compare_records(const std::vector<Format> & formats, ScalarPack scalar_pack
     CHECK(got_rows == unpacked, "%s: unpack wrote between rows", describe(formats[0]).c_str());
 }
 
-void test_keys(int d) {
+void test_keys(int d, bool again) {
     std::vector<KeyFormat> formats = key_formats(d);
     std::shuffle(formats.begin(), formats.end(), rng);
     std::vector<float> importance(formats.size() * d);
@@ -156,7 +163,7 @@ void test_keys(int d) {
     }
     const Device<float> device_importance(importance);
     compare_records<cuda::KeyHead>(
-        formats,
+        formats, again,
         [&](int h, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
             scalar.pack_keys(formats[h], rows, stride, valid, &importance[h * d], record);
         },
@@ -169,11 +176,11 @@ void test_keys(int d) {
         });
 }
 
-void test_values(int d) {
+void test_values(int d, bool again) {
     std::vector<ValueFormat> formats = value_formats(d);
     std::shuffle(formats.begin(), formats.end(), rng);
     compare_records<cuda::ValueHead>(
-        formats,
+        formats, again,
         [&](int h, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
             scalar.pack_values(formats[h], rows, stride, valid, record);
         },
@@ -333,13 +340,13 @@ struct Observed {
 
 // Three batches into the same sums, compared with sums in double that fade alike; and again together with a write of rows.
 void test_observe(int n_tokens, int n_streams, int n_kv_heads, int group, int d, float memory) {
-    const size_t n = size_t(n_kv_heads) * d, q_head = d + 8, q_token = q_head * n_kv_heads * group + 4, q_stream = q_token * n_tokens + 12;
-    std::vector<double> abs(n), sqr(n);
+    const size_t n = size_t(n_kv_heads) * d, all = n * n_streams, q_head = d + 8, q_token = q_head * n_kv_heads * group + 4, q_stream = q_token * n_tokens + 12;
+    std::vector<double> abs(all), sqr(all);
     double count = 0;
     const Device<float> q(q_stream * n_streams);
-    const Device<float> device_abs(std::vector<float>(n, 0.0f)), device_sqr(std::vector<float>(n, 0.0f));
-    const Device<float> importance(std::vector<float>(n, 7.0f)), device_count(std::vector<float>(1, 0.0f));
-    const cuda::QuerySums sums = {device_abs.data(), device_sqr.data(), importance.data(), device_count.data()};
+    const Device<float> device_abs(std::vector<float>(all, 0.0f)), device_sqr(std::vector<float>(all, 0.0f));
+    const Device<float> importance(std::vector<float>(all, 7.0f)), device_count(std::vector<float>(all, 0.0f));  // of the last, one in n is used
+    const cuda::QuerySums sums = {device_abs.data(), device_sqr.data(), importance.data(), device_count.data(), n};
     const cuda::Observation observation = {sums, q.data(), q_token, q_head, q_stream, n_tokens, n_streams, n_kv_heads, group, d, memory};
 
     const int n_rows = std::min(5, n_tokens * n_streams), row = int(n);
@@ -364,10 +371,12 @@ void test_observe(int n_tokens, int n_streams, int n_kv_heads, int group, int d,
             for (int t = 0; t < n_tokens; ++t) {
                 for (int h = 0; h < n_kv_heads * group; ++h) {
                     for (int i = 0; i < d; ++i) {
-                        const float v = gauss() * float(1 + i % 7);
+                        float v = gauss() * float(1 + i % 7 + s);
+                        if (below(50) == 0) v = below(2) ? INFINITY : below(2) ? NAN : 3e38f;
                         x[s * q_stream + t * q_token + h * q_head + i] = v;
-                        abs[h / group * d + i] += std::fabs(double(v));
-                        sqr[h / group * d + i] += double(v) * v;
+                        const double counts = std::isfinite(v) ? std::min(std::fabs(double(v)), 65504.0) : 0;
+                        abs[s * n + h / group * d + i] += counts;
+                        sqr[s * n + h / group * d + i] += counts * counts;
                     }
                 }
             }
@@ -383,15 +392,17 @@ void test_observe(int n_tokens, int n_streams, int n_kv_heads, int group, int d,
         const char * format = "observe %d tokens %d streams %d x %d heads D=%d, batch %d, channel %zu: %s is %.9g, on the GPU %.9g";
         CHECK(read() == got, "observe of %d tokens: another result the second time", n_tokens);
         CHECK(pages.get() == stored, "write_and_observe of %d tokens: other rows", n_tokens);
-        for (count += double(n_tokens) * n_streams * group; count > memory; count /= 2) {
+        for (count += double(n_tokens) * group; count > memory; count /= 2) {
             for (double & v : abs) v /= 2;
             for (double & v : sqr) v /= 2;
         }
-        CHECK(got.count[0] == float(count), format, n_tokens, n_streams, n_kv_heads, group, d, batch, size_t(0), "the count", count, double(got.count[0]));
+        for (int s = 0; s < n_streams; ++s) {
+            CHECK(got.count[s * n] == float(count), format, n_tokens, n_streams, n_kv_heads, group, d, batch, s * n, "the count", count, double(got.count[s * n]));
+        }
         auto compare = [&](const char * what, size_t i, double expected, float x) {
             CHECK(std::fabs(x - expected) <= 1e-5 * expected, format, n_tokens, n_streams, n_kv_heads, group, d, batch, i, what, expected, double(x));
         };
-        for (size_t i = 0; i < n; ++i) {
+        for (size_t i = 0; i < all; ++i) {
             compare("sum |q|", i, abs[i], got.abs[i]);
             compare("sum q^2", i, sqr[i], got.sqr[i]);
             compare("importance", i, abs[i] / count, got.importance[i]);
@@ -411,6 +422,27 @@ void test_observations() {
     }
 }
 
+#if defined(MIXKVQ_EMULATED)
+// A list longer than any before, for which there is no memory at first: the queue is as it was, and the next try gets the list to the GPU.
+void test_lists_without_memory() {
+    const std::vector<uint8_t> list(1 << 20, 7);
+    for (const char * call : {"malloc", "host"}) {
+        cuda::Queue queue(0);
+        bool thrown = false;
+        emulator::fail(call, 0, 1);
+        try {
+            queue.reserve(list.size());
+        } catch (const std::bad_alloc &) {
+            thrown = true;
+        }
+        std::memcpy(queue.reserve(list.size()), list.data(), list.size());
+        const void * there = queue.send();
+        queue.synchronize();
+        CHECK(thrown && there && !queue.error() && std::memcmp(there, list.data(), list.size()) == 0, "%s fails once", call);
+    }
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -419,12 +451,17 @@ int main() {
         return 77;
     }
     for (int d : kHeadSizes) {
-        test_keys(d);
-        test_values(d);
+        for (bool again : {false, true}) {
+            test_keys(d, again);
+            test_values(d, again);
+        }
     }
     test_write_rows();
     test_recordings();
     test_observations();
+#if defined(MIXKVQ_EMULATED)
+    test_lists_without_memory();
+#endif
     std::printf("%d cases compared\n", n_compared);
     finish("the end");
     return check_result();

@@ -147,10 +147,11 @@ void check_new_rows(const Case & c, Arena & arena, cuda::Attention call, const s
         return cuda::RowWrite{arena.up(side.source), false, (side.row + 4) * sizeof(float), arena.up(side.destination), n, side.row};
     };
     const size_t n_sums = size_t(n_heads_kv) * d;
-    std::vector<float> before(3 * n_sums + 1);
+    const size_t stride = 3 * n_sums + 1;
+    std::vector<float> before(stride * c.n_streams);
     for (float & x : before) x = 1 + float(below(1000));
     auto observation_of = [&](float * sums) {
-        return cuda::Observation{{sums, sums + n_sums, sums + 2 * n_sums, sums + 3 * n_sums}, call.q, call.q_token, call.q_head, call.q_stream, c.n_tokens,
+        return cuda::Observation{{sums, sums + n_sums, sums + 2 * n_sums, sums + 3 * n_sums, stride}, call.q, call.q_token, call.q_head, call.q_stream, c.n_tokens,
                                  c.n_streams, n_heads_kv, c.group, d, 500.0f};
     };
     float * plain_sums = arena.up(before), * sums = arena.up(before);
@@ -182,8 +183,7 @@ void check_new_rows(const Case & c, Arena & arena, cuda::Attention call, const s
     std::vector<float> plain_observed(before.size()), observed(before.size());
     cudaMemcpy(plain_observed.data(), plain_sums, before.size() * sizeof(float), cudaMemcpyDeviceToHost);
     cudaMemcpy(observed.data(), sums, before.size() * sizeof(float), cudaMemcpyDeviceToHost);
-    CHECK(observed.back() == plain_observed.back(), "%s, new rows: %g queries, not %g", c.name.c_str(), observed.back(), plain_observed.back());
-    for (size_t i = 0; i + 1 < observed.size(); ++i) {
+    for (size_t i = 0; i < observed.size(); ++i) {
         CHECK(observed[i] == plain_observed[i], "%s, new rows: sum %zu of queries is %.9g, not %.9g", c.name.c_str(), i, observed[i], plain_observed[i]);
     }
     std::vector<uint32_t> arrivals(cuda::attention_arrivals(call));

@@ -8,6 +8,7 @@
 //     added error over a page and all queries and divides it by that noise: at most 15 % beside 2 to 4 bits, half beside 8.
 //   - exp_sum: 3e-7 relative (a polynomial good to 1 ulp, and the rounding of x - max); results below e^-87 may be 0.
 //   - rotate, scale, to_half, from_half: the same bits.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -78,14 +79,23 @@ void test_conversion(const Kernels & a, const Kernels & b) {
     }
 }
 
+bool packs_to_itself(const KeyFormat &, Data, const CellMask &) { return true; }
+// Rotated values: where the rows, rotated, are of many sizes and a few of them tell their means (docs/format.md).
+bool packs_to_itself(const ValueFormat & f, Data data, const CellMask & valid) {
+    int n = 0;
+    for (int t = 0; t < kPageCells; ++t) n += valid.test(t);
+    return !f.rotated() || data == Data::zeros || (data == Data::gaussian && (n >= 32 || n == 0));
+}
+
+// pack(kernels, format, rows, stride, valid, record, again): `again` where rows that were read back are packed once more.
 template <class Format, class Pack, class Unpack>
 void compare_records(const Kernels & a, const Kernels & b, const Format & f, Data data, int mask, Pack pack, Unpack unpack) {
     const size_t stride = f.head_size + (mask % 2 ? 0 : 24);
     const std::vector<half> rows = make_rows(a, data, f.head_size, stride);
     const CellMask valid = make_mask(mask);
     Aligned<uint8_t> ra(f.record_bytes()), rb(f.record_bytes());
-    pack(a, f, rows.data(), stride, valid, ra.data());
-    pack(b, f, rows.data(), stride, valid, rb.data());
+    pack(a, f, rows.data(), stride, valid, ra.data(), false);
+    pack(b, f, rows.data(), stride, valid, rb.data(), false);
     size_t at = 0;
     while (at < f.record_bytes() && ra.data()[at] == rb.data()[at]) ++at;
     CHECK(at == f.record_bytes(), "%s %s mask %d: pack differs at byte %zu of %zu", describe(f).c_str(), data_name(data), mask, at, f.record_bytes());
@@ -103,12 +113,27 @@ void compare_records(const Kernels & a, const Kernels & b, const Format & f, Dat
             break;
         }
     }
+
+    // The same rows again, then with some of them written anew.
+    std::vector<uint8_t> first(ra.data(), ra.data() + f.record_bytes());
+    for (int fresh : {0, 1, 20, 80}) {
+        for (int t = 0; t < fresh; ++t) std::copy_n(&rows[t * stride], f.head_size, &ua[(t * 5 % kPageCells) * stride]);
+        pack(a, f, ua.data(), stride, valid, ra.data(), true);
+        pack(b, f, ua.data(), stride, valid, rb.data(), true);
+        at = 0;
+        while (at < f.record_bytes() && ra.data()[at] == rb.data()[at]) ++at;
+        CHECK(at == f.record_bytes(), "%s %s mask %d, %d new rows: packing again differs at byte %zu", describe(f).c_str(), data_name(data), mask, fresh, at);
+        if (fresh == 0 && packs_to_itself(f, data, valid)) {
+            CHECK(!std::memcmp(first.data(), ra.data(), first.size()), "%s %s mask %d: packing again gave another record", describe(f).c_str(),
+                  data_name(data), mask);
+        }
+    }
 }
 
 void test_bytes(const Kernels & a, const Kernels & b) {
     for (int d : kHeadSizes) {
-        std::vector<float> importance(d);
-        for (int i = 0; i < d; ++i) importance[i] = i % 5 == 0 ? 1.0f : std::exp(gauss());
+        std::vector<float> importance(d), others(d);
+        for (int i = 0; i < d; ++i) importance[i] = i % 5 == 0 ? 1.0f : std::exp(gauss()), others[i] = std::exp(gauss());
         importance[3] = 0;
         importance[4] = std::numeric_limits<float>::quiet_NaN();
         for (int data = 0; data < int(Data::count); ++data) {
@@ -118,15 +143,15 @@ void test_bytes(const Kernels & a, const Kernels & b) {
                 for (const KeyFormat & f : key_formats(d)) {
                     CHECK(f.error() == nullptr, "%s: %s", describe(f).c_str(), f.error());
                     compare_records(a, b, f, Data(data), mask,
-                        [&](const Kernels & k, const KeyFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
-                            k.pack_keys(f, rows, stride, valid, weights, record);
+                        [&](const Kernels & k, const KeyFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * record, bool again) {
+                            k.pack_keys(f, rows, stride, valid, again ? others.data() : weights, record);
                         },
                         [](const Kernels & k, const KeyFormat & f, const uint8_t * record, half * rows, size_t stride) { k.unpack_keys(f, record, rows, stride); });
                 }
                 for (const ValueFormat & f : value_formats(d)) {
                     CHECK(f.error() == nullptr, "%s: %s", describe(f).c_str(), f.error());
                     compare_records(a, b, f, Data(data), mask,
-                        [](const Kernels & k, const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
+                        [](const Kernels & k, const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * record, bool) {
                             k.pack_values(f, rows, stride, valid, record);
                         },
                         [](const Kernels & k, const ValueFormat & f, const uint8_t * record, half * rows, size_t stride) { k.unpack_values(f, record, rows, stride); });

@@ -105,10 +105,10 @@ class FarMemory final : public PageMemory {
     void zero(half * rows, int n) override { later([=] { host_.zero(bytes(rows), n); }); }
     void copy(half * to, const half * from) override { later([=] { host_.copy(bytes(to), bytes(from)); }); }
     void copy_records(uint8_t * to, const uint8_t * from) override { later([=] { host_.copy_records(bytes(to), bytes(from)); }); }
-    void pack(const PageJob * jobs, int n, int) override {
-        later([this, list = std::vector<PageJob>(jobs, jobs + n)] {
+    void pack(int stream, const PageJob * jobs, int n, int) override {
+        later([this, stream, list = std::vector<PageJob>(jobs, jobs + n)] {
             const std::vector<PageJob> near = translated(list);
-            host_.pack(near.data(), int(near.size()), 1);
+            host_.pack(stream, near.data(), int(near.size()), 1);
         });
     }
     void unpack(const PageJob * jobs, int n, int) override {
@@ -143,10 +143,27 @@ class FarMemory final : public PageMemory {
         finish();
         host_.observe(queries, 1);
     }
-    bool query_statistics(float * mean_abs, float * mean_sqr) override {
+    bool query_statistics(int stream, float * mean_abs, float * mean_sqr) override {
         finish();
-        return host_.query_statistics(mean_abs, mean_sqr);
+        return host_.query_statistics(stream, mean_abs, mean_sqr);
     }
+    void forget_queries(int stream) override {
+        finish();
+        host_.forget_queries(stream);
+    }
+    void mark_queries(int stream, int mark) override {
+        finish();
+        host_.mark_queries(stream, mark);
+    }
+    void recall_queries(int stream, int mark) override {
+        finish();
+        host_.recall_queries(stream, mark);
+    }
+    void copy_queries(int to, PageMemory & other, int from) override {
+        finish();
+        host_.copy_queries(to, static_cast<FarMemory &>(other).host_, from);
+    }
+    size_t query_bytes() const override { return host_.query_bytes(); }
 
   private:
     std::vector<PageJob> translated(std::vector<PageJob> jobs) {
@@ -225,6 +242,7 @@ class Test {
         pages.resize(size_t(shape.n_streams) * shape.n_pages());
         for (ModelPage & page : pages) page.rows.resize(size_t(kPageCells) * shape.row);
         clock.resize(shape.n_streams), newest.resize(shape.n_streams, -1), end.resize(shape.n_streams);
+        counted.assign(shape.n_streams, Counted(shape.row));
         table.resize(pages.size(), {nullptr, nullptr});
     }
 
@@ -243,13 +261,14 @@ class Test {
                 case 1: erase(); break;
                 case 2: copy(); break;
                 case 3: edit(); break;
-                case 4: any(0, 7) ? observe() : clear(); break;
+                case 4: any(0, 7) ? observe() : any(0, 1) ? clear() : rewind(); break;
                 case 5: run_out_of_memory(); break;
                 default: write_at_end(); break;
             }
             if (any(0, 2)) settle();
             check_table();
             if (any(0, 3) == 0) check_content();
+            if (any(0, 3) == 0) check_statistics();
         }
         check_content();
         CHECK(!store->configured() || store->pages_packed_ever() > uint64_t(steps / 25), "%s: only %d pages settled", c.text().c_str(), int(store->pages_packed_ever()));
@@ -404,6 +423,9 @@ class Test {
             page.settled = false;
             if (page.valid.empty()) std::fill(page.rows.begin(), page.rows.end(), half(0));
         }
+        bool any_left = false;
+        for (int p = 0; p < shape.n_pages(); ++p) any_left |= !at(s, p).valid.empty();
+        if (!any_left) counted[s] = Counted(shape.row);
     }
 
     void copy() {
@@ -414,13 +436,13 @@ class Test {
             CHECK(!store->page(to, p).settled() || at(from, p).settled, "%s: a copy has been packed", c.text().c_str());
             at(to, p).settled = store->page(to, p).settled();  // not if there is no record left
         }
-        clock[to] = clock[from], newest[to] = newest[from], end[to] = end[from];
+        clock[to] = clock[from], newest[to] = newest[from], end[to] = end[from], counted[to] = counted[from];
     }
 
     void edit() {
         const int s = any(0, shape.n_streams - 1), p = any(0, shape.n_pages() - 1);
         ModelPage & page = at(s, p);
-        const std::vector<float> importance = store->importance();
+        const std::vector<float> importance = store->importance(s);
         int calls = 0;
         const int n = kPageCells * shape.row;
         store->edit_page(s, p, 1, [&](half * rows) {
@@ -447,10 +469,30 @@ class Test {
     }
 
     void observe() {
+        const int first = any(0, shape.n_streams - 1);
+        observe(first, any(1, shape.n_streams - first));
+    }
+
+    void observe(int first, int n_streams) {
         if (c.is_value || !store->configured()) return;
         const int n = any(1, 40), group = any(1, 3);
-        std::vector<float> q(size_t(n) * kHeads * group * kHeadSize);
+        const size_t token = size_t(kHeads) * group * kHeadSize;
+        std::vector<float> q(n_streams * n * token);
         for (float & x : q) x = std::normal_distribution<float>(0, 2)(rng) * float(any(1, 9));
+        const float odd[3] = {std::nanf(""), -INFINITY, -3e38f};
+        for (int i = any(0, 5); i > 0; --i) q[any(0, int(q.size()) - 1)] = odd[any(0, 2)];
+        for (int s = 0; s < n_streams; ++s) {
+            Counted & sums = counted[first + s];
+            for (size_t i = 0; i < n * token; ++i) {
+                const size_t at = i % token / (group * kHeadSize) * kHeadSize + i % kHeadSize;
+                const double x = q[s * n * token + i], counts = std::isfinite(x) ? std::min(std::fabs(x), 65504.0) : 0;
+                sums.abs[at] += counts, sums.sqr[at] += counts * counts;
+            }
+            for (sums.n += n * group; sums.n > 8192; sums.n /= 2) {
+                for (double & x : sums.abs) x /= 2;
+                for (double & x : sums.sqr) x /= 2;
+            }
+        }
         const float * there = q.data();
 #ifdef MIXKVQ_TEST_CUDA
         void * copy = nullptr;
@@ -460,15 +502,73 @@ class Test {
             there = static_cast<const float *>(copy);
         }
 #endif
-        store->observe({there, size_t(kHeads) * group * kHeadSize, kHeadSize, 0, n, kHeads * group, 1}, 1);
+        store->observe({there, token, kHeadSize, n * token, n, kHeads * group, n_streams, first}, 1);
 #ifdef MIXKVQ_TEST_CUDA
         if (queue) queue->synchronize();
         cudaFree(copy);
 #endif
     }
 
+    // A stream that is rewound to its first 200 cells, of which 150 had been read when its statistics were remembered, and one that begins anew.
+    void rewind() {
+        if (!store->configured()) return;
+        clear();
+        const int s = any(0, shape.n_streams - 1);
+        const auto batch = [&](int first, int n) {
+            std::vector<PageStore::Cell> cells;
+            std::vector<half> mask(size_t(n) * shape.n_cells, 0xfc00);
+            for (int i = 0; i < n; ++i) {
+                cells.push_back({s, first + i});
+                std::fill_n(&mask[size_t(i) * shape.n_cells], first + i + 1, half(0));
+            }
+            write(cells);
+            store->look({mask.data(), true, size_t(shape.n_cells), 0, n, 1, s, shape.n_cells});
+        };
+        batch(0, 150);
+        observe(s, 1);
+        const Counted then = counted[s];
+        for (int first = 150; first < 300; first += 50) {
+            batch(first, 50);
+            observe(s, 1);
+        }
+        batch(200, 20);
+        if (!c.is_value) {
+            for (double & x : counted[s].sqr) x *= then.n / counted[s].n;
+            counted[s].abs = then.abs, counted[s].n = then.n;
+        }
+        check_statistics();
+        observe(s, 1);
+        check_statistics();
+        settle();
+        batch(0, 30);
+        if (!c.is_value) counted[s] = Counted(shape.row);
+        check_statistics();
+        end[s] = 30;
+    }
+
+    void check_statistics() {
+        if (c.is_value || !store->configured()) return;
+        std::vector<float> abs(shape.row), sqr(shape.row);
+        Counted all(shape.row);
+        for (int s = -1; s < shape.n_streams; ++s) {
+            if (s < 0) {
+                for (const Counted & one : counted) {
+                    all.n += one.n;
+                    for (int i = 0; i < shape.row; ++i) all.abs[i] += one.abs[i], all.sqr[i] += one.sqr[i];
+                }
+            }
+            const Counted & sums = s < 0 ? all : counted[s];
+            CHECK(store->query_statistics(abs.data(), sqr.data(), s) == (sums.n > 0), "%s: %g queries of stream %d", c.text().c_str(), sums.n, s);
+            for (int i = 0; i < shape.row && sums.n > 0; ++i) {
+                CHECK(std::fabs(abs[i] * sums.n - sums.abs[i]) <= 1e-4 * sums.abs[i] && std::fabs(sqr[i] * sums.n - sums.sqr[i]) <= 1e-4 * sums.sqr[i],
+                      "%s: stream %d, channel %d: mean |q| %g and q^2 %g, not %g and %g", c.text().c_str(), s, i, abs[i], sqr[i], sums.abs[i] / sums.n, sums.sqr[i] / sums.n);
+            }
+        }
+    }
+
     void clear() {
         store->clear();
+        counted.assign(shape.n_streams, Counted(shape.row));
         for (ModelPage & page : pages) {
             std::fill(page.rows.begin(), page.rows.end(), half(0));
             page.valid = CellMask(), page.written = 0, page.settled = false;
@@ -483,7 +583,8 @@ class Test {
         for (int s = 0; s < shape.n_streams; ++s) {
             for (int p = 0; p < shape.n_pages(); ++p) in_f16.push_back(!store->page(s, p).empty() && !store->page(s, p).settled());
         }
-        const std::vector<float> importance = store->importance();
+        std::vector<std::vector<float>> importance;
+        for (int s = 0; s < shape.n_streams; ++s) importance.push_back(store->importance(s));
         CHECK(store->settle(any(1, 2)), "settle");
         if (!store->configured()) return;
 
@@ -507,7 +608,7 @@ class Test {
                     if (gone) last_early = std::max(last_early, page.written);
                     if (!gone) first_waiting = std::min(first_waiting, page.written);
                 }
-                if (gone) pack(page, importance);
+                if (gone) pack(page, importance[s]);
             }
             const int over = std::max(0, std::min(staying - shape.home_pages(), n_waiting));
             wanted += over;
@@ -577,7 +678,15 @@ class Test {
 #endif
     std::unique_ptr<PageStore> store;
 
+    // The queries of a stream.
+    struct Counted {
+        double n = 0;
+        std::vector<double> abs, sqr;
+        explicit Counted(int row) : abs(row), sqr(row) {}
+    };
+
     std::vector<ModelPage> pages;
+    std::vector<Counted> counted;
     std::vector<uint64_t> clock;
     std::vector<int> newest, end;
     std::vector<std::pair<const half *, const uint8_t *>> table;

@@ -394,7 +394,7 @@ def test_bits_are_those_that_the_codec_counts():
     assert stats["body_bits"] == pytest.approx((3.5 + 2 + 4.5) / 2)
     # Sixteen pages of 128 cells: one of sinks, two of the window in F16, records for all but the sinks and one.
     total = (3 * 16 + 14 * stats["body_bits"]) / 16
-    assert stats["total_bits"] == pytest.approx(total, rel=0.004)  # tables
+    assert stats["total_bits"] == pytest.approx(total, rel=0.012)  # tables and query statistics
     assert stats["times_smaller"] == pytest.approx(16 / stats["total_bits"])
     assert stats["bytes"] >= stats["bytes_used"] == 8 * 128 * 10 * 2 * 256 * 2  # eight pages, all of it F16
     assert "codec by layer" in llama.kv_report() and f"{stats['body_bits']:.2f} body" in llama.kv_report()
@@ -403,12 +403,13 @@ def test_bits_are_those_that_the_codec_counts():
 
 def test_memory_comes_as_it_is_needed_and_goes_back(model):
     with Context(model, Kv(window=128, sinks=0), n_ctx=4096, codec=Recorder()) as context:
-        empty = context.stats()["bytes"]
+        empty = context.stats()
         context.feed(random_tokens(2000), chunk=128)
         page = 128 * 2 * 64 * 2
-        assert context.stats()["bytes"] - empty == 4 * (16 - 2) * page
+        assert context.stats()["bytes_reserved"] - empty["bytes_reserved"] == 4 * (16 - 2) * page
+        assert context.stats()["bytes"] == empty["bytes"] >= 4 * 32 * page  # when all cells are filled
         context.clear()
-        assert context.stats()["bytes"] == empty
+        assert all(context.stats()[name] == empty[name] for name in ("bytes", "bytes_reserved", "bytes_used"))
 
 
 def test_query_statistics_of_a_model():
@@ -672,7 +673,7 @@ def test_a_codec_of_a_c_program(one_layer):
     registry = adapter._function("ggml_backend_dev_backend_reg", adapter.ctypes.c_void_p, adapter.ctypes.c_void_p)(one_layer.backend.cpu)
     get = adapter._function("ggml_backend_reg_get_proc_address", *[adapter.ctypes.c_void_p] * 2, adapter.ctypes.c_char_p)
     api = ffi.cast("mixkvq_backend_api *", get(registry, b"mixkvq_backend_api"))
-    assert api.version == 2
+    assert api.version == 3
     seen = []
 
     @ffi.callback("int(void *, const mixkvq_page *, float *, double *)")

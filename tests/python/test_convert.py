@@ -15,7 +15,7 @@ import pytest
 import tiny_models
 from gguf import GGUFReader, GGUFWriter
 from gguf import GGUFValueType as T
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import GOLDEN, GOLDEN_LAYERS, is_sentence, profiles, refused, same, write_gguf
 
@@ -97,7 +97,7 @@ def test_the_fingerprint_stays(tiny, profile, tmp_path):
 
 
 @given(data=st.data(), alignment=st.sampled_from([None, 8, 32, 64, 256]))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=30)
 def test_keys_of_every_type(tmp_path, data, alignment):
     """Whatever else a model's header holds is carried over byte by byte."""
     numbers = {
@@ -151,11 +151,11 @@ def write_aligned(path, keys, tensors, alignment):
 
 
 @given(profile=profiles())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=20)
 def test_json_and_side_cars_of_any_profile(tmp_path, profile):
     a, b, c = (str(tmp_path / name) for name in ("a.gguf", "b.json", "c.gguf"))
     write_profile(a, profile)
-    assert run(convert.command, "x", ["to-json", a, "-o", b]) == run(convert.command, "x", ["from-json", b, "-o", c]) == 0
+    assert run(convert.command, "x", ["to-json", a, "-o", b, "--force"]) == run(convert.command, "x", ["from-json", b, "-o", c, "--force"]) == 0
     assert Path(a).read_bytes() == Path(c).read_bytes() and same(convert.load_profile(b), profile)
 
 
@@ -244,7 +244,8 @@ def test_no_room_on_the_disk(tiny, profile, tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["data", "order"])
 def test_a_copy_that_is_not_the_same_is_not_kept(tiny, profile, tmp_path, monkeypatch, damage):
     out = tmp_path / "out.gguf"
-    out.write_text("old")
+    old = Path(tiny).read_bytes()
+    out.write_bytes(old)
     copy = convert._copy
 
     def wrong(f, start, to, report):
@@ -258,7 +259,7 @@ def test_a_copy_that_is_not_the_same_is_not_kept(tiny, profile, tmp_path, monkey
     with pytest.raises(bridge.BridgeError) as e:
         convert.embed(tiny, profile, out)
     assert is_sentence(e.value)
-    assert out.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
+    assert out.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
 
 
 def test_a_damaged_profile_can_be_taken_out(tiny, profile, tmp_path):
@@ -273,13 +274,13 @@ def test_a_damaged_profile_can_be_taken_out(tiny, profile, tmp_path):
     assert out.read_bytes() == Path(tiny).read_bytes()
 
 
-def test_command_line(tiny, profile, tmp_path, monkeypatch, capsys):
+def test_command_line(tiny, profile, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_profile("p.gguf", profile)
 
     def do(*arguments):
         assert run(convert.command, "mixkvq.convert", [str(a) for a in arguments]) == 0
-        captured = capsys.readouterr()
+        captured = capfd.readouterr()
         assert captured.err.count("\n") <= 1
         return captured
 
@@ -290,8 +291,10 @@ def test_command_line(tiny, profile, tmp_path, monkeypatch, capsys):
     do("to-json", "p.gguf", "-o", "p.json")
     do("embed", tiny, "p.json", "-o", "m2.gguf")
     assert Path("m2.gguf").read_bytes() == Path("m.gguf").read_bytes()
-    do("remove", "m.gguf", "-o", "m.gguf")
-    assert Path("m.gguf").read_bytes() == Path(tiny).read_bytes()
+    do("remove", "m.gguf", "-o", "m3.gguf")
+    assert Path("m3.gguf").read_bytes() == Path(tiny).read_bytes()
+    do("remove", "m2.gguf", "-o", "m3.gguf", "--force")
+    assert Path("m3.gguf").read_bytes() == Path(tiny).read_bytes()
     Path("old.gguf").write_bytes(GOLDEN.read_bytes())
     assert "old.gguf was of version 1" in do("upgrade", "old.gguf").err
     assert read_profile("old.gguf").version == 2 and read_profile("old.gguf").window == 64
@@ -300,6 +303,85 @@ def test_command_line(tiny, profile, tmp_path, monkeypatch, capsys):
     before = Path("m2.gguf").read_bytes()
     do("upgrade", "m2.gguf")
     assert Path("m2.gguf").read_bytes() == before
+
+
+# --- nothing is lost ---
+
+WRITERS = {
+    "embed": (["embed", "m.gguf", "p.gguf"], "model"),
+    "extract": (["extract", "e.gguf"], "profile"),
+    "remove": (["remove", "e.gguf"], "model"),
+    "to-json": (["to-json", "p.gguf"], "JSON"),
+    "from-json": (["from-json", "p.json"], "profile"),
+    "upgrade": (["upgrade", "p.gguf"], "profile"),
+    "upgrade a model": (["upgrade", "e.gguf"], "model"),
+}
+EXISTING = ["m.gguf", "e.gguf", "p.gguf", "p.json", "result.json", "notes.txt", "picture.png", "damaged.gguf"]
+EXISTING += ["link.gguf", "hard.gguf", "./sub/../p.gguf"]  # other names of e.gguf and p.gguf
+
+
+@pytest.fixture
+def files(tiny, profile, tmp_path, monkeypatch):
+    """A model, one with a profile inside, a profile, JSON of it, and files that are none of these; by name, their contents."""
+    monkeypatch.chdir(tmp_path)
+    Path("sub").mkdir()
+    Path("m.gguf").write_bytes(Path(tiny).read_bytes())
+    convert.embed(tiny, profile, "e.gguf")
+    write_profile("p.gguf", profile)
+    Path("p.json").write_text(to_json(profile))
+    Path("result.json").write_text('{"bench": "evaluate"}')
+    Path("notes.txt").write_text("mine")
+    Path("picture.png").write_bytes(b"\x89PNG\r\n\x1a\n....")
+    Path("damaged.gguf").write_bytes(Path(tiny).read_bytes()[:500])
+    Path("link.gguf").symlink_to("e.gguf")
+    os.link("p.gguf", "hard.gguf")
+    return {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+
+
+def kind_of(name):
+    name = {"link.gguf": "e.gguf", "hard.gguf": "p.gguf", "./sub/../p.gguf": "p.gguf"}.get(name, name)
+    return name, {"m.gguf": "model", "e.gguf": "model", "p.gguf": "profile", "p.json": "JSON"}.get(name)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("out", EXISTING)
+@pytest.mark.parametrize("which", WRITERS)
+def test_only_a_file_of_the_same_kind_is_replaced_and_only_by_force(files, which, out, force, capfd):
+    arguments, kind = WRITERS[which]
+    real, there = kind_of(out)
+    code = run(convert.command, "mixkvq.convert", [*arguments, "-o", out, *(["--force"] if force else [])])
+    err = capfd.readouterr().err
+    lost = {path.name for path, before in files.items() if path.read_bytes() != before}
+    if force and kind == there and real not in arguments:
+        assert code == 0 and lost <= {real, "link.gguf"}, err
+        # the other name of a file keeps what it had
+        assert Path("link.gguf").is_symlink() and Path("hard.gguf").read_bytes() in (files[Path("hard.gguf")], Path("p.gguf").read_bytes())
+    else:
+        assert code == 2 and not lost and len(err.splitlines()) == 1 and out in err, err
+    assert {path for path in Path().iterdir() if path.is_file()} == set(files)
+
+
+def test_a_device_and_a_folder_that_is_read_only(files, tmp_path, capfd):
+    for arguments, _ in WRITERS.values():
+        for out in ("/dev/null", "/proc/x.gguf", "sub", "none/x.gguf"):
+            if arguments[0] == "to-json" and out == "/dev/null":
+                continue  # text can be written there
+            assert run(convert.command, "mixkvq.convert", [*arguments, "-o", out, "--force"]) == 2
+            err = capfd.readouterr().err
+            assert f"{out} cannot be written" in err and len(err.splitlines()) == 1, err
+    assert Path("/dev/null").is_char_device()
+    assert run(convert.command, "mixkvq.convert", ["to-json", "p.gguf", "-o", "/dev/null"]) == 0
+
+
+def test_functions_do_not_replace_a_file_of_another_kind_either(files, profile):
+    for write in (lambda out: convert.extract("e.gguf", out), lambda out: write_profile(out, profile)):
+        for out in ("m.gguf", "e.gguf", "p.json", "notes.txt", "link.gguf"):
+            with refused("not replaced by a profile", bridge.SettingsError):
+                write(out)
+    for out in ("p.gguf", "p.json", "picture.png"):
+        with refused("not replaced by a model", bridge.SettingsError):
+            convert.embed("m.gguf", profile, out)
+    assert {path: path.read_bytes() for path in files} == files
 
 
 @pytest.mark.parametrize(
@@ -329,10 +411,10 @@ def test_command_line(tiny, profile, tmp_path, monkeypatch, capsys):
         (["from-json", "p.txt", "-o", "x.gguf"], "is not JSON: .* line 1, column 1"),
         (["from-json", "latin.json", "-o", "x.gguf"], "not UTF-8 text"),
         (["upgrade", "MODEL"], "not a profile"),
-        (["upgrade", "p.gguf", "--force"], "--force"),
+        (["upgrade", "p.gguf", "--fast"], "--fast"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_code_2(tiny, profile, tmp_path, monkeypatch, capsys, arguments, words):
+def test_mistakes_are_one_sentence_and_exit_code_2(tiny, profile, tmp_path, monkeypatch, capfd, arguments, words):
     monkeypatch.chdir(tmp_path)
     write_profile("p.gguf", profile)
     write_profile("other.gguf", Profile("0" * 32, GOLDEN_LAYERS))
@@ -340,18 +422,18 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tiny, profile, tmp_path, monk
     Path("latin.json").write_bytes(b'{"a": "\xe9"}')
     there = sorted(p.name for p in tmp_path.iterdir())
     code = run(convert.command, "mixkvq.convert", [tiny if a == "MODEL" else a for a in arguments])
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: "), err
     assert re.search(words, err), err
     assert sorted(p.name for p in tmp_path.iterdir()) == there
 
 
-def test_failures_of_the_machine_are_exit_code_1(tiny, profile, tmp_path, monkeypatch, capsys):
+def test_failures_of_the_machine_are_exit_code_1(tiny, profile, tmp_path, monkeypatch, capfd):
     def full(self):
         raise OSError(28, "No space left on device", "x.gguf")
 
     write_profile(tmp_path / "p.gguf", profile)
     monkeypatch.setattr(gguf.GGUFWriter, "write_kv_data_to_file", full)
     assert run(convert.command, "mixkvq.convert", ["upgrade", str(tmp_path / "p.gguf"), "-o", str(tmp_path / "x.gguf")]) == 1
-    assert capsys.readouterr().err == "error: x.gguf: No space left on device.\n"
+    assert capfd.readouterr().err == "error: x.gguf: No space left on device.\n"
     assert [p.name for p in tmp_path.iterdir()] == ["p.gguf"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import closing
 
 import pytest
-from contexts import devices
+import tiny_models
+from contexts import BALANCED, GPU, Context, Model, devices, random_tokens
 
 from bridge import Llama
 from bridge.devices import WORKSPACE, Gpu, Placement, check_device, place
@@ -47,6 +49,15 @@ def test_a_gpu_that_is_not_there_is_an_error_and_auto_says_why_it_uses_the_cpu()
             chosen(device, (), "built without CUDA")
     assert chosen("auto", (), "built without CUDA").note == "the model is computed on the CPU: built without CUDA"
     assert chosen("cpu", (), "built without CUDA").note == ""
+
+
+def test_a_gpu_that_is_left_out_is_said_beside_one_that_is_taken():
+    missing = "CUDA1 has no MixKVQ cache: it is too old"
+    for device in ("auto", "gpu", "CUDA0"):
+        assert chosen(device, (A,), missing) == Placement((A,))
+    for device in ("CUDA1", "CUDA0,CUDA1"):
+        with pytest.raises(SettingsError, match="There is no GPU 'CUDA1' to use: there is CUDA0; CUDA1 has no MixKVQ cache: it is too old"):
+            chosen(device, (A,), missing)
 
 
 def test_as_many_layers_as_fit():
@@ -107,3 +118,35 @@ def test_on_a_gpu(settings, layers):
             text = llama.create_chat_completion([{"role": "user", "content": "Compute 12 * 13."}], temperature=0.0, max_tokens=40)
             answers.append(text["choices"][0]["message"]["content"])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.skipif(len(devices()) == 1, reason="there is no GPU that llama.cpp and MixKVQ both can use, or MIXKVQ_TEST_DEVICE leaves it out")
+def test_llama_cpps_own_contexts_may_go_while_a_graph_is_recorded(tmp_path):
+    """The end of one destroys its handle of cuBLAS. During a recording of another thread CUDA refuses that, and ggml ends the process."""
+    path = tiny_models.llama(tmp_path / "tiny.gguf")
+    ours, theirs = Model(path, True, GPU), Model(path, False, GPU)
+    tokens, stop, n_freed = random_tokens(64), threading.Event(), 0
+
+    def come_and_go() -> None:
+        nonlocal n_freed
+        while not stop.is_set():
+            with Context(theirs) as context:
+                context.feed(tokens)  # matrices large enough for cuBLAS
+            n_freed += 1
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        expected = None
+        for _ in range(60):  # each records anew
+            with Context(ours, BALANCED) as context:
+                context.feed(tokens[:32])
+                last = [context.feed([token])[-1] for token in tokens[32:44]][-1]
+                expected = last if expected is None else expected
+                assert abs(last - expected).max() < 1e-3
+    finally:
+        stop.set()
+        thread.join()
+        ours.close()
+        theirs.close()
+    assert n_freed >= 10

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -16,12 +20,14 @@ import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge import ContextError, Kv, SettingsError
+import bridge._llama
+from bridge import ContextError, GeometryError, Kv, Llama, SettingsError
 from bridge.library import native
 from bridge.model_file import built_in_model
-from mixkvq import caches, compare, evaluate, plots, problems
+from mixkvq import caches, calibrate, compare, evaluate, plots, problems, record
 from mixkvq.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed
 from mixkvq.profile import uniform_profile, write_profile
+from mixkvq.texts import default_text
 
 MODEL = str(built_in_model())
 PROSE = Path(evaluate.__file__).with_name("calibration.txt")
@@ -37,17 +43,17 @@ def tiny(tmp_path_factory):
 def prose():
     """Tokens of running text for the built-in model."""
     llm = caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
-    return compare.tokenize_text(llm, evaluate.default_text().encode())[0]
+    return compare.tokenize_text(llm, default_text()[1].encode())[0]
 
 
 def random_tokens(n, seed=0):
     return np.random.default_rng(seed).integers(3, 259, n).tolist()
 
 
-def run(capsys, *arguments):
+def run(capfd, *arguments):
     """The command line in this process: exit code, stdout, stderr."""
     code = evaluate.main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert "Traceback" not in err
     return code, out, err
 
@@ -276,7 +282,7 @@ def run_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     profile = folder / "mine.gguf"
     write_profile(profile, uniform_profile(MODEL, "mix8.2", window=256))
-    out = folder / "sub" / "kld.json"
+    out = folder / "kld.json"
     arguments = [MODEL, "--kv", f"q4_0,balanced,{profile}", "--kv", "lab:kivi-2", "--ctx", "640", "--style", "decode,prefill", *THREADS]
     assert evaluate.main([*arguments, "--out", str(out)]) == 0
     return out, arguments, str(profile)
@@ -312,24 +318,24 @@ def test_result_is_consistent(run_file):
     assert str(Path(MODEL).parent) not in json.dumps({**result, "files": {}, "sections": []})
 
 
-def test_what_is_there_is_not_measured_again(run_file, capsys):
+def test_what_is_there_is_not_measured_again(run_file, capfd):
     out, arguments, profile = run_file
     before = json.loads(out.read_text())
-    code, printed, _ = run(capsys, *arguments, "--kv", "small", "--at-once", "1", "--out", out)
+    code, printed, _ = run(capfd, *arguments, "--kv", "small", "--at-once", "1", "--out", out)
     after = json.loads(out.read_text())
     assert code == 0 and "small" in printed and "the default text" in printed and "No --text was given" in printed
     for old, new in zip(before["sections"], after["sections"], strict=True):
         assert set(new["caches"]) - set(old["caches"]) == {"small"}
         assert all(new["caches"][name] == old["caches"][name] for name in old["caches"])
     # Another number of caches at a time gives the same figures.
-    code, _, _ = run(capsys, *arguments, "--no-floor", "--at-once", "2", "--style", "decode", "-q", "--out", out.with_name("other.json"))
+    code, _, _ = run(capfd, *arguments, "--no-floor", "--at-once", "2", "--style", "decode", "-q", "--out", out.with_name("other.json"))
     again = json.loads(out.with_name("other.json").read_text())["sections"][0]
     for name, figures in again["caches"].items():
         assert {**figures, "seconds": 0} == {**before["sections"][0]["caches"][name], "seconds": 0}
     # Other settings, or another file under the same name, are another run.
-    assert run(capsys, *arguments, "--seed", "2", "--out", out)[0] == 2
+    assert run(capfd, *arguments, "--seed", "2", "--out", out)[0] == 2
     write_profile(profile, uniform_profile(MODEL, "mix8.2"))
-    code, _, err = run(capsys, *arguments, "--window", "256", "--out", out)
+    code, _, err = run(capfd, *arguments, "--window", "256", "--out", out)
     assert code == 2 and "another" in err and "--restart" in err
 
 
@@ -348,18 +354,192 @@ def test_plot(run_file, tmp_path):
         assert b"<!-- " in svg and words in svg, words
 
 
-def test_plot_without_matplotlib_is_said_at_once(capsys, monkeypatch, tmp_path):
+def test_plot_without_matplotlib_is_said_at_once(capfd, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, _, err = run(capsys, MODEL, "--plot", tmp_path / "x.svg")
+    code, _, err = run(capfd, MODEL, "--plot", tmp_path / "x.svg")
     assert code == 2 and "Plots need matplotlib" in err and "mixkvq[plot]" in err
 
 
-def test_windows_and_skip(tiny, tmp_path, capsys):
+# ---- nothing is lost -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(tmp_path, monkeypatch):
+    """A folder with a short text in it, and the options that read it."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_bytes(bytes(Random(3).choices(range(97, 123), k=2000)))
+    return ["--text", "text.txt", "--ctx", "300", "--no-floor", "--at-once", "1", *THREADS]
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_targets_are_checked_before_anything_is_measured(tiny, short, option, monkeypatch, capfd):
+    pytest.importorskip("matplotlib")
+    Path("m.gguf").write_bytes(Path(tiny).read_bytes())
+    Path("link.svg").symlink_to("m.gguf")
+    Path("link.json").symlink_to("m.gguf")
+    Path("profile.json").write_text('{"fingerprint": "0", "layers": []}')
+    Path("speed.json").write_text('{"bench": "speed"}')
+    Path("old.svg").write_text("<svg></svg>")
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    monkeypatch.setattr(evaluate, "open_model", lambda *_: pytest.fail("the model is opened"))
+    ending = "json" if option == "--out" else "svg"
+    outs = [f"link.{ending}", f"/proc/x.{ending}", f"none/x.{ending}", ".", "text.txt", "m.gguf"]
+    outs += ["profile.json", "speed.json", "/dev/null"] if option == "--out" else ["old.svg"]
+    for out in outs:
+        for force in ([], ["--restart"]) if option == "--out" else ([], ["--force"]):
+            if (out, force) == ("old.svg", ["--force"]):
+                continue
+            code, printed, err = run(capfd, "m.gguf", *short, option, out, *force)
+            assert (code, printed) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and out in err and ".mixkvq-" not in err, err
+    code, _, err = run(capfd, "m.gguf", *short, "--out", "a.svg", "--plot", "./a.svg")
+    assert code == 2 and "two files at once" in err
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_a_plot_that_cannot_be_written_does_not_cost_the_tables(tiny, short, monkeypatch, capfd):
+    pytest.importorskip("matplotlib")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device", "x.svg")
+
+    monkeypatch.setattr(plots, "draw_evaluation", fail)
+    code, printed, err = run(capfd, tiny, *short, "--kv", "balanced", "--plot", "x.svg", "--out", "x.json")
+    assert code == 1 and "balanced" in printed and "No space left" in err and json.loads(Path("x.json").read_text())["sections"]
+
+
+def test_figures_that_cannot_be_written_are_printed(tiny, short, monkeypatch, capfd):
+    def fail(path, _):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(evaluate, "save_json", fail)
+    code, printed, err = run(capfd, tiny, *short, "--kv", "balanced,small", "--out", "x.json")
+    assert code == 1 and "balanced" in printed and err == "error: x.json: No space left on device.\n"
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "x.json"]])
+def test_ctrl_c_says_what_is_kept(tiny, short, out, monkeypatch, capfd):
+    """The second cache is not read to its end; the first is there, and is not measured again."""
+    forward, opened = Llama.forward, []
+
+    def counted(llm, *rest):
+        opened.append(llm)
+        if len(set(map(id, opened))) == 3:  # the baseline, the first cache, the second
+            raise KeyboardInterrupt
+        return forward(llm, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Llama, "forward", counted)
+        code, printed, err = run(capfd, tiny, *short, "--kv", "balanced,small", *out)
+    assert code == 130 and "balanced" in printed and "small" not in printed
+    said = "in x.json; the same command goes on" if out else "not in a file"
+    assert err.startswith(f"stopped: What was measured is {said}") and err.count("\n") == 1
+    if out:
+        assert list(json.loads(Path("x.json").read_text())["sections"][0]["caches"]) == ["balanced"]
+        assert run(capfd, tiny, *short, "--kv", "balanced,small", *out)[0] == 0
+        assert list(json.loads(Path("x.json").read_text())["sections"][0]["caches"]) == ["balanced", "small"]
+
+
+def test_ctrl_c_before_anything_is_measured(tiny, short, monkeypatch, capfd):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Llama, "forward", stop)
+    assert run(capfd, tiny, *short, "--out", "x.json") == (130, "", "stopped: Nothing was measured yet, and nothing is written.\n")
+    assert not Path("x.json").exists()
+
+
+def test_only_a_result_that_is_written_needs_the_hash_of_the_model(tiny, short, monkeypatch, capfd):
+    hashed, describe = [], record.describe_file
+    monkeypatch.setattr(record, "describe_file", lambda path, *rest: hashed.append(path) or describe(path, *rest))
+    assert run(capfd, tiny, *short, "--kv", "balanced")[0] == 0 and not hashed
+    assert run(capfd, tiny, *short, "--kv", "balanced", "--out", "x.json")[0] == 0 and hashed == [Path(tiny)]
+    result = json.loads(Path("x.json").read_text())
+    assert len(result["model"]["sha256"]) == 64 and result["command"].startswith(f"python -m mixkvq.evaluate {Path(tiny).name} --text text.txt")
+    assert {"date", "commit", "machine", "versions"} <= set(result) and {"baseline", "seed", "ctx"} <= set(result["settings"])
+    assert result["sections"][0]["text"]["name"] == "text.txt"
+
+
+def test_a_guarantee_that_needs_more_text_says_so_before_it_is_measured(tiny, short, monkeypatch, capfd):
+    monkeypatch.setattr(Llama, "forward", lambda *_: pytest.fail("the text is read"))
+    code, printed, err = run(capfd, tiny, *short, "--guarantee", "0.1")
+    assert (code, printed) == (2, "") and "at least 512 predictions" in err
+
+
+def heed_sigint():
+    """As in a terminal: tests in the background are deaf to it, and so would be what they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_ctrl_c_while_problems_are_answered(tmp_path, workers):
+    """Every process of a terminal gets it; one says so."""
+    out = tmp_path / "x.json"
+    arguments = [MODEL, "--problems", "40", "--levels", "easy", "--kv", "balanced", "--workers", workers, "--out", str(out), *map(str, THREADS)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mixkvq.evaluate", *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_sigint
+    )
+    while not out.exists() and process.poll() is None:  # the first answer
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    err = process.communicate()[1]
+    assert process.returncode == 130 and err == f"stopped: What was measured is in {out}; the same command goes on from there.\n"
+    assert json.loads(out.read_text())["problems"]["records"]
+
+
+@pytest.mark.parametrize("answered", [0, 5])
+def test_ctrl_c_keeps_the_answers_that_there_are(tmp_path, answered, monkeypatch, capfd):
+    """The baseline's four, and one of a cache: of two problems at once, the second comes to its end first or not at all."""
+    out = tmp_path / "x.json"
+    arguments = [MODEL, "--problems", 4, "--tasks", "add", "--levels", "easy", "--kv", "tiny,q8_0", "--workers", 2, "--max-tokens", 5, "--out", out]
+    solve = problems.Solver.solve
+
+    def stopped(self, jobs, at_once):
+        for n, found in enumerate(solve(self, jobs, at_once)):
+            if n == answered:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(evaluate, "time", SlowToSave)
+    with monkeypatch.context() as patch:
+        patch.setattr(problems.Solver, "solve", stopped)
+        code, printed, err = run(capfd, *arguments, *THREADS)
+    assert code == 130 and out.exists() == (answered > 0)
+    if not answered:
+        assert printed == "" and err == "stopped: Nothing was measured yet, and nothing is written.\n"
+        return
+    assert "f16" in printed and "tiny" in printed and "q8_0" not in printed and f"is in {out}; the same command goes on" in err
+    part = json.loads(out.read_text())["problems"]
+    assert sum(len(r["answers"]) for r in part["records"]) == answered
+    assert list(part["summary"]) == ["f16", "tiny"] and part["summary"]["f16"]["problems"] == part["summary"]["tiny"]["problems"] == 1
+    kept = {r["index"]: r["answers"] for r in part["records"]}
+    assert run(capfd, *arguments, *THREADS)[0] == 0
+    part = json.loads(out.read_text())["problems"]
+    assert [f["problems"] for f in part["summary"].values()] == [4, 4, 4]
+    assert all(r["answers"][cache] == answer for r in part["records"] for cache, answer in kept[r["index"]].items())
+    found = part["records"]
+    assert run(capfd, *arguments, "--restart", *THREADS)[0] == 0
+    again = json.loads(out.read_text())["problems"]["records"]
+    for one, other in zip(found, again, strict=True):
+        assert all(answer["tokens"] == other["answers"][cache]["tokens"] for cache, answer in one["answers"].items())
+
+
+class SlowToSave:
+    """A clock with which saving takes so long that only the first answer and the end are saved."""
+
+    now = 0.0
+
+    @classmethod
+    def perf_counter(cls):
+        cls.now += 1
+        return cls.now
+
+
+def test_windows_and_skip(tiny, tmp_path, capfd):
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(Random(3).choices(range(97, 123), k=2000)))
     out = tmp_path / "out.json"
     arguments = ["--kv", "small", "--ctx", 300, "--windows", 3, "--skip", 100, "--device", "cpu", "--out", out, "-q"]
-    code, _, _ = run(capsys, tiny, "--text", text, *arguments, *THREADS)
+    code, _, _ = run(capfd, tiny, "--text", text, *arguments, *THREADS)
     result = json.loads(out.read_text())
     (section,) = result["sections"]
     assert result["settings"]["device"] == "cpu"
@@ -370,10 +550,10 @@ def test_windows_and_skip(tiny, tmp_path, capsys):
 # ---- the guarantee ---------------------------------------------------------------------------------------
 
 
-def test_guarantee_picks_the_smallest_that_holds(tmp_path, capsys):
+def test_guarantee_picks_the_smallest_that_holds(tmp_path, capfd):
     out = tmp_path / "g.json"
     arguments = [MODEL, "--ctx", 1024, "--out", out, *THREADS]
-    code, printed, _ = run(capsys, *arguments, "--guarantee", 10)
+    code, printed, _ = run(capfd, *arguments, "--guarantee", 10)
     assert code == 0
     assert "measured on your model: tiny (2.41 body bits) keeps mean KLD at" in printed and "<= 10 on the default text (1023 predictions" in printed
     assert printed.rstrip().endswith("use --kv tiny")
@@ -383,9 +563,9 @@ def test_guarantee_picks_the_smallest_that_holds(tmp_path, capsys):
     # Between the smallest and the next: a limit that only the second one keeps.
     assert klds["small"] < klds["tiny"]
     limit = (klds["small"] + klds["tiny"]) / 2
-    code, printed, _ = run(capsys, *arguments, "--guarantee", limit, "-q")
+    code, printed, _ = run(capfd, *arguments, "--guarantee", limit, "-q")
     assert (code, printed) == (0, "small\n")
-    code, printed, err = run(capsys, *arguments, "--guarantee", 1e-9, "--kv", "small,tiny", "-q")
+    code, printed, err = run(capfd, *arguments, "--guarantee", 1e-9, "--kv", "small,tiny", "-q")
     assert code == 1 and printed == "" and "no cache that was tried" in err and "small" in err
     found = json.loads(out.read_text())["guarantee"]
     assert found["cache"] is None and [entry["cache"] for entry in found["tried"]] == ["tiny", "small"]
@@ -394,10 +574,10 @@ def test_guarantee_picks_the_smallest_that_holds(tmp_path, capsys):
 # ---- derivations and answers -----------------------------------------------------------------------------
 
 
-def test_derivations(tmp_path, capsys):
+def test_derivations(tmp_path, capfd):
     out = tmp_path / "d.json"
     code, printed, _ = run(
-        capsys, MODEL, "--derivations", 3, "--tasks", "add,mul,sort", "--levels", "easy", "--kv", "q4_0,tiny", "--out", out, *THREADS
+        capfd, MODEL, "--derivations", 3, "--tasks", "add,mul,sort", "--levels", "easy", "--kv", "q4_0,tiny", "--out", out, *THREADS
     )  # fmt: skip
     (section,) = json.loads(out.read_text())["sections"]
     assert code == 0 and "3 derivations, decode" in printed and section["kind"] == "derivations"
@@ -411,12 +591,12 @@ def test_derivations(tmp_path, capsys):
     assert section["caches"]["tiny"]["kld_mean"] < 0.01
 
 
-def test_built_in_problems_go_on_where_they_stopped(tmp_path, capsys):
+def test_built_in_problems_go_on_where_they_stopped(tmp_path, capfd):
     out = tmp_path / "p.json"
     common = [MODEL, "--tasks", "add,mul", "--levels", "easy", "--out", out, "--first", 50, "-q", *THREADS]
-    assert run(capsys, *common, "--problems", 2, "--kv", "balanced", "--workers", 1)[0] == 0
+    assert run(capfd, *common, "--problems", 2, "--kv", "balanced", "--workers", 1)[0] == 0
     before = json.loads(out.read_text())["problems"]
-    assert run(capsys, *common, "--problems", 4, "--kv", "balanced,q8_0", "--workers", 2)[0] == 0
+    assert run(capfd, *common, "--problems", 4, "--kv", "balanced,q8_0", "--workers", 2)[0] == 0
     after = json.loads(out.read_text())["problems"]
     assert len(before["records"]) == 2 and len(after["records"]) == 4 and after["count"] == 4
     for old, new in zip(before["records"], after["records"]):
@@ -428,7 +608,7 @@ def test_built_in_problems_go_on_where_they_stopped(tmp_path, capsys):
         assert f["tokens"] == sum(len(r["answers"][name]["tokens"]) for r in after["records"])
     assert after["sizes"]["balanced"]["body_bits"] == pytest.approx(3.21875)
     # Other problems do not go into the same file.
-    code, _, err = run(capsys, *common, "--problems", 2, "--max-tokens", 9)
+    code, _, err = run(capfd, *common, "--problems", 2, "--max-tokens", 9)
     assert code == 2 and "other problems" in err
 
 
@@ -445,7 +625,7 @@ def test_answers_do_not_depend_on_what_came_before():
     assert fresh.answers(drawn[0], ["tiny"])["tiny"]["tokens"] == first
 
 
-def test_problems_from_a_file(tmp_path, capsys):
+def test_problems_from_a_file(tmp_path, capfd):
     file = tmp_path / "gsm.jsonl"
     sums = [(48291, 73), (917, 46), (1234, 8)]
     lines = [{"question": f"Compute {a} * {b}.", "answer": f"We say {a}*{b}.\n#### {a * b:,}"} for a, b in sums]
@@ -453,7 +633,7 @@ def test_problems_from_a_file(tmp_path, capsys):
     file.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
     out = tmp_path / "out.json"
     code, printed, _ = run(
-        capsys, MODEL, "--problems-file", file, "--instruction", "", "--kv", "balanced", "--workers", 1, "--out", out, *THREADS
+        capfd, MODEL, "--problems-file", file, "--instruction", "", "--kv", "balanced", "--workers", 1, "--out", out, *THREADS
     )  # fmt: skip
     part = json.loads(out.read_text())["problems"]
     assert code == 0 and "4 problems, gsm.jsonl" in printed and part["count"] == 4
@@ -487,12 +667,12 @@ def check(problem, text):
 """
 
 
-def test_checker_module(tmp_path, capsys):
+def test_checker_module(tmp_path, capfd):
     module = tmp_path / "sums.py"
     module.write_text(CHECKER)
     out = tmp_path / "out.json"
     limits = ["--workers", 2, "--max-tokens", 200, *THREADS]
-    code, _, _ = run(capsys, MODEL, "--checker", module, "--problems", 3, "--kv", "balanced", *limits, "-q", "--out", out)
+    code, _, _ = run(capfd, MODEL, "--checker", module, "--problems", 3, "--kv", "balanced", *limits, "-q", "--out", out)
     part = json.loads(out.read_text())["problems"]
     assert code == 0 and part["summary"]["balanced"]["correct"] == 3 and part["source"] == "sums.py"
 
@@ -507,10 +687,10 @@ def test_checker_module(tmp_path, capsys):
         ("def check(p, t): return 1 / 0\ndef problems(rng, n): return [{'prompt': 'a', 'answer': 1}] * n", "check.. of .* failed: ZeroDivisionError"),
     ],
 )
-def test_bad_checker_is_one_sentence(tmp_path, capsys, text, words):
+def test_bad_checker_is_one_sentence(tmp_path, capfd, text, words):
     module = tmp_path / "bad.py"
     module.write_text(text)
-    code, _, err = run(capsys, MODEL, "--checker", module, "--problems", 2, "--kv", "tiny", "--max-tokens", 1, "--workers", 2, *THREADS)
+    code, _, err = run(capfd, MODEL, "--checker", module, "--problems", 2, "--kv", "tiny", "--max-tokens", 1, "--workers", 2, *THREADS)
     assert code == 2 and err.count("\n") == 1 and re.search(words, err), err
 
 
@@ -536,8 +716,8 @@ def test_bad_checker_is_one_sentence(tmp_path, capsys, text, words):
         ([MODEL, "--style", "sideways"], "no style 'sideways'"),
         ([MODEL, "--style", ","], "no style"),
         ([MODEL, "--ctx", "100", "--skip", "99"], "--skip 99 leaves nothing"),
-        ([MODEL, "--plot", "x.gif"], "must end in .png or .svg"),
-        ([MODEL, "--guarantee", "-1"], "number above 0"),
+        ([MODEL, "--plot", "x.gif"], "ends in .png or .svg"),
+        ([MODEL, "--guarantee", "-1"], "Invalid value for '--guarantee'"),
         ([MODEL, "--guarantee", "0.01", "--kv", "q8_0"], "q8_0 is neither"),
         ([MODEL, "--guarantee", "0.01", "--ctx", "300", "--kv", "tiny"], "at least 512 predictions"),
         ([MODEL, "--derivations", "2", "--tasks", "sums"], "no task or level 'sums'"),
@@ -548,21 +728,42 @@ def test_bad_checker_is_one_sentence(tmp_path, capsys, text, words):
         ([MODEL, "--problems-file", "SHORT"], "line 1, is not"),
         ([MODEL, "--problems-file", "EMPTY"], "holds no problems"),
         ([MODEL, "--problems-file", "ONE", "--problems", "2"], "holds 1 problems, fewer than 2"),
-        ([MODEL, "--out", "SHORT"], "not a result"),
+        ([MODEL, "--out", "SHORT"], "is text, so it is not replaced by JSON"),
         ([MODEL, "--at-once", "0"], "at-once"),
         ([MODEL, "--device", "cpu,"], "device is 'cpu,'"),
         ([MODEL, "--device", "CUDA7", "--ctx", "300"], "no GPU 'CUDA7' to use"),
         ([MODEL, "--what"], "--what"),
     ],
 )
-def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, words):
+def test_mistakes_are_one_sentence(tmp_path, capfd, arguments, words):
     files = {"SHORT": "A short text.\n", "EMPTY": "\n", "ONE": '{"question": "2?", "answer": "#### 2"}\n'}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     arguments = [str(tmp_path / a) if a in files else a for a in arguments]
-    code, out, err = run(capsys, *arguments, *THREADS)
+    code, out, err = run(capfd, *arguments, *THREADS)
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
     assert re.search(words, err), err
+
+
+ENCODERS = pytest.mark.skipif("has_encoder" not in Path(bridge._llama.__file__).read_text(), reason="bridge does not refuse encoders yet")
+
+
+@ENCODERS
+@pytest.mark.parametrize("tool", ["evaluate", "calibrate"])
+def test_an_encoder_decoder_model_is_refused(tmp_path, tool):
+    model = tiny_models.t5(tmp_path / "t5.gguf")
+    done = subprocess.run([sys.executable, "-m", f"mixkvq.{tool}", str(model), *THREADS], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: t5") and len(done.stderr.splitlines()) == 1, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("tool", [evaluate, calibrate])
+def test_a_model_that_bridge_refuses_is_one_sentence(tiny, tool, monkeypatch, capfd):
+    def refuse(*_, **__):
+        raise GeometryError("It has an encoder.")
+
+    monkeypatch.setattr(Llama, "__init__", refuse)
+    assert tool.main([tiny, *THREADS]) == 2
+    assert capfd.readouterr() == ("", "error: It has an encoder.\n")
 
 
 def test_presets_are_tried_by_rising_size():

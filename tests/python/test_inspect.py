@@ -73,21 +73,21 @@ def test_what_was_measured(profile):
     assert inspect.measured_rows(profile) == [("prose", "2048", "decode", "f16", "0.01235", "x"), ("tasks", "", "", "", "", "")]
 
 
-def test_printed(tiny, tmp_path, capsys):
+def test_printed(tiny, tmp_path, capfd):
     found = uniform_profile(tiny, "careful", window=64)
     found.measured, found.made_by = [{"text": "[bold]prose", "kld_mean": 0.01}], "a [red]test"
     path = str(tmp_path / "p.gguf")
     write_profile(path, found)
     assert run(inspect.command, "x", [path]) == 0
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     for words in (path, "a [red]test", found.fingerprint, "4@8+60@4", "3 bits, rotated", "[bold]prose", "KLD mean", "0.01", "keys' head size"):
         assert words in out, words
     assert re.search(r"recent tokens in F16 +64", out) and re.search(r"first tokens in F16 +default", out) and max(map(len, out.splitlines())) <= 160
     assert run(inspect.command, "x", [path, "--model", tiny]) == 0
-    assert "keys' head size" not in capsys.readouterr().out
+    assert "keys' head size" not in capfd.readouterr().out
 
 
-def test_every_place_of_a_profile(tiny, tmp_path, capsys):
+def test_every_place_of_a_profile(tiny, tmp_path, capfd):
     """Beside the model comes before inside it, as when the model is run."""
     model = tmp_path / "m.gguf"
     convert.embed(tiny, uniform_profile(tiny, "small"), model)
@@ -96,7 +96,7 @@ def test_every_place_of_a_profile(tiny, tmp_path, capsys):
 
     def keys(path):
         assert run(inspect.command, "x", [str(path)]) == 0
-        return re.findall(r"\d+@\d\S*", capsys.readouterr().out)
+        return re.findall(r"\d+@\d\S*", capfd.readouterr().out)
 
     assert keys(model) == ["8@4+24@3+32@2"] * 2
     assert keys(tmp_path / "p.json") == ["4@8+60@4"] * 2
@@ -177,7 +177,7 @@ def test_pictures(profile, tmp_path):
 
 
 def test_without_matplotlib(profile, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with refused(r"pip install 'mixkvq\[plot\]'", bridge.SettingsError):
         inspect.plot(profile, tmp_path / "p.png")
     assert not list(tmp_path.iterdir())
@@ -202,12 +202,12 @@ def test_without_matplotlib(profile, tmp_path, monkeypatch):
         (["p.gguf", "--draw"], "--draw"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_code_2(tiny, profile, tmp_path, monkeypatch, capsys, arguments, words):
+def test_mistakes_are_one_sentence_and_exit_code_2(tiny, profile, tmp_path, monkeypatch, capfd, arguments, words):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     write_profile("p.gguf", profile)
     Path("text").write_text("x")
     code = run(inspect.command, "mixkvq.inspect", [tiny if a == "MODEL" else a for a in arguments])
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: ") and words in err, err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.gguf", "text"]

@@ -41,7 +41,7 @@ def process(*arguments: str, isa: str | None, **environment: str) -> subprocess.
         inherited["MIXKVQ_ISA"] = isa
     paths = os.pathsep.join(path for path in sys.path if path)
     return subprocess.run(
-        [sys.executable, *arguments], env={**inherited, "PYTHONPATH": paths, **environment}, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *arguments], env={**inherited, "PYTHONPATH": paths, **environment}, capture_output=True, text=True, timeout=600, check=False
     )
 
 

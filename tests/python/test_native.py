@@ -33,7 +33,7 @@ CELLS = 128
 ISAS = native.isas()
 
 every_isa = pytest.mark.parametrize("isa", ISAS)
-QUICK = settings(deadline=None, max_examples=60)
+QUICK = settings(max_examples=60)
 
 
 def twin(fmt):

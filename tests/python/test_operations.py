@@ -10,10 +10,7 @@ reads, packed pages are compared exactly.
 from __future__ import annotations
 
 import ctypes
-import gc
-import os
 import re
-import sys
 import threading
 
 import numpy as np
@@ -40,6 +37,7 @@ from contexts import (
     random_tokens,
     tolerance,
 )
+from memory_probe import LINUX, measure
 
 from bridge import Kv
 from bridge._llama import C
@@ -246,6 +244,24 @@ def test_a_shift_leaves_other_pages_alone(models):
         assert context.stats()["bytes_peak"] == peak
 
 
+@pytest.mark.parametrize("kv", [EXACT, PACKED], ids=["exact", "packed"])
+def test_a_shift_with_yarn_keeps_the_length_of_keys(models, kv):
+    """Forth and back is where it was. llama.cpp turns keys with the factor of YaRN once more with every shift: here both ways together by 1.3."""
+    yarn = {"rope_scaling_type": C.LLAMA_ROPE_SCALING_TYPE_YARN, "rope_freq_scale": 0.25, "yarn_orig_ctx": 256, "yarn_ext_factor": 1.0}
+    with Context(models[0], kv, **yarn) as context, Context(models[0], kv, **yarn) as still:
+        for c in (context, still):
+            c.feed(random_tokens(400))
+        for by in (16, -16):
+            context.add(0, 0, -1, by)
+            context.feed([7])
+            context.rm(0, context.pos_max(), -1)
+        logits = context.feed(PROBE), still.feed(PROBE)
+        if kv is EXACT:
+            assert distance(*logits) < tolerance(context.model.device, EXACT_BATCH)
+        else:
+            assert kl(*logits).mean() < EIGHT_BIT
+
+
 def test_shift_of_a_windowed_model(windowed_models):
     with Pair(*windowed_models, EXACT, n_ctx=512, n_ubatch=64, swa_full=True) as pair:
         pair.feed(random_tokens(450))
@@ -269,17 +285,66 @@ def test_clear(models, kv, data):
         check(pair)
 
 
-def test_clear_gives_what_a_new_context_gives(models):
-    """The query statistics stay, since they belong to the model; at 8 bits they decide no more than the order of sums."""
-    for kv in (EXACT, PACKED):
-        with Context(models[0], kv) as context:
-            first = context.feed(random_tokens(600), chunk=100)
-            context.feed(random_tokens(150, 1))
-            context.clear()
-            again = context.feed(random_tokens(600), chunk=100)
-            if kv is EXACT:
-                np.testing.assert_array_equal(again, first)
-            assert distance(again, first) < tolerance(context.model.device, 1e-3)
+def request(context, seed, seq=0, chunk=100):
+    """Logits of a prompt and of some tokens one by one."""
+    prompt = context.feed(random_tokens(600, seed), seq, chunk)
+    return np.concatenate([prompt, *(context.feed([token], seq) for token in random_tokens(140, seed + 1))])
+
+
+EMPTIED = pytest.mark.parametrize("empty", ["clear", "clear without data", "rm"])
+
+
+def emptied(context, how):
+    if how == "rm":
+        assert context.rm(0)
+    else:
+        context.clear(data=how == "clear")
+
+
+@EMPTIED
+@pytest.mark.parametrize("preset", ["mix8.2", "balanced", "mix2.4", "paper"])
+def test_an_emptied_context_is_a_new_one(models, preset, empty):
+    """The same tokens in the same batches give the same bits, whatever was read before: no tier depends on another request's queries."""
+    with Context(models[0], Kv(preset=preset, window=64, sinks=0)) as context:
+        first = request(context, 1)
+        statistics = context.query_statistics()
+        for other in (2, 3):
+            emptied(context, empty)
+            request(context, other)
+            assert not np.array_equal(context.query_statistics()[0], statistics[0])
+        context.rm(0, 50)
+        context.feed(random_tokens(30, 4))  # a short one: what follows it was written before
+        emptied(context, empty)
+        assert_same(context.model.device, (request(context, 1), first))
+        if context.model.device == CPU:
+            np.testing.assert_array_equal(context.query_statistics()[0], statistics[0])
+
+
+@pytest.mark.parametrize("preset", ["balanced", "mix2.4"])
+def test_a_stream_does_not_depend_on_the_others(models, preset):
+    kv = Kv(preset=preset, window=64, sinks=0)
+    with Context(models[0], kv, n_ctx=3072, n_seq=3, unified=False) as context:
+        context.feed(random_tokens(700, 5), 0)
+        alone = request(context, 1, 1)
+    with Context(models[0], kv, n_ctx=3072, n_seq=3, unified=False) as context:
+        request(context, 7, 0)
+        context.feed(random_tokens(300, 8), 2)
+        assert_same(context.model.device, (request(context, 1, 1), alone))
+
+
+@pytest.mark.parametrize("preset", ["balanced", "mix2.4"])
+def test_requests_in_turn_that_share_a_prefix(models, preset):
+    """From the second time on nothing changes any more: the prefix keeps its records and the statistics that they came from."""
+    prefix = random_tokens(512, 1)
+    with Context(models[0], Kv(preset=preset, window=64, sinks=0)) as context:
+        context.feed(prefix, chunk=128)
+        seen = []
+        for _ in range(3):
+            for seed in (2, 3):
+                context.rm(0, len(prefix))
+                seen.append(np.concatenate([context.feed(random_tokens(200, seed), chunk=70), context.feed([9])]))
+        for again, before in zip(seen[3:], seen[1:]):
+            assert_same(context.model.device, (again, before))
 
 
 # --- saving and loading ---
@@ -422,10 +487,10 @@ def test_scattered_writes_do_not_keep_pages_in_f16(models):
         pair.feed(random_tokens(90, 5), 2)
         pair.feed(PROBE[:1], 2)
         for layer in pair.ours.layers():
-            assert layer["pages_packed"] >= 10
-            assert layer["pages_f16"] <= 5  # two of the window, the one being filled, and what the last batch touched
+            assert layer["pages_packed"] >= 8
+            assert layer["pages_f16"] <= 3 * 3  # of each sequence two of the window and the one being filled
         stats = pair.ours.stats()
-        assert stats["bytes"] < 0.8 * stats["bytes_f16"]
+        assert stats["bytes"] < 0.9 * stats["bytes_f16"]
         for seq in (2, 0):
             assert kl(*pair.feed(PROBE, seq)).mean() < EIGHT_BIT
 
@@ -483,6 +548,25 @@ def test_several_sequences_in_a_batch(models, kv, unified, equal):
         same(pair, (ours, stock), EXACT_TOKEN)
         for seq in range(4):
             check(pair, seq)
+
+
+def test_each_sequence_of_a_unified_cache_has_its_window(models):
+    """Four sequences of no more tokens than a window, in turn and token by token: nothing may be packed. Of longer ones the same is left in F16 as in
+    streams, and no more."""
+    kv = Kv(preset="mix2.4", window=256, sinks=0)
+    with Pair(*models, kv, n_ctx=4096, n_seq=4, unified=True) as pair:
+        for seq in range(4):
+            pair.feed(random_tokens(200, seq), seq, 90)
+        for i in range(50):
+            rows = [(token, 200 + i, [seq]) for seq, token in enumerate(random_tokens(4, 50 + i))]
+            (_, ours), (_, stock) = pair.batch(rows)
+            assert distance(ours, stock) < tolerance(pair.device, EXACT_TOKEN)
+        assert pair.ours.pages_packed() == 0
+        for seq in range(4):
+            pair.feed(random_tokens(500, 70 + seq), seq, 90)
+        for layer in pair.ours.layers():
+            assert layer["pages_f16"] <= 4 * (256 // 128 + 1)
+            assert layer["pages_packed"] >= 3000 // 128 - 4 * (256 // 128 + 1)
 
 
 @KVS
@@ -617,13 +701,13 @@ def test_llama_cpp_reports_the_packed_size(models, preset):
 
 
 def test_a_dry_run_allocates_nothing(models):
-    """llama.cpp measures memory with models and contexts that are not allocated."""
+    """llama.cpp measures memory with models and contexts that are not allocated; what they would take is counted."""
     model = Model(models[0].path, True, models[0].device, no_alloc=True)
     context, text = logged(lambda: Context(model, BALANCED, n_ctx=1 << 17))
     with context:
         assert f"{model.device} KV buffer size =     0.00 MiB" in text
-        with pytest.raises(RuntimeError, match="no cache"):
-            context.stats()
+        stats = context.stats()
+        assert stats["bytes_used"] == 0 and stats["elements"] == (1 << 17) * 2 * 2 * 128 and 3 < stats["total_bits"] < 4
     model.close()
 
 
@@ -648,67 +732,41 @@ def test_accounting_adds_up(models):
             assert layer["value_bits"] == 3 if layer["is_value"] else sum(layer["tiers"]) == 64
 
 
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-
-
 @LINUX
 def test_resident_memory_falls_too(tmp_path):
     """A cache of 16384 cells, a quarter in use. The stock one is resident as a whole; ours only where it has been written."""
-    path = tiny_models.llama(tmp_path / "llama.gguf", head_size=128, n_kv=8, ratio=1)
-    grown = {}
-    for ours in (True, False):
-        model = Model(path, ours)
-        with Context(model, n_ctx=512) as warm:
-            warm.feed(random_tokens(100))
-        before = resident_bytes()
-        with Context(model, Kv(preset="balanced"), n_ctx=16384, n_ubatch=128) as context:
-            for at in range(8):
-                context.feed(random_tokens(512, at))
-            context.feed([5])
-            grown[ours] = resident_bytes() - before
-            if ours:
-                stats = context.stats()
-        model.close()
-    slack = 12 << 20  # graphs, work space, the outputs
-    assert stats["bytes_f16"] == 16384 * 2 * 2 * 1024 * 2
-    assert grown[False] > 0.9 * stats["bytes_f16"]
-    assert grown[True] < stats["bytes_used"] + slack < 0.3 * stats["bytes_f16"]
-
-
-def resident_bytes():
-    # What earlier tests left behind must not be given back while this one measures.
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def bytes_taken(device):
-    """Of the GPU's memory by everybody, or of the machine's by this process."""
-    return resident_bytes() if device == CPU else gpu_memory(device)[1] - gpu_memory(device)[0]
+    path = str(tiny_models.llama(tmp_path / "llama.gguf", head_size=128, n_kv=8, ratio=1))
+    ours, stock = (measure("filled_cache", path, of_ours, 16384, 4096) for of_ours in (True, False))
+    f16 = 16384 * 2 * 2 * 1024 * 2
+    assert ours["bytes_f16"] == f16 <= stock["grown"]
+    # What else a context takes (graphs, outputs, work space) the stock one takes as well; ours has the look-up of its pages and room for the sums of
+    # the threads besides: 1 MB here.
+    others = stock["grown"] - f16
+    assert ours["bytes_used"] < ours["grown"] < ours["bytes_used"] + others + (3 << 20)
+    assert ours["bytes_used"] < 0.1 * f16
 
 
 @LINUX
 def test_contexts_created_and_freed(models):
     """Two hundred contexts, each used a little: the process does not grow, nor what is taken of the GPU."""
-    device = models[0].device
+    if models[0].device == CPU:
+        # One cache of these has 0.4 MB: 200 would be 80 MB. Here 0.08 MB is left, of the allocator.
+        assert measure("contexts_made_and_freed", models[0].path, 20, 200) < 4 << 20
+        return
 
-    def use():
+    def taken():
+        free, total = gpu_memory(models[0].device)
+        return total - free
+
+    before = 0
+    for i in range(220):
+        if i == 20:
+            before = taken()
         with Context(models[0], BALANCED, n_ctx=512, n_ubatch=128) as context:
             context.feed(random_tokens(300))
             context.feed([5])
-
-    for _ in range(20):
-        use()
-    gc.collect()
-    before = bytes_taken(device)
-    for _ in range(200):
-        use()
-    gc.collect()
-    # One cache of these has 0.4 MB: 200 would be 80 MB. A GPU's memory is given out in pieces of 2 MB, and others may have taken some.
-    assert bytes_taken(device) - before < (4 if device == CPU else 32) << 20
+    # A GPU's memory is given out in pieces of 2 MB, and others may have taken some.
+    assert taken() - before < 32 << 20
 
 
 # --- several contexts ---

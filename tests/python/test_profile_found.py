@@ -132,7 +132,8 @@ def test_layers_without_formats_stay_f16(model, tmp_path):
     profile.layers[1] = None
     write_profile(side_car(model), profile)
     plain = cache(model)[0]["plain_layers"]
-    assert [layer["name"] for layer in plain] == ["cache_k_l1", "cache_v_l1"] and all("no formats for layer 1" in layer["reason"] for layer in plain)
+    assert [layer["name"] for layer in plain] == ["cache_k_l1", "cache_v_l1"]
+    assert all("no formats for this layer" in layer["reason"] for layer in plain)
 
 
 def spoil(model, how):
@@ -165,7 +166,7 @@ def test_a_profile_that_does_not_fit_says_how_to_go_on(model, how):
 
 def run(*arguments):
     command = [sys.executable, "-m", "bridge.run", "-t", "1", "-p", "a", "--raw", "-n", "2", "-c", "512", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, timeout=600)
     return done.returncode, done.stderr.decode()
 
 

@@ -31,8 +31,10 @@ class _Tensors(dict):
         self[name] = np.full(n, value, np.float32)
 
 
-def _save(path: Path, arch: str, values: dict, tensors: _Tensors) -> Path:
+def _save(path: Path, arch: str, values: dict, tensors: _Tensors, token_types: int = 0) -> Path:
     writer = GGUFWriter(path, arch)
+    if token_types:
+        writer.add_token_type_count(token_types)
     for key, value in {"context_length": 8192, "vocab_size": N_VOCAB, **values}.items():
         if isinstance(value, list):
             writer.add_array(f"{arch}.{key}", value)
@@ -393,3 +395,70 @@ def t5(path: Path) -> Path:
         "decoder_start_token_id": 0,
     }
     return _save(path, "t5", values, t)
+
+
+def bert(path: Path) -> Path:
+    """An encoder: it reads a text as a whole, has no cache, and gives an embedding."""
+    n_head, n_ff, n_ctx, n_types = 2, 96, 512, 2
+    t = _Tensors(11)
+    t.normal("token_embd.weight", N_VOCAB, EMBD, scale=1.0)
+    t.normal("token_types.weight", n_types, EMBD, scale=0.1)
+    t.normal("position_embd.weight", n_ctx, EMBD, scale=0.1)
+
+    def norm(name: str) -> None:
+        t.ones(name + ".weight", EMBD)
+        t.normal(name + ".bias", EMBD, scale=0.1)
+
+    def linear(name: str, n_out: int, n_in: int) -> None:
+        t.matrix(name + ".weight", n_out, n_in)
+        t.normal(name + ".bias", n_out, scale=0.1)
+
+    norm("token_embd_norm")
+    for i in range(2):
+        p = f"blk.{i}."
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            linear(p + name, EMBD, EMBD)
+        norm(p + "attn_output_norm")
+        linear(p + "ffn_up", n_ff, EMBD)
+        linear(p + "ffn_down", EMBD, n_ff)
+        norm(p + "layer_output_norm")
+    values = {
+        "block_count": 2,
+        "context_length": n_ctx,
+        "embedding_length": EMBD,
+        "feed_forward_length": n_ff,
+        "attention.head_count": n_head,
+        "attention.layer_norm_epsilon": 1e-5,
+        "pooling_type": 1,
+    }
+    return _save(path, "bert", values, t, n_types)
+
+
+def t5_encoder(path: Path) -> Path:
+    """The encoder of a T5 by itself."""
+    n_head, d = 2, 64
+    inner = n_head * d
+    t = _Tensors(12)
+    t.normal("token_embd.weight", N_VOCAB, EMBD, scale=1.0)
+    t.ones("enc.output_norm.weight", EMBD)
+    for i in range(2):
+        p = f"enc.blk.{i}."
+        t.ones(p + "attn_norm.weight", EMBD)
+        for name in "qkv":
+            t.matrix(p + f"attn_{name}.weight", inner, EMBD)
+        t.matrix(p + "attn_o.weight", EMBD, inner)
+        if i == 0:
+            t.normal(p + "attn_rel_b.weight", 32, n_head, scale=0.5)
+        t.ones(p + "ffn_norm.weight", EMBD)
+        _gated_ffn(t, p, 2 * EMBD)
+    values = {
+        "block_count": 2,
+        "embedding_length": EMBD,
+        "feed_forward_length": 2 * EMBD,
+        "attention.head_count": n_head,
+        "attention.key_length": d,
+        "attention.value_length": d,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.relative_buckets_count": 32,
+    }
+    return _save(path, "t5encoder", values, t)

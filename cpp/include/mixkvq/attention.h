@@ -22,6 +22,9 @@ struct AttentionCall {
     int first_stream = 0;  // of the stores
     int n_kv = 0;          // cells of each stream, from the first
     float scale = 1, max_bias = 0, softcap = 0;
+
+    // The mask of the first head, as it lies in host memory at `at`.
+    MaskView view(const void * at) const { return {at, true, mask_token, mask_stream, n_tokens, n_streams, first_stream, n_kv}; }
 };
 
 // Buffers that calls share; they grow to the largest call and stay.

@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MIXKVQ_BACKEND_API_VERSION 2
+#define MIXKVQ_BACKEND_API_VERSION 3
 
 /* A page that is about to leave the recent window: all heads of one layer's keys or values. */
 typedef struct mixkvq_page {
@@ -27,7 +27,8 @@ typedef struct mixkvq_page {
  * Another result than 0, a NaN in a cell that holds a token, or bits that are not positive: the decode fails, and session error() says why. */
 typedef int (*mixkvq_codec)(void * user, const mixkvq_page * page, float * rows, double * bits);
 
-/* What a context's cache should be. A zero is a value, not a default: start from {NULL, NULL, -1, -1, 0, NULL, NULL, NULL, NULL}. */
+/* What a context's cache should be. A zero is a value, not a default: start from
+ * {NULL, NULL, -1, -1, 0, NULL, NULL, NULL, NULL, 0}. */
 typedef struct mixkvq_settings {
     const char *    preset;      /* name or alias; NULL: the default preset */
     const char *    profile;     /* path of a profile (GGUF); overrides preset; NULL: none */
@@ -38,16 +39,19 @@ typedef struct mixkvq_settings {
     const int32_t * head_size_v;
     mixkvq_codec    codec;       /* in place of packing: preset and profile do not matter then; NULL: none */
     void *          codec_user;  /* handed to it; must live as long as the contexts */
+    int             all_threads; /* not 0: also for contexts that threads without a session of their own create meanwhile; the latest such session counts */
 } mixkvq_settings;
 
-/* The caches of the contexts created in one thread between begin and end. */
+/* The caches of the contexts created between begin and end, in one thread or (all_threads) in others, too. */
 typedef struct mixkvq_session mixkvq_session;
 
+/* Three words. Filled: bytes in memory when all cells hold tokens. Reserved: bytes of addresses. In use: bytes of the cells written so far.
+ * Of a context that llama.cpp only measures (no_alloc) they are what they would be, and nothing is in use. */
 typedef struct mixkvq_stats {
-    uint64_t bytes;          /* allocated for the caches now: records, F16 pages, their scratch, tables, plain tensors; not the buffers of one attention call */
-    uint64_t bytes_peak;     /* the most there ever was, with the scratch of long prompts */
+    uint64_t bytes;          /* filled: records, F16 pages, plain tensors and page tables; not scratch, nor the buffers of one attention call */
+    uint64_t bytes_peak;     /* filled, and the most scratch there ever was: the F16 pages of long prompts */
     uint64_t bytes_f16;      /* what an F16 cache of the same cells would take */
-    uint64_t bytes_used;     /* of the cells written so far: records in use and F16 pages in use */
+    uint64_t bytes_used;     /* in use: records and F16 pages that hold tokens; plain tensors as a whole */
     uint64_t elements;       /* key and value elements of all cells */
     double   body_bits;      /* mean over packed layers, per element of a record; with a codec by its own count, 0 before its first page */
     double   total_bits;     /* 8 * bytes / elements; with a codec: as if its pages took the bits it counts, though they are kept in F16 */
@@ -56,6 +60,9 @@ typedef struct mixkvq_stats {
     int32_t  n_plain_layers; /* key and value tensors that are stored plainly */
     int32_t  n_threads;
     const char * isa;
+    uint64_t bytes_reserved;  /* reserved: the buffers of keys and values, the scratch there is now, page tables */
+    uint64_t bytes_recurrent; /* recurrent states, which are no keys and values: in none of the other figures */
+    int32_t  n_cells_gain;    /* where packing saves nothing, the cells (a multiple of 256) from which on it would; else 0 */
 } mixkvq_stats;
 
 typedef struct mixkvq_layer_stats {
@@ -69,24 +76,29 @@ typedef struct mixkvq_layer_stats {
     int32_t  group;       /* packed keys: tokens per scale; values: dimensions per scale, 0 rotated */
     int32_t  pages_packed, pages_f16; /* pages_packed: or rewritten by the codec */
     uint64_t pages_packed_ever; /* how many times a page was packed, or rewritten */
-    uint64_t bytes;
+    uint64_t bytes;             /* filled, without tables */
     double   body_bits;         /* as above, of this layer's keys or values alone */
 } mixkvq_layer_stats;
 
 typedef struct mixkvq_backend_api {
     int version;
-    /* Checks the settings and makes them those of the contexts that this thread creates until `end`. NULL: see error(). */
+    /* Checks the settings and makes them those of the contexts that this thread creates until `end`, which any thread may call. NULL: see error(). */
     mixkvq_session * (*begin)(const mixkvq_settings * settings);
     void (*end)(mixkvq_session * session);
     void (*release)(mixkvq_session * session); /* the caches live on; only the handle goes */
-    int (*stats)(mixkvq_session * session, mixkvq_stats * out); /* 0, or -1 if no cache was created under this session */
+    /* The figures may be asked for while another thread decodes; the call then waits until that has come to a point where they are true.
+     * 0, or -1, where error(NULL) says why: no cache was created under this session, or there is no tensor of this number. */
+    int (*stats)(mixkvq_session * session, mixkvq_stats * out);
     int (*n_layers)(mixkvq_session * session);                  /* cache tensors, for layer_stats */
     int (*layer_stats)(mixkvq_session * session, int index, mixkvq_layer_stats * out);
-    /* What a failed allocation or codec said ("" if nothing failed): of this session, or of the last call when NULL. */
+    /* What a failed allocation or codec said ("" if nothing has failed since the last cache was created): of this session, or of the last call of this
+     * thread when NULL. */
     const char * (*error)(mixkvq_session * session);
     /* Mean |q_d| and mean q_d^2 of the queries that read a layer's keys, the last few thousand of them: [n_heads][head_size] of layer_stats, each.
      * `index` is that of layer_stats. -1 if it is not keys that are packed or go to a codec, or no query has read them yet. */
     int (*query_statistics)(mixkvq_session * session, int index, float * mean_abs, float * mean_sqr);
+    /* Why one of ggml's GPUs ("CUDA0") has no device of ours; "" if it has one or there is no such GPU. */
+    const char * (*why_unused)(const char * device);
 } mixkvq_backend_api;
 
 #ifdef __cplusplus

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "mixkvq/history.h"
 #include "mixkvq/page_memory.h"
 
 namespace mixkvq {
@@ -27,8 +28,10 @@ struct StoreShape {
     size_t page_bytes() const { return size_t(2) * kPageCells * row; }
 };
 
-// Bytes that a store needs for its F16 pages and the records of all its pages.
+// Bytes of addresses that a store needs for its F16 pages and the records of all its pages.
 size_t reserve_bytes(const StoreShape & shape, size_t records_per_page);
+// Of these, what is in memory once all cells have been filled in order: pages of the window are not packed.
+size_t filled_bytes(const StoreShape & shape, size_t records_per_page);
 
 // A page that settles, as a codec gets it: see mixkvq_page in backend_api.h.
 struct CodecPage {
@@ -91,11 +94,15 @@ class PageStore {
     const uint8_t * record(const Page & page, int head) const { return page.records + layout_.record_offset[head]; }
 
     // Pages whose rows or records are not where they were at the last call: f(stream, page), each once. For a page table that is kept elsewhere.
+    // Where f throws, they all come again.
     template <class F> void take_moved(F && f) {
-        for (int i : moved_) {
-            pages_[i].moved = 0;
-            f(i / shape_.n_pages(), i % shape_.n_pages());
-        }
+        for (int i : moved_) f(i / shape_.n_pages(), i % shape_.n_pages());
+        moved_taken();
+    }
+    // In two steps: what has moved, stream * pages + page, and that it is known.
+    const std::vector<int> & moved() const { return moved_; }
+    void moved_taken() {
+        for (int i : moved_) pages_[i].moved = 0;
         moved_.clear();
     }
 
@@ -121,19 +128,25 @@ class PageStore {
     // recently written ones early. Call after the attention that reads the last written cells. False: the codec refused a page, which stays F16.
     bool settle(int n_threads);
 
+    // What the batch that was written last sees. Comes between its rows and its attention, before observe: a stream that has been emptied or rewound
+    // gets the statistics that belong to what is left, and each sequence in it a window.
+    void look(const MaskView & view);
+    // Statistics are never put back: they follow all queries that a stream has ever had.
+    void keep_statistics(bool keep) { keep_statistics_ = keep; }
     // Adds a batch of queries to the statistics of the keys.
     void observe(const Queries & queries, int n_threads) { memory_->observe(queries, n_threads); }
-    // Mean |q_d| per channel, [head][channel]; ones before any query without a prior.
-    std::vector<float> importance() const;
-    // Mean |q_d| and mean q_d^2, [head][channel]; ones and false before any query.
-    bool query_statistics(float * mean_abs, float * mean_sqr) const { return memory_->query_statistics(mean_abs, mean_sqr); }
+    // Mean |q_d| per channel of a stream, [head][channel]; ones before any query without a prior.
+    std::vector<float> importance(int stream = 0) const;
+    // Mean |q_d| and mean q_d^2, [head][channel], of a stream or of all; ones and false before any query.
+    bool query_statistics(float * mean_abs, float * mean_sqr, int stream = -1) const { return memory_->query_statistics(stream, mean_abs, mean_sqr); }
 
     bool same_layout(const PageStore & other) const;
-    // Makes a stream equal to one of a store with the same layout (this one included); packed pages are copied as they are.
+    // Makes a stream equal to one of a store with the same layout (this one included), with its statistics; packed pages are copied as they are.
     void copy_stream(const PageStore & other, int from, int to);
-    void clear();  // keeps the query statistics: they belong to the model
+    void clear();
 
     size_t records_per_page() const { return layout_.record_bytes; }
+    size_t table_bytes() const;  // of the books and the query statistics
     size_t bytes_used() const;
     int pages_packed() const { return n_packed_; }
     int pages_half() const { return n_half_; }
@@ -148,12 +161,14 @@ class PageStore {
     // Makes the page F16, one that may be written to, and returns its rows. With keep_records they hold nothing of a packed page's, which keeps its
     // records: the caller drops or unpacks them.
     half * stage(int stream, int p, bool keep_records = false);
-    void unpack(int stream, int p);
+    half * take_rows();               // of nobody; throws std::bad_alloc
+    void give_rows(half * rows);
     void recent(int stream, int p);   // the page is on the list of those in F16 from now on,
     void forget(int stream, int p);   // and no longer
     void mark_moved(int stream, int p);
     void take_record(int stream, int p);
     void drop_rows(int stream, int p);
+    void lose_rows(int stream, int p);
     void drop_records(int stream, int p);
     void drop(int stream, int p);
     bool owns(const half * rows) const {
@@ -161,7 +176,9 @@ class PageStore {
         return at >= region_ && at < region_ + region_bytes_;
     }
     void come_home();
+    void begin_anew(int stream);      // the statistics, and what is known of sequences
     bool pack(const std::vector<Place> & places, int n_threads);
+    void pack_some(const Place * places, int n, int n_threads);
     bool code(Place place);
     template <class Cells> void write_cells(Cells && cells, int n, const Rows & rows);
     template <class Format> void lay_out(const std::vector<Format> & formats);
@@ -177,6 +194,8 @@ class PageStore {
     std::vector<std::vector<int>> half_pages_;  // by stream: pages in F16
     std::vector<uint64_t> clock_;               // by stream: rows written
     std::vector<int> newest_;                   // by stream: the page written last, -1
+    std::vector<History> histories_;            // by stream
+    bool keep_statistics_ = false;
     std::vector<uint8_t *> free_home_, free_records_;
     int n_packed_ = 0, n_half_ = 0;
     uint64_t packed_ever_ = 0;

@@ -39,8 +39,8 @@ struct PageJob {
     CellMask valid;  // for packing
 };
 
-// nullptr, or a sentence that says why there is no usable GPU (no driver, too old): call it before anything else.
-const char * unavailable();
+// nullptr, or a sentence that says why this GPU cannot be used (no driver, too old): call it before anything else.
+const char * unavailable(int device = 0);
 
 // Rows to F16 pages as the cache stores them: NaN becomes 0, infinity +-65504. Cell i goes to destination[i] (nullptr: skipped), a row of `row`
 // halfs; source rows are `stride` bytes apart. A second write, to other cells, may come along.
@@ -59,13 +59,15 @@ void pack_values(Stream stream, const ValueHead * heads, int n_heads, int head_s
 void unpack_keys(Stream stream, const KeyHead * heads, int n_heads, int head_size, int row, const PageJob * jobs, int n_jobs);
 void unpack_values(Stream stream, const ValueHead * heads, int n_heads, int head_size, int row, const PageJob * jobs, int n_jobs);
 
-// The query statistics of a store: sums of |q_d| and q_d^2 by KV head and channel, and how many query vectors are in them. `importance` becomes
-// the mean |q_d|; while more than `memory` vectors are in the sums, all are halved before, so that old ones fade. A call without queries leaves it.
+// The query statistics of a store: sums of |q_d| and q_d^2 by KV head and channel, and how many query vectors are in them, for each stream. What is
+// not finite counts as 0, what is beyond +-65504 as that. `importance` becomes the mean |q_d|; while more than `memory` vectors are in the sums, all are
+// halved before, so that old ones fade. A call without queries leaves it.
 struct QuerySums {
     float * abs;         // [n_kv_heads][head_size]
     float * sqr;         // the same
     float * importance;  // the same
     float * count;       // one number: vectors per KV head
+    size_t stream = 0;   // distance of the next stream's in each of these, in elements; the pointers are the first stream's of the queries
 };
 struct Observation {
     QuerySums sums;

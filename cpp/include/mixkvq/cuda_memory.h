@@ -43,6 +43,13 @@ class Queue {
     // What went wrong first, or nullptr.
     const char * error() const { return error_.empty() ? nullptr : error_.c_str(); }
     void note(int code);  // a cudaError_t
+    // What other work of this thread has left to be found is not this queue's. Before anything is queued.
+    void forget_foreign_error();
+    // Between the two nothing is noted; held: whether there was anything.
+    void hold_errors() { holding_ = true, held_ = false; }
+    bool held_errors() { return holding_ = false, held_; }
+    // Nobody needs any more what has been queued so far. False: the GPU still fails.
+    bool recover();
 
     // Room for the arguments of one kernel on the host, and, once they are there, where the GPU reads them.
     void * reserve(size_t bytes);
@@ -89,6 +96,7 @@ class Queue {
     bool idle_ = true;      // nothing has been queued since it was waited for
     bool ordered_ = false;  // memory is allocated and freed in the order of the stream
     std::string error_;
+    bool holding_ = false, held_ = false;
 
     // A ring in parts: pinned memory and its copy on the GPU. An event guards a part until the work that reads it is done.
     uint8_t * ring_ = nullptr;
@@ -122,12 +130,12 @@ class Recording {
     half * const * rows_there() const { return rows_there_; }
     void send();
 
-    // Between the two, work on the queue, and on streams that wait for it and that it waits for in the end, is recorded and not done. end: false if
-    // it cannot be recorded. older: a recording that is not needed any more, nullptr if there is none; that of nearly the same work becomes this one,
+    // Between the two, work on the queue, and on streams that wait for it and that it waits for in the end, is recorded and not done. False if it
+    // cannot be recorded. older: a recording that is not needed any more, nullptr if there is none; that of nearly the same work becomes this one,
     // which takes a fraction of the time.
-    void begin();
+    bool begin();
     bool end(Recording * older);
-    void launch();
+    bool launch();  // false: there is no memory for it, and nothing has been queued; it has to be recorded again
     bool ready() const { return graph_ != nullptr; }
 
   private:
@@ -153,12 +161,17 @@ class CudaMemory final : public PageMemory {
     void zero(half * rows, int n_rows) override;
     void copy(half * to, const half * from) override;
     void copy_records(uint8_t * to, const uint8_t * from) override;
-    void pack(const PageJob * jobs, int n, int n_threads) override;
+    void pack(int stream, const PageJob * jobs, int n, int n_threads) override;
     void unpack(const PageJob * jobs, int n, int n_threads) override;
     void write(half * const * to, int n, const Rows & from) override;
     void read(const PageSpan * spans, int n, half * rows) override;
     void observe(const Queries & queries, int n_threads) override;
-    bool query_statistics(float * mean_abs, float * mean_sqr) override;
+    bool query_statistics(int stream, float * mean_abs, float * mean_sqr) override;
+    void forget_queries(int stream) override;
+    void mark_queries(int stream, int mark) override;
+    void recall_queries(int stream, int mark) override;
+    void copy_queries(int to, PageMemory & other, int from) override;
+    size_t query_bytes() const override;
     void observe_on(cuda::Stream stream, const Queries & queries) { cuda::observe(stream, observation(queries)); }
     cuda::Observation observation(const Queries & queries);  // which is then to be done
 
@@ -183,20 +196,29 @@ class CudaMemory final : public PageMemory {
 
     cuda::Queue & queue() { return *queue_; }
 
+    // After an error, with a store that has been cleared: what the kernels read is put there again.
+    void recover();
+
   private:
     friend cuda::Attention prepare_attention(PageStore &, CudaMemory &, PageStore &, CudaMemory &, const AttentionCall &);
 
     size_t page_bytes() const { return size_t(2) * kPageCells * row_; }
     void copy_bytes(void * to, const void * from, size_t bytes);
-    cuda::QuerySums sums() const;
+    cuda::QuerySums sums(int stream) const;
+    // Statistics of a stream, what is remembered of them (sums of |q_d| and the count), those of the next stream; behind the last one's the importance
+    // before any query.
+    size_t n_sums() const { return size_t(layout_->n_heads) * layout_->head_size; }
+    size_t sums_stride() const { return 3 * n_sums() + 4 + layout_->n_marks * (n_sums() + 4); }
+    float * mark(int stream, int number) const { return sums_ + stream * sums_stride() + 3 * n_sums() + 4 + number * (n_sums() + 4); }
+    float * prior() const { return sums_ + layout_->n_streams * sums_stride(); }
+    size_t sums_floats() const { return layout_->n_streams * sums_stride() + n_sums(); }
 
     std::shared_ptr<cuda::Queue> queue_;
-    int row_;
+    int row_, n_pages_;
     cuda::PageRef * table_ = nullptr;  // as attention reads it; follows the store's take_moved
     const PageLayout * layout_ = nullptr;
     void * heads_ = nullptr;           // KeyHead or ValueHead, by head
     float * sums_ = nullptr;           // keys: the arrays of QuerySums, one behind the other
-    bool any_queries_ = false;
     half ** diverted_ = nullptr;
 };
 

@@ -10,7 +10,7 @@ constexpr int kPageCells   = 128;  // cells per page
 constexpr int kMinHeadSize = 32;
 constexpr int kMaxHeadSize = 256;
 constexpr int kRecordAlign = 64;
-constexpr int kFormatVersion = 2;
+constexpr int kFormatVersion = 3;
 
 // A key format: how many channels of a head sit in each tier.
 struct KeyFormat {
@@ -60,6 +60,12 @@ struct ValueFormat {
 
 // Best uniform step for a unit Gaussian at 2, 3 and 4 bits.
 inline float gaussian_step(int bits) { return bits == 2 ? 0.9957f : bits == 3 ? 0.5860f : 0.3352f; }
+
+// How rotated rows that come from a record are told from others: docs/format.md.
+constexpr float kLeastMean = 0.03125f;             // smaller means, beside the root mean square of the rows, are 0
+constexpr int kSample = 8, kSampleDims = 32;       // rows of a page that are looked at first, and how far
+constexpr int kScalesBelow = 5;                    // bytes below and above the best scale of a row between which its own must lie
+inline int scales_above(int bits) { return bits == 2 ? 9 : bits == 3 ? 15 : bits == 4 ? 21 : 2; }
 
 // Which of the 128 cells of a page hold a token.
 struct CellMask {

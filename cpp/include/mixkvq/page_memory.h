@@ -18,6 +18,7 @@ namespace mixkvq {
 // How a cell divides into heads, and the records of a page among them: a format per head, of keys or of values.
 struct PageLayout {
     int n_heads = 1, head_size = 0;
+    int n_streams = 1, n_marks = 0;  // of the store: keys have query statistics for each stream, and remember some
     std::vector<KeyFormat> keys;
     std::vector<ValueFormat> values;
     std::vector<size_t> record_offset;  // by head, within the records of a page
@@ -54,6 +55,7 @@ struct Queries {
     const float * q;  // where the pages are
     size_t token, head, stream;
     int n_tokens, n_heads, n_streams;
+    int first_stream = 0;  // of the store
 };
 
 class PageMemory {
@@ -70,17 +72,24 @@ class PageMemory {
     virtual void zero(half * rows, int n_rows) = 0;
     virtual void copy(half * to, const half * from) = 0;                   // a page in F16
     virtual void copy_records(uint8_t * to, const uint8_t * from) = 0;     // a packed page
-    virtual void pack(const PageJob * jobs, int n, int n_threads) = 0;     // keys: by the I_d of now
+    virtual void pack(int stream, const PageJob * jobs, int n, int n_threads) = 0;  // keys: by the I_d of that stream now
     virtual void unpack(const PageJob * jobs, int n, int n_threads) = 0;
     // Row i to to[i] (nullptr: skipped). NaN becomes 0, infinity +-65504.
     virtual void write(half * const * to, int n, const Rows & from) = 0;
     // The spans, one behind the other, as F16 rows in host memory, which hold them on return.
     virtual void read(const PageSpan * spans, int n, half * rows) = 0;
 
-    // Keys: counts queries for I_d; once per batch, because old queries fade.
+    // Keys: counts queries for the I_d of their streams; once per batch, because old queries fade. What is not finite counts as 0.
     virtual void observe(const Queries & queries, int n_threads) = 0;
-    // Mean |q_d| and mean q_d^2, [head][channel], on the host; ones and false before any query.
-    virtual bool query_statistics(float * mean_abs, float * mean_sqr) = 0;
+    // Mean |q_d| and mean q_d^2, [head][channel], on the host, of a stream or, at -1, of all; ones and false before any query.
+    virtual bool query_statistics(int stream, float * mean_abs, float * mean_sqr) = 0;
+    // The statistics of a stream begin anew; are remembered under a number below n_marks; are again what was remembered (of q^2 only the mean of now is
+    // kept); become those of a stream of a memory of the same kind and layout, with what is remembered.
+    virtual void forget_queries(int stream) = 0;
+    virtual void mark_queries(int stream, int mark) = 0;
+    virtual void recall_queries(int stream, int mark) = 0;
+    virtual void copy_queries(int to, PageMemory & other, int from) = 0;
+    virtual size_t query_bytes() const = 0;
 };
 
 // Pages that the kernels of the CPU reach.
@@ -94,25 +103,39 @@ class HostMemory final : public PageMemory {
     void zero(half * rows, int n_rows) override;
     void copy(half * to, const half * from) override;
     void copy_records(uint8_t * to, const uint8_t * from) override;
-    void pack(const PageJob * jobs, int n, int n_threads) override;
+    void pack(int stream, const PageJob * jobs, int n, int n_threads) override;
     void unpack(const PageJob * jobs, int n, int n_threads) override;
     void write(half * const * to, int n, const Rows & from) override;
     void read(const PageSpan * spans, int n, half * rows) override;
     void observe(const Queries & queries, int n_threads) override;
-    bool query_statistics(float * mean_abs, float * mean_sqr) override;
+    bool query_statistics(int stream, float * mean_abs, float * mean_sqr) override;
+    void forget_queries(int stream) override;
+    void mark_queries(int stream, int mark) override;
+    void recall_queries(int stream, int mark) override;
+    void copy_queries(int to, PageMemory & other, int from) override;
+    size_t query_bytes() const override;
 
   private:
+    struct Mark {
+        std::vector<float> abs;
+        double count = 0;
+    };
+    struct QuerySums {
+        std::vector<float> abs, sqr;  // of |q_d| and q_d^2, [head][channel]
+        double count = 0;             // of query vectors per head
+        std::vector<Mark> marks;
+    };
+
     size_t page_bytes() const { return size_t(2) * kPageCells * row_; }
     void unpack_head(int head, const uint8_t * records, half * rows) const;
-    void read_importance();
+    void read_importance(int stream);
 
     const Kernels & k_;
     ScratchPool & pool_;
     int row_;
     const PageLayout * layout_ = nullptr;
-    std::vector<float> q_sum_, q_sqr_;  // of |q_d| and q_d^2, [head][channel]
-    double q_count_ = 0;
-    std::vector<float> importance_;     // kept between calls, so that packing allocates nothing
+    std::vector<QuerySums> queries_;  // by stream
+    std::vector<float> importance_;   // kept between calls, so that packing allocates nothing
 };
 
 }  // namespace mixkvq

@@ -10,12 +10,12 @@ orders, norms and means. One module per method; docs/codec-laboratory.md tells h
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 from bridge import SettingsError
 
+from ..user_code import load_module, said
 from . import kitty, kivi, kvarn, mixed, packed, paper, plain, stock, turbo
 from ._base import Codec, Maker, Options, PageFunction, Rows, codec_function, fixed, sample_page
 
@@ -58,17 +58,11 @@ def _shared_defaults(k: Codec, v: Codec) -> tuple[int | None, int | None]:
 
 
 def _from_file(path: str, name: str) -> Codec:
-    if not Path(path).is_file():
-        raise SettingsError(f"The file {path} does not exist.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    found = getattr(load_module(Path(path)), name, None)
     try:
-        spec.loader.exec_module(module)
-    except Exception as e:
-        raise SettingsError(f"{path} cannot be run: {type(e).__name__}: {e}.") from e
-    found = getattr(module, name, None)
-    codec = found() if callable(found) and not isinstance(found, Codec) else found
+        codec = found() if callable(found) and not isinstance(found, Codec) else found
+    except Exception as e:  # noqa: BLE001 - anything may happen there
+        raise SettingsError(f"{name}() of {path} failed: {said(e)}.") from e
     if not isinstance(codec, Codec):
         raise SettingsError(f"{path} has no codec {name!r}; it must be a mixkvq.lab.Codec or a function that makes one.")
     return codec

@@ -12,7 +12,7 @@ from rich.table import Table
 from bridge import Page
 from bridge.model_file import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE
 
-from ..command import run
+from ..command import run, tool
 from . import CODECS, PageFunction, codec_function, get, sample_page
 
 ROUNDS = 20
@@ -28,7 +28,7 @@ def milliseconds(function: PageFunction, page: Page) -> float:
     return 1e3 * min(seconds)
 
 
-@click.command()
+@tool()
 @click.argument("names", nargs=-1)
 @click.option("--head-size", type=click.IntRange(MIN_HEAD_SIZE, MAX_HEAD_SIZE), default=128, show_default=True, help="Channels of a head.")
 @click.option("--time", "timed", is_flag=True, help="Also time a page of two heads.")

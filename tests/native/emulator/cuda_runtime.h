@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -79,6 +80,23 @@ void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()
 void later(Work work);  // queues it on a stream
 void finish();          // does all that is queued
 void record(std::vector<Work> * to);  // what is queued from now on is kept there instead; nullptr: not any more
+bool is_recording();
+
+// As many GPUs as MIXKVQ_EMULATED_GPUS names by their compute capabilities, "8.0,6.1"; one of 8.0 without.
+struct Gpu {
+    int major = 0, minor = 0;
+};
+const std::vector<Gpu> & gpus();
+std::string bus_of(int gpu);
+int & current_gpu();  // of the thread
+
+// Of the calls of this kind, `times` fail after `skip` that do not: "malloc", "host" (pinned memory), "capture", "instantiate", "launch" (of a graph).
+void fail(const char * call, int skip, int times);
+bool fails(const char * call);
+inline int & n_launches() {  // of graphs
+    static int n = 0;
+    return n;
+}
 uint8_t * dynamic_shared();  // in the lowest 4 GiB: a 32-bit address is the pointer
 
 // All lanes of the warp that have not ended come here, and see what each has brought: words(lane).
@@ -132,6 +150,7 @@ inline unsigned ballot(bool yes) {
 
 inline void __syncthreads() { emulator::barrier(0, 0, false); }
 inline int __syncthreads_or(int x) { return emulator::barrier(0, 0, x != 0).yes > 0; }
+inline int __syncthreads_count(int x) { return emulator::barrier(0, 0, x != 0).yes; }
 inline int __syncthreads_and(int x) {
     const emulator::Count n = emulator::barrier(0, 0, x != 0);
     return n.yes == n.all;
@@ -212,7 +231,7 @@ void launch_early(const Arguments &... arguments) {
 }  // namespace mixkvq::cuda
 
 using cudaStream_t = void *;
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorInsufficientDriver, cudaErrorNoDevice };
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorInsufficientDriver, cudaErrorNoDevice, cudaErrorInvalidDevice };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
@@ -231,12 +250,22 @@ struct cudaFuncAttributes {};
 inline const char * cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "out of memory"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return emulator::finish(), cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetByPCIBusId(int * device, const char *) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int gpu) { return emulator::current_gpu() = gpu, cudaSuccess; }
+inline cudaError_t cudaDeviceGetByPCIBusId(int * device, const char * bus) {
+    for (int i = 0; i < int(emulator::gpus().size()); ++i) {
+        if (emulator::bus_of(i) == bus) return *device = i, cudaSuccess;
+    }
+    return cudaErrorInvalidDevice;
+}
 inline cudaError_t cudaDriverGetVersion(int * version) { return *version = CUDART_VERSION, cudaSuccess; }
-inline cudaError_t cudaGetDeviceCount(int * n) { return *n = 1, cudaSuccess; }
-inline cudaError_t cudaGetDevice(int * device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *, int) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int * n) { return *n = int(emulator::gpus().size()), cudaSuccess; }
+inline cudaError_t cudaGetDevice(int * device) { return *device = emulator::current_gpu(), cudaSuccess; }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp * properties, int device) {
+    if (device < 0 || device >= int(emulator::gpus().size())) return cudaErrorInvalidDevice;
+    properties->major = emulator::gpus()[device].major;
+    properties->minor = emulator::gpus()[device].minor;
+    return cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute, int) {
     *value = attribute == cudaDevAttrMultiProcessorCount              ? 24
              : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
@@ -267,14 +296,19 @@ inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete static_ca
 inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return emulator::finish(), cudaSuccess; }
 
-inline cudaError_t cudaMalloc(void ** block, size_t bytes) {
+inline cudaError_t emulated_memory(void ** block, size_t bytes) {
     bytes = (bytes + 255) / 256 * 256;
     *block = std::aligned_alloc(256, bytes);
     if (*block) std::memset(*block, 0xff, bytes);
     return *block ? cudaSuccess : cudaErrorMemoryAllocation;
 }
+inline cudaError_t cudaMalloc(void ** block, size_t bytes) {
+    return emulator::fails("malloc") ? cudaErrorMemoryAllocation : emulated_memory(block, bytes);
+}
 inline cudaError_t cudaMallocAsync(void ** block, size_t bytes, cudaStream_t) { return cudaMalloc(block, bytes); }
-inline cudaError_t cudaHostAlloc(void ** block, size_t bytes, int) { return cudaMalloc(block, bytes); }
+inline cudaError_t cudaHostAlloc(void ** block, size_t bytes, int) {
+    return emulator::fails("host") ? cudaErrorMemoryAllocation : emulated_memory(block, bytes);
+}
 inline cudaError_t cudaFree(void * block) { return emulator::finish(), std::free(block), cudaSuccess; }
 inline cudaError_t cudaFreeHost(void * block) { return cudaFree(block); }
 inline cudaError_t cudaFreeAsync(void * block, cudaStream_t) { return emulator::later([=] { std::free(block); }), cudaSuccess; }
@@ -296,6 +330,7 @@ inline cudaGraph_t & emulated_capture() {
     return graph;
 }
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
+    if (emulator::fails("capture")) return cudaErrorMemoryAllocation;
     emulator::record(emulated_capture() = new std::vector<emulator::Work>);
     return cudaSuccess;
 }
@@ -303,7 +338,10 @@ inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t * graph) {
     emulator::record(nullptr);
     return *graph = emulated_capture(), cudaSuccess;
 }
-inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t * exec, cudaGraph_t graph, int) { return *exec = new std::vector<emulator::Work>(*graph), cudaSuccess; }
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t * exec, cudaGraph_t graph, int) {
+    if (emulator::fails("instantiate")) return cudaErrorMemoryAllocation;
+    return *exec = new std::vector<emulator::Work>(*graph), cudaSuccess;
+}
 struct cudaGraphExecUpdateResultInfo {};
 inline cudaError_t cudaGraphExecUpdate(cudaGraphExec_t exec, cudaGraph_t graph, cudaGraphExecUpdateResultInfo *) {
     return emulator::finish(), *exec = *graph, cudaSuccess;
@@ -311,6 +349,8 @@ inline cudaError_t cudaGraphExecUpdate(cudaGraphExec_t exec, cudaGraph_t graph, 
 inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return emulator::finish(), delete exec, cudaSuccess; }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+    if (emulator::fails("launch")) return cudaErrorMemoryAllocation;
+    ++emulator::n_launches();
     for (const emulator::Work & work : *exec) emulator::later(work);
     return cudaSuccess;
 }

@@ -1,10 +1,15 @@
 // The threads of cuda_runtime.h.
 #include "cuda_runtime.h"
 
+#include <atomic>
 #include <csetjmp>
 #include <cstdio>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <random>
+#include <sstream>
+#include <string>
 #include <vector>
 
 #include <sys/mman.h>
@@ -214,16 +219,57 @@ void run(dim3 grid, int n, size_t shared_bytes, const std::function<void()> & ke
 }
 
 namespace {
+std::recursive_mutex mutex;  // one thread of the program at a time
 std::vector<Work> queue, * recording = nullptr;
 bool busy = false;
+std::atomic<bool> records{false};
+std::map<std::string, std::pair<int, int>> failures;  // by call: how many do not fail, and then how many do
 }  // namespace
 
+const std::vector<Gpu> & gpus() {
+    static const std::vector<Gpu> list = [] {
+        std::vector<Gpu> found;
+        const char * text = std::getenv("MIXKVQ_EMULATED_GPUS");
+        for (std::istringstream in(text ? text : "8.0"); in.good(); in.get()) {
+            Gpu gpu;
+            in >> gpu.major;
+            in.get();
+            in >> gpu.minor;
+            found.push_back(gpu);
+        }
+        return found;
+    }();
+    return list;
+}
+std::string bus_of(int gpu) { return "emulated:" + std::to_string(gpu); }
+int & current_gpu() {
+    static thread_local int gpu = 0;
+    return gpu;
+}
+
+void fail(const char * call, int skip, int times) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    failures[call] = {skip, times};
+}
+bool fails(const char * call) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    const auto found = failures.find(call);
+    if (found == failures.end()) return false;
+    auto & [skip, times] = found->second;
+    if (skip > 0) return --skip, false;
+    return times > 0 && times-- > 0;
+}
+
+bool is_recording() { return records; }
+
 void later(Work work) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
     (recording ? *recording : queue).push_back(std::move(work));
     if (random_order() % 4 == 0) finish();
 }
 
 void finish() {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
     if (busy || recording) return;
     busy = true;
     for (size_t i = 0; i < queue.size(); ++i) queue[i]();
@@ -232,8 +278,10 @@ void finish() {
 }
 
 void record(std::vector<Work> * to) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
     finish();
     recording = to;
+    records = to != nullptr;
 }
 
 int lane() { return current % kWarpLanes; }

@@ -1,0 +1,83 @@
+"""What saving and loading a state costs: the divergence from F16 after so many rounds through llama_state_get_data and llama_state_set_data.
+
+    .venv/bin/python bench/restores.py models/cot-tiny-34m-q8_0.gguf --out build/bench/restores.json
+
+A context reads tokens of a text, its state goes out and comes back so many times, and it reads the next ones. Printed is the mean Kullback-Leibler
+divergence (nats) of its predictions there from those of an F16 cache that read the same, over windows of the text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import click
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from _common import available_cores, describe_run, open_model, save_json, split_names, wide_console
+from rich.table import Table
+
+from bridge.library import native
+from mixkvq.compare import draw_windows, feed, tokenize_text
+
+TEXT = Path(__file__).parents[1] / "python" / "mixkvq" / "calibration.txt"
+BATCH = 512
+
+
+def restore(llm: Any) -> None:
+    """The state of a context as llama.cpp gives it, put back into the emptied context."""
+    context = llm._ctx.ctx
+    data = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(context))()
+    size = llama_cpp.llama_state_get_data(context, data, len(data))
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    if size == 0 or llama_cpp.llama_state_set_data(context, data, size) == 0:
+        raise click.ClickException("llama.cpp did not take its own state back.")
+
+
+def predictions(llm: Any, tokens: list[int], read: int, rounds: int) -> npt.NDArray[np.float32]:
+    """Logits of the tokens after the first `read`."""
+    llm.reset()
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm._ctx.ctx), True)
+    feed(llm, tokens[:read], BATCH, 0)
+    for _ in range(rounds):
+        restore(llm)
+    return feed(llm, tokens[read:], BATCH, len(tokens) - read)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--kv", default="balanced,mix2.4,near-lossless,paper", show_default=True, help="Caches, separated by commas.")
+@click.option("--rounds", default="0,1,4,12", show_default=True, help="How often a state goes out and comes back.")
+@click.option("--text", default=TEXT, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="[default: the calibration text]")
+@click.option("--read", default=768, show_default=True, help="Tokens before the state goes out.")
+@click.option("--after", default=256, show_default=True, help="Tokens after it has come back.")
+@click.option("--windows", default=4, show_default=True)
+@click.option("--threads", type=int, default=available_cores, show_default="all cores")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
+def main(model: Path, kv: str, rounds: str, text: Path, read: int, after: int, windows: int, threads: int, out: Path | None) -> None:
+    counts = [int(n) for n in rounds.split(",")]
+    options = {"n_ctx": read + after + 256, "n_batch": BATCH, "n_threads": threads}
+    f16 = open_model(model, "f16", **options)
+    tokens, before = tokenize_text(f16, text.read_bytes())
+    size = read + after - len(before)
+    parts = [before + tokens[at : at + size] for at in draw_windows(len(tokens), size, windows, 1)]
+    truth = [predictions(f16, part, read, 0) for part in parts]
+    result = describe_run("restores", model, {"read": read, "after": after, "windows": len(parts), "text": text.name}) | {"caches": []}
+    table = Table("cache", *(f"{n} rounds" for n in counts), title="mean KLD from F16, nats, after so many restores")
+    for name in split_names(kv):
+        llm = open_model(model, name, **options)
+        kld = []
+        for n in counts:
+            found = [predictions(llm, part, read, n) for part in parts]
+            kld.append(float(np.mean([native().compare_predictions(p, [q])[0].mean() for p, q in zip(truth, found, strict=True)])))
+        llm.close()
+        result["caches"].append({"cache": name, "rounds": counts, "kld": kld})
+        table.add_row(name, *(f"{x:.5f}" for x in kld))
+        save_json(out, result)
+    wide_console().print(table)
+
+
+if __name__ == "__main__":
+    main()

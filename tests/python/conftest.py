@@ -1,0 +1,13 @@
+"""What holds for all tests: the same examples in every run, and threads that leave the processor to others while they wait."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# Before OpenMP is loaded, and for the processes that tests start: threads that spin for each other stand still where two tests share a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A run draws the examples of the run before, so that what failed fails again; and no example fails because the machine is busy.
+unchecked = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("mixkvq", derandomize=True, deadline=None, suppress_health_check=unchecked)
+settings.load_profile("mixkvq")

@@ -1,0 +1,193 @@
+"""What the backend does with GPUs, on emulated ones: which it takes, how it records graphs, and what happens when memory is short or threads meet."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+from emulated import run
+
+FAR = 2e-2  # the kernels turn queries into F16; wrong numbers lie ten times as far apart, and more
+
+# A context on CUDA0 and one on the CPU with the same cache; `step` evaluates a token on a model and gives its logits.
+MODELS = """
+import numpy as np
+from bridge import Llama
+def load(device, **settings):
+    return Llama(sys.argv[1], kv="balanced", device=device, n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False, **settings)
+def step(model, token):
+    model.eval([token])
+    return np.array(model.last_logits())
+tokens = np.random.default_rng(0).integers(3, 250, 400).tolist()
+gpu, cpu = load("gpu"), load("cpu")
+gpu.eval(tokens[:150]), cpu.eval(tokens[:150])
+def apart(tokens):
+    return max(float(np.abs(step(gpu, t) - step(cpu, t)).max()) for t in tokens)
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return str(tiny_models.llama(tmp_path_factory.mktemp("emulated") / "tiny.gguf"))
+
+
+# --- which GPUs ---
+
+DEVICES = """
+from bridge import _llama as adapter
+from bridge.errors import SettingsError
+backend = adapter._backend()
+gpus, missing = adapter._our_gpus(backend)
+def refused(device):
+    try:
+        adapter.place(device, gpus, missing, n_gpu_layers=None, n_layers=2, weights=1, cache=1.0, workspace=0.0)
+    except SettingsError as e:
+        return str(e)
+print(json.dumps([sorted(backend.devices), [gpu.name for gpu in gpus], missing, [refused(f"CUDA{i}") for i in range(2)]]))
+"""
+
+
+@pytest.mark.parametrize("old", [0, 1])
+def test_each_gpu_is_judged_by_itself(old):
+    gpus = ["8.6", "8.6"]
+    gpus[old] = "6.1"
+    (devices, taken, missing, refused), said = run(DEVICES, gpus=",".join(gpus))
+    new = f"CUDA{1 - old}"
+    assert devices == ["MIXKVQ-CPU", f"MIXKVQ-{new}"] and taken == [new]
+    why = f"CUDA{old} has no MixKVQ cache: emulator is too old a GPU: its compute capability is 6.1, 7.5 is the least"
+    assert missing == why and said == [f"mixkvq: {why}"]
+    assert refused[1 - old] is None and why in refused[old] and f"there is {new}" in refused[old]
+
+
+def test_all_gpus_or_none():
+    (devices, taken, missing, _), said = run(DEVICES, gpus="7.5,9.0")
+    assert devices == ["MIXKVQ-CPU", "MIXKVQ-CUDA0", "MIXKVQ-CUDA1"] and taken == ["CUDA0", "CUDA1"] and missing == "" and said == []
+    (devices, taken, missing, refused), said = run(DEVICES, gpus="6.1,7.0")
+    assert devices == ["MIXKVQ-CPU"] and taken == [] and len(said) == 2 and "CUDA0" in missing and "CUDA1" in missing and all(refused)
+
+
+def test_the_lists_for_weights_do_not_change():
+    """llama.cpp asks for them in every load, in whatever thread; what it got before stays what it is."""
+    code = """
+import ctypes, threading
+from bridge import _llama as adapter
+f, P = adapter._function, ctypes.c_void_p
+registry = f("ggml_backend_reg_by_name", P, ctypes.c_char_p)(b"MIXKVQ")
+get = f("ggml_backend_reg_dev_get", P, P, ctypes.c_size_t)
+devices = [get(registry, i) for i in range(5)]
+address = f("ggml_backend_reg_get_proc_address", P, P, ctypes.c_char_p)(registry, b"ggml_backend_dev_get_extra_bufts")
+ask = ctypes.CFUNCTYPE(P, P)(address)
+inner = f("ggml_backend_dev_buffer_type", P, P)
+by_name = f("ggml_backend_dev_by_name", P, ctypes.c_char_p)
+found = []
+def work():
+    for i in range(2000):
+        found.append(tuple(ask(device) for device in devices))
+threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in threads], [t.join() for t in threads]
+lists = [ctypes.cast(at, ctypes.POINTER(P)) if at else None for at in found[0]]
+right = [lists[i][0] == inner(by_name(b"CUDA%d" % (i - 1))) and lists[i][1] is None for i in range(1, 5)]
+print(json.dumps([len(set(found)), lists[0] is None, right, found[0][1] != found[0][2]]))
+"""
+    assert run(code, gpus="8.0,8.0,8.0,8.0")[0] == [1, True, [True] * 4, True]
+
+
+# --- graphs ---
+
+
+def test_decoding_is_recorded_and_gives_the_numbers_of_the_cpu(tiny):
+    code = MODELS + "print(json.dumps([apart(tokens[150:190]), library.emulated_cuda_launches(), gpu.kv_stats()['device']]))"
+    (far, launches, device), said = run(code, tiny)
+    assert far < FAR and launches >= 30 and device == "CUDA0" and said == []
+
+
+@pytest.mark.parametrize("call", ["capture", "instantiate", "launch"])
+def test_a_graph_for_which_there_is_no_memory_costs_only_time(tiny, call):
+    """The operations are queued one by one then, and the context goes on."""
+    code = MODELS + f"""
+library.emulated_cuda_fail(b"{call}", 0, 2)
+first = apart(tokens[150:190])
+once = library.emulated_cuda_launches()
+rest = apart(tokens[190:200])
+print(json.dumps([first, rest, once]))
+"""
+    (first, rest, launches), said = run(code, tiny)
+    assert first < FAR and rest < FAR and launches <= 1 and said == []
+
+
+@pytest.mark.parametrize("call", ["malloc", "host"])
+def test_no_memory_in_a_decode_fails_that_decode_only(tiny, call):
+    """Whatever the allocation that fails, the next decode of the same tokens gives the right numbers."""
+    code = MODELS + f"""
+from bridge import ContextError
+results = []
+for skip in range(4):
+    library.emulated_cuda_fail(b"{call}", skip, 1)
+    new = tokens[150:290]
+    try:
+        gpu.eval(new)
+    except ContextError as e:
+        results.append(str(e))
+    library.emulated_cuda_fail(b"{call}", 0, 0)
+    gpu.n_tokens = 150
+    gpu._ctx.kv_cache_seq_rm(0, 150, -1)
+gpu.eval(new), cpu.eval(new)
+print(json.dumps([apart(tokens[290:300]), results]))
+"""
+    (far, failures), said = run(code, tiny)
+    assert far < FAR
+    if call == "malloc":
+        assert failures and said == ["mixkvq: out of GPU memory in the cache"]
+
+
+def test_no_backend_of_ggml_is_freed_during_a_recording(tiny):
+    """Destroying a handle of cuBLAS ends a recording in CUDA and the process in ggml, which knows only of recordings of its own."""
+    code = MODELS + """
+import ctypes, threading
+from bridge import _llama as adapter
+f, P = adapter._function, ctypes.c_void_p
+stock = f("ggml_backend_dev_init", P, P, P)(f("ggml_backend_dev_by_name", P, ctypes.c_char_p)(b"CUDA0"), None)
+free = f("ggml_backend_free", None, P)
+before = library.emulated_cuda_frees()
+library.emulated_cuda_wait_for_free()
+def work():
+    while not library.emulated_cuda_waits():  # the recording has begun
+        pass
+    free(stock)
+thread = threading.Thread(target=work)
+thread.start()
+far = apart(tokens[150:160])
+thread.join(60)
+print(json.dumps([far, library.emulated_cuda_frees() - before, library.emulated_cuda_frees_while_recording()]))
+"""
+    (far, freed, too_early), _ = run(code, tiny)
+    assert far < FAR and freed == 1 and too_early == 0
+
+
+# --- threads ---
+
+
+def test_figures_while_another_thread_decodes(tiny):
+    code = MODELS + """
+import threading
+stop, asked, failures = threading.Event(), [0], []
+def work():
+    while not stop.is_set():
+        try:
+            for i, layer in enumerate(gpu._session.layers()):
+                found = gpu._session.query_statistics(i)
+                assert found is None or np.isfinite(found).all()
+            gpu._session.stats(), gpu._session.error()
+            asked[0] += 1
+        except Exception as e:
+            failures.append(repr(e))
+            return
+threads = [threading.Thread(target=work) for _ in range(2)]
+[t.start() for t in threads]
+far = apart(tokens[150:200])
+stop.set()
+[t.join() for t in threads]
+same = [np.allclose(a, b, rtol=1e-3) for a, b in zip(gpu.query_statistics()[0], cpu.query_statistics()[0])]
+print(json.dumps([far, asked[0] > 0, failures, same]))
+"""
+    (far, asked, failures, same), said = run(code, tiny)
+    assert far < FAR and asked and failures == [] and same == [True, True] and said == []
