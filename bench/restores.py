@@ -36,7 +36,8 @@ from _common import (
 )
 from rich.table import Table
 
-from mixkvq.compare import draw_windows, feed, log_softmax, tokenize_text
+from bridge.library import native
+from mixkvq.compare import draw_windows, feed, tokenize_text
 
 TEXT = Path(__file__).parents[1] / "python" / "mixkvq" / "calibration.txt"
 BATCH = 512
@@ -52,13 +53,14 @@ def restore(llm: Any) -> None:
         raise click.ClickException("llama.cpp did not take its own state back.")
 
 
-def predictions(llm: Any, tokens: list[int], read: int, rounds: int) -> npt.NDArray[np.float64]:
+def predictions(llm: Any, tokens: list[int], read: int, rounds: int) -> npt.NDArray[np.float32]:
+    """Logits of the tokens after the first `read`."""
     llm.reset()
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm._ctx.ctx), True)
     feed(llm, tokens[:read], BATCH, 0)
     for _ in range(rounds):
         restore(llm)
-    return log_softmax(feed(llm, tokens[read:], BATCH, len(tokens) - read))
+    return feed(llm, tokens[read:], BATCH, len(tokens) - read)
 
 
 @tool()
@@ -92,8 +94,8 @@ def main(
         llm = open_model(Path(model), name, **options)
         kld = []
         for n in counts:
-            log_q = [predictions(llm, part, read, n) for part in parts]
-            kld.append(float(np.mean([(np.exp(p) * (p - q)).sum(axis=1).mean() for p, q in zip(truth, log_q, strict=True)])))
+            found = [predictions(llm, part, read, n) for part in parts]
+            kld.append(float(np.mean([native().compare_predictions(p, [q])[0].mean() for p, q in zip(truth, found, strict=True)])))
         llm.close()
         result["caches"].append({"cache": name, "rounds": counts, "kld": kld})
         table.add_row(name, *(f"{x:.5f}" for x in kld))

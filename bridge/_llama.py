@@ -373,6 +373,8 @@ class Llama(llama_cpp.Llama):
     parallel, each used by one thread at a time.
     """
 
+    n_seq = 1  # sequences in the context, see `bridge.sequences`
+
     def __init__(
         self,
         model_path: str,
@@ -518,7 +520,7 @@ class Llama(llama_cpp.Llama):
         begin = None if backend is None else functools.partial(backend.begin, self.kv, self._file, self.codec)
         n_ctx, free = kwargs["n_ctx"], free_memory()
         least = CELL_BYTES if chosen else CELL_BYTES + self._least_bytes(kwargs) // n_ctx
-        with _load_lock, DryRun(self._file.path, devices, kwargs, begin, self.stock or "f16") as dry:
+        with _load_lock, DryRun(self._file.path, devices, {**kwargs, "n_seq": self.n_seq}, begin, self.stock or "f16") as dry:
             placement = decide(dry.measure(n_ctx) if n_ctx * least <= free.bytes else None)
             on_gpus = {prefix + gpu.name for gpu in placement.gpus for prefix in ("", OURS)}
             n_cpu = 0 if placement.gpus and placement.n_layers is None else self._file.n_layers - (placement.n_layers or 0)

@@ -102,6 +102,18 @@ def pack_values(
     isa: str | None = None,
 ) -> NDArray[np.uint8]: ...
 def unpack_values(value_format: ValueFormat, record: NDArray[np.uint8], *, isa: str | None = None) -> NDArray[np.float16]: ...
+def read_back(
+    rows: NDArray[np.float32],
+    formats: Sequence[KeyFormat | ValueFormat | None],
+    importance: NDArray[np.float32] | None = None,
+    valid: NDArray[np.bool_] | None = None,
+    *,
+    threads: int = 1,
+    isa: str | None = None,
+) -> tuple[NDArray[np.float32], int]:
+    """What the rows of a page [n_heads, 128, D] read back as when every head is packed in its format (None: it stays as it is), and the bytes of the
+    records. importance [n_heads, D] is needed for keys."""
+
 def attend(
     key_format: KeyFormat,
     value_format: ValueFormat,
@@ -118,6 +130,20 @@ def attend(
     """Attention of q [n, D] over P records of one head [P, record_bytes]: float32 [n, Dv].
 
     mask [n, 128 P] is added to the scores, -inf hides a cell; sink [n] are logits without a value. A query that sees nothing gets zeros.
+    """
+
+def compare_predictions(
+    baseline: NDArray[np.float32],
+    caches: Sequence[NDArray[np.float32]],
+    targets: NDArray[np.int64] | None = None,
+    *,
+    threads: int = 1,
+    isa: str | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Logits of a baseline and of n caches, each [rows, vocabulary], row by row in float64: the divergence of each cache from the baseline in nats
+    [n, rows]; then, of the baseline and of each cache [1 + n, rows], -log p of the target (NaN without targets) and the first choice.
+
+    ValueError for rows that are no predictions: NaN, +inf, or nothing but -inf.
     """
 
 @final

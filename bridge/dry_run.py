@@ -57,7 +57,7 @@ class DryRun:
     """A model without its weights, of which contexts are measured. Close it."""
 
     def __init__(self, path: str, devices: Sequence[int], options: dict[str, Any], begin: Callable[[], Any] | None, stock: str) -> None:
-        """devices: of ggml, all layers on them; none: llama.cpp's CPU. options: those of llama_cpp.Llama.
+        """devices: of ggml, all layers on them; none: llama.cpp's CPU. options: those of llama_cpp.Llama, and n_seq, sequences of equal parts.
 
         begin: starts a native session; None for one of llama.cpp's own caches, of the type `stock`.
         """
@@ -144,6 +144,8 @@ def _context_params(C: Any, n_ctx: int, options: dict[str, Any]) -> Any:
     for name in ("type_k", "type_v", "swa_full", "op_offload", "pooling_type", "attention_type"):
         if options.get(name) is not None:
             setattr(params, name, options[name])
+    if options.get("n_seq", 1) > 1:
+        params.n_seq_max, params.kv_unified = options["n_seq"], False
     if options.get("embedding"):
         params.embeddings = params.kv_unified = True
         params.n_seq_max = min(params.n_batch, C.llama_max_parallel_sequences())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .errors import ContextTooLargeError
 
 CELLS = 256  # llama.cpp rounds a context up to this many cells
+SEQUENCES = 256  # it allows that many in a context
 MARGIN, LEAST_MARGIN = 0.03, 4 << 20  # of what is free: a context that is proposed must fit a moment later as well
 
 

@@ -12,5 +12,6 @@ PYBIND11_MODULE(_native, m, pybind11::mod_gil_not_used(false)) {
 #endif
     mixkvq::bindings::register_format(m);
     mixkvq::bindings::register_kernels(m);
+    mixkvq::bindings::register_divergence(m);
     mixkvq::bindings::register_backend(m);
 }

@@ -1,13 +1,16 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <new>
 #include <optional>
+#include <variant>
 
 #include "mixkvq/attend.h"
 #include "mixkvq/check.h"
 #include "mixkvq/kernels.h"
+#include "mixkvq/read_back.h"
 #include "register.h"
 
 namespace mixkvq::bindings {
@@ -26,6 +29,8 @@ std::vector<std::string> isas() {
     return names;
 }
 
+}  // namespace
+
 const Kernels & kernels(const OptionalName & name) {
     if (!name) {
         std::string error;
@@ -40,6 +45,8 @@ const Kernels & kernels(const OptionalName & name) {
     for (const std::string & each : isas()) here += (here.empty() ? "" : ", ") + each;
     throw py::value_error("isa '" + *name + "' cannot be had here; there is " + here);
 }
+
+namespace {
 
 // Memory with the alignment that records and scratch need. NumPy's own is less.
 template <typename T> class Aligned {
@@ -179,6 +186,49 @@ py::array unpack_values(const ValueFormat & f, const py::array & record, const O
     return rows;
 }
 
+// The rows of a page and the bytes of its records, each head in its format.
+py::tuple read_back(const py::array & rows, const std::vector<std::variant<KeyFormat, ValueFormat, py::none>> & formats, const OptionalArray & importance,
+                    const OptionalArray & valid, int threads, const OptionalName & isa) {
+    const Kernels &   table = kernels(isa);
+    const CellMask    mask = take_valid(valid);
+    const py::ssize_t heads = py::ssize_t(formats.size());
+    const py::array   in = checked(rows, "rows", "float32", {heads, kPageCells, -1});
+    const int         d = int(in.shape(2));
+    if (threads < 1) throw py::value_error("threads is " + std::to_string(threads) + "; it must be at least 1");
+    for (py::ssize_t row = 0; row < heads * kPageCells; ++row) {
+        const float * x = data<float>(in) + row * d;
+        for (int j = 0; j < d && mask.test(int(row % kPageCells)); ++j) {
+            if (std::fabs(x[j]) <= 65504.0f) continue;
+            throw py::value_error("rows is " + std::to_string(x[j]) + " in head " + std::to_string(row / kPageCells) + ", cell " +
+                                  std::to_string(row % kPageCells) + ", and F16 cannot hold that");
+        }
+    }
+    std::vector<HeadFormat> found(formats.size());
+    size_t                  scratch_bytes = 0, n_bytes = 0;
+    bool                    has_keys = false;
+    for (size_t h = 0; h < formats.size(); ++h) {
+        found[h] = {std::get_if<KeyFormat>(&formats[h]), std::get_if<ValueFormat>(&formats[h])};
+        const int own = found[h].keys ? found[h].keys->head_size : found[h].values ? found[h].values->head_size : d;
+        if (own != d) throw py::value_error("formats[" + std::to_string(h) + "] is for heads of " + std::to_string(own) + ", the rows have " + std::to_string(d));
+        has_keys |= found[h].keys != nullptr;
+        scratch_bytes = std::max(scratch_bytes, read_back_bytes(found[h], d));
+        n_bytes += found[h].record_bytes();
+    }
+    if (has_keys && !importance) throw py::value_error("keys need their importance");
+    const py::array weights = importance ? checked(*importance, "importance", "float32", {heads, d}) : py::array();
+    const int       bad = importance ? find_bad_importance(data<float>(weights), int(heads) * d) : -1;
+    if (bad >= 0) throw py::value_error("importance is " + std::to_string(data<float>(weights)[bad]) + " in head " + std::to_string(bad / d));
+    const Aligned<uint8_t> scratch(scratch_bytes * formats.size());
+    py::array_t<float>     result({heads, py::ssize_t(kPageCells), py::ssize_t(d)});
+    float *                out = result.mutable_data();
+    {
+        py::gil_scoped_release release;
+        mixkvq::read_back(table, found.data(), int(heads), d, data<float>(in), importance ? data<float>(weights) : nullptr, mask, threads, scratch.data(),
+                          scratch_bytes, out);
+    }
+    return py::make_tuple(result, n_bytes);
+}
+
 py::array_t<float> attend(const KeyFormat & k, const ValueFormat & v, const py::array & key_records, const py::array & value_records,
                           const py::array & q, const OptionalArray & mask, float scale, float softcap, const OptionalArray & sink,
                           const OptionalName & isa) {
@@ -225,6 +275,8 @@ void register_kernels(py::module_ & m) {
     m.def("unpack_keys", &unpack_keys, arg("key_format"), arg("record"), py::kw_only(), arg("isa") = none);
     m.def("pack_values", &pack_values, arg("value_format"), arg("rows"), arg("valid") = none, py::kw_only(), arg("isa") = none);
     m.def("unpack_values", &unpack_values, arg("value_format"), arg("record"), py::kw_only(), arg("isa") = none);
+    m.def("read_back", &read_back, arg("rows"), arg("formats"), arg("importance") = none, arg("valid") = none, py::kw_only(), arg("threads") = 1,
+          arg("isa") = none);
     m.def("attend", &attend, arg("key_format"), arg("value_format"), arg("key_records"), arg("value_records"), arg("q"), arg("mask") = none,
           arg("scale") = 1.0f, arg("softcap") = 0.0f, arg("sink") = none, py::kw_only(), arg("isa") = none);
 }

@@ -14,6 +14,7 @@
 
 #include "codes.h"
 #include "mixkvq/kernels.h"
+#include "predictions.h"
 
 namespace mixkvq {
 namespace {
@@ -1319,7 +1320,8 @@ float exp_sum(float * x, int n, float max) {
 constexpr Kernels kernel_table(Isa isa) {
     return {
         isa,           to_half,     from_half,     pack_keys,   unpack_keys, pack_values, unpack_values,
-        scores_packed, scores_half, values_packed, values_half, logits,      exp_sum,     scale,       rotate,
+        scores_packed, scores_half, values_packed, values_half, logits,      exp_sum,     first_top,   exp_wide,
+        weighted_gap,  scale,       rotate,
     };
 }
 

@@ -654,12 +654,43 @@ float exp_sum(float * x, int n, float max) {
     return float(sum);
 }
 
+float first_top(const float * x, int n, int & where) {
+    where = 0;
+    for (int i = 0; i < n; ++i) {
+        if (std::isnan(x[i])) {
+            where = i;
+            break;
+        }
+        if (x[i] > x[where]) where = i;
+    }
+    return x[where];
+}
+
+double exp_wide(const float * x, int n, float max, double * y) {
+    double sum = 0;
+    for (int i = 0; i < n; ++i) {
+        const double gap = double(x[i]) - double(max);
+        y[i] = gap < -708.0 ? 0.0 : std::exp(gap);
+        sum += y[i];
+    }
+    return sum;
+}
+
+double weighted_gap(const double * p, const float * x, float x_max, const float * y, float y_max, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; ++i) {
+        if (p[i] > 0) sum += p[i] * ((double(x[i]) - double(x_max)) - (double(y[i]) - double(y_max)));
+    }
+    return sum;
+}
+
 }  // namespace
 
 const Kernels & scalar_kernels() {
     static const Kernels table = {
         Isa::scalar,   to_half,     from_half,     pack_keys,   unpack_keys, pack_values, unpack_values,
-        scores_packed, scores_half, values_packed, values_half, logits,      exp_sum,     scale,       rotate,
+        scores_packed, scores_half, values_packed, values_half, logits,      exp_sum,     first_top,   exp_wide,
+        weighted_gap,  scale,       rotate,
     };
     return table;
 }

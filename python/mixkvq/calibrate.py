@@ -43,11 +43,11 @@ from . import command, tasks
 from .allocate import Tables, allocate_by_kind, body_bits, thresholds
 from .budget import FEWEST_TOKENS, Clock, Demand, Plan, Speed, least_tokens, make_plan
 from .caches import SINKS, WINDOW, total_bits
-from .compare import Passage, compare_caches, feed, log_softmax, standard_error, tokenize_text, work
+from .compare import Passage, compare_caches, feed, standard_error, tokenize_text, work
 from .outputs import check_output
 from .profile import LayerProfile, Profile, side_car, uniform_profile, write_profile
 from .reference import PAGE_CELLS
-from .sensitivity import Collector, Reader, even_weights, measure_weights, parts_of
+from .sensitivity import Collector, Reader, divergences, even_weights, measure_weights, parts_of
 from .texts import default_text, read_utf8
 
 LONGEST = 4096  # tokens of a passage
@@ -360,7 +360,8 @@ def measure_speed(llm: Llama) -> Speed:
     feed(llm, page[:1], PAGE_CELLS, 1)
     write = time.perf_counter() - begin
     begin = time.perf_counter()
-    log_softmax(feed(llm, page, PAGE_CELLS, len(page)), np.float32)
+    rows = feed(llm, page, PAGE_CELLS, len(page))
+    divergences(rows, rows, llm.n_threads)
     read = len(page) / max(1e-9, time.perf_counter() - begin)
     llm.clear()
     return Speed(read, write)

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bridge.errors import ContextTooLargeError, SettingsError
+from bridge.errors import ContextError, ContextTooLargeError, SettingsError
+from bridge.library import native
 
 from .caches import LENGTHS, f16_tokens, is_stock, open_cache, sizes
+from .record import available_cores
 from .reference import PAGE_CELLS
 
 if TYPE_CHECKING:
@@ -38,9 +40,8 @@ SINGLE_STEPS = 64  # single tokens that a cache is fed before the next one's tur
 _BATCH = {"decode": PAGE_CELLS, "prefill": 512, "token": 1}
 # A size at which the CPU backend takes another path through attention: one query at a time, or a tile of 64.
 _OTHER_BATCH = {"decode": 8, "prefill": 8, "token": 64}
-_BLOCK = 1 << 21  # logits that are turned into float64 at a time
 
-Float = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.float32]
 
 
 # ---- one sequence of tokens ------------------------------------------------------------------------------
@@ -70,26 +71,19 @@ def cut(n: int, style: str, windows: Iterable[int] = (PAGE_CELLS,)) -> list[int]
     return sorted({0, n} | {c for c in inner if c < n})
 
 
-def feed(llm: Llama, tokens: Sequence[int], batch: int, wanted: int) -> npt.NDArray[np.float32]:
-    """Evaluate `tokens`, at most `batch` at a time; the logits of the last `wanted` ones, [wanted, vocabulary].
-
-    The result may be a view of the context's memory: the next evaluation overwrites it.
-    """
-    rows = []
+def feed(llm: Llama, tokens: Sequence[int], batch: int, wanted: int) -> Rows:
+    """Evaluate `tokens`, at most `batch` at a time; the logits of the last `wanted` ones, [wanted, vocabulary]."""
+    if len(tokens) <= batch:
+        return llm.forward(tokens, wanted)
+    rows = np.empty((wanted, llm.n_vocab()), np.float32)
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch]
-        rows.append(llm.forward(part, min(len(part), max(0, wanted - (len(tokens) - start - len(part))))))
-        if len(tokens) > batch:
-            rows[-1] = rows[-1].copy()
-    return rows[0] if len(rows) == 1 else np.concatenate(rows)
-
-
-def log_softmax(logits: npt.NDArray[Any], dtype: Any = np.float64) -> npt.NDArray[Any]:
-    """Over the last axis, as `dtype`: float64, or float32 with a sum in float64."""
-    shifted = logits.astype(dtype)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64))
-    return shifted
+        end = wanted - (len(tokens) - start - len(part))  # in rows
+        n = min(len(part), max(0, end))
+        found = llm.forward(part, n)
+        if n:
+            rows[end - n : end] = found
+    return rows
 
 
 # ---- figures ---------------------------------------------------------------------------------------------
@@ -106,19 +100,22 @@ class Comparison:
     right: list[bool] = field(default_factory=list)
     right_baseline: list[bool] = field(default_factory=list)
 
-    def add(self, baseline: Float, cache: Float, targets: Sequence[int]) -> None:
-        """Log-probabilities of both, [n, vocabulary], and the tokens that really follow."""
-        with np.errstate(invalid="ignore"):  # a token of probability 0 is log p = -inf in both
-            terms = np.exp(baseline) * (baseline - cache)
-        # Rounding can make the sum of an (almost) equal pair a tiny negative number.
-        self.kld += np.maximum(0.0, np.where(np.isneginf(baseline), 0.0, terms).sum(axis=1)).tolist()
-        rows, target = np.arange(len(targets)), np.asarray(targets, dtype=np.intp)
-        top, top_baseline = cache.argmax(axis=1), baseline.argmax(axis=1)
-        self.same_top += (top == top_baseline).tolist()
-        self.nll += (-cache[rows, target]).tolist()
-        self.nll_baseline += (-baseline[rows, target]).tolist()
-        self.right += (top == target).tolist()
-        self.right_baseline += (top_baseline == target).tolist()
+    def add(self, baseline: Rows, cache: Rows, targets: Sequence[int], threads: int = 1) -> None:
+        """Logits of both, float32 [n, vocabulary], and the tokens that really follow. ValueError for logits that are no distribution."""
+        add_predictions([self], baseline, [cache], targets, threads)
+
+
+def add_predictions(found: Sequence[Comparison], baseline: Rows, caches: Sequence[Rows], targets: Sequence[int], threads: int = 1) -> None:
+    """`Comparison.add` for several caches, with one look at the baseline."""
+    target = np.asarray(targets, np.int64)
+    kld, nll, top = native().compare_predictions(baseline, caches, target, threads=threads)
+    for i, comparison in enumerate(found):
+        comparison.kld += kld[i].tolist()
+        comparison.same_top += (top[i + 1] == top[0]).tolist()
+        comparison.nll += nll[i + 1].tolist()
+        comparison.nll_baseline += nll[0].tolist()
+        comparison.right += (top[i + 1] == target).tolist()
+        comparison.right_baseline += (top[0] == target).tolist()
 
 
 def summarise(parts: Sequence[Comparison]) -> dict[str, Any]:
@@ -193,7 +190,7 @@ class _Walker:
     batch: int
     seconds: float = 0.0
 
-    def feed(self, tokens: Sequence[int], wanted: int) -> npt.NDArray[np.float32]:
+    def feed(self, tokens: Sequence[int], wanted: int) -> Rows:
         begin = time.perf_counter()
         rows = feed(self.llm, tokens, self.batch, wanted)
         self.seconds += time.perf_counter() - begin
@@ -250,7 +247,8 @@ def compare_caches(
                 walkers = [walker(name, group) for name in names[i : i + at_once]]
                 found: list[list[Comparison]] = [[] for _ in walkers]
                 for passage in passages:
-                    for parts, comparison in zip(found, _walk(reference, walkers, passage, cuts[len(passage.tokens)], progress)):
+                    walked = _walk(reference, walkers, passage, cuts[len(passage.tokens)], threads or available_cores(), progress)
+                    for parts, comparison in zip(found, walked):
                         parts.append(comparison)
                 yield {
                     w.name: Measured(
@@ -272,23 +270,30 @@ def work(n_names: int, passages: Sequence[Passage], at_once: int) -> int:
     return (n_names + -(-n_names // at_once)) * sum(len(p.tokens) - 1 for p in passages)
 
 
-def _walk(baseline: _Walker, others: Sequence[_Walker], passage: Passage, cuts: Sequence[int], progress: Callable[[int], None]) -> list[Comparison]:
+def _walk(
+    baseline: _Walker, others: Sequence[_Walker], passage: Passage, cuts: Sequence[int], threads: int, progress: Callable[[int], None]
+) -> list[Comparison]:
+    """Nothing of the size of the passage is kept: every batch is compared at once."""
     found = [Comparison() for _ in others]
-    for w in (baseline, *others):
+    walkers = (baseline, *others)
+    for w in walkers:
         w.llm.clear()
     tokens = passage.tokens
     for start, end in zip(cuts, cuts[1:]):
         wanted = min(end - start, max(0, end + 1 - passage.first))
         rows = []
-        for w in (baseline, *others):
+        for w in walkers:
             rows.append(w.feed(tokens[start:end], wanted))
             progress(end - start)
-        targets = tokens[end + 1 - wanted : end + 1]
-        step = max(1, _BLOCK // rows[0].shape[1])
-        for i in range(0, wanted, step):
-            expected = log_softmax(rows[0][i : i + step])
-            for comparison, row in zip(found, rows[1:]):
-                comparison.add(expected, log_softmax(row[i : i + step]), targets[i : i + step])
+        try:
+            add_predictions(found, rows[0], rows[1:], tokens[end + 1 - wanted : end + 1], threads)
+        except ValueError:
+            for w, logits in zip(walkers, rows):
+                bad = np.flatnonzero(~np.isfinite(logits.max(axis=1)))
+                if len(bad):
+                    at = end - wanted + bad[0] + 1
+                    raise ContextError(f"With {w.name} the model's logits after {at} tokens are no prediction (NaN or infinite).") from None
+            raise
     return found
 
 

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from bridge.devices import DEVICE_HELP, check_device
 from bridge.errors import BridgeError, SettingsError
 from bridge.library import llama, native
 from bridge.machine import physical_cores
+from bridge.memory import SEQUENCES
 from bridge.model_file import open_model
 
 from . import plots, problems, tasks
@@ -47,7 +49,7 @@ from .compare import (
     work,
 )
 from .outputs import check_different
-from .record import available_cores, check_result, describe_file, describe_run, save_json
+from .record import check_result, describe_file, describe_run, save_json
 from .texts import DEFAULT_TEXT, default_text, read_utf8
 
 if TYPE_CHECKING:
@@ -201,7 +203,7 @@ def answer_problems(
     workers: int,
     threads: int,
 ) -> None:
-    """Free greedy answers with the baseline and every named cache, one record per problem; saved after each."""
+    """Free greedy answers with the baseline and every named cache, one record per problem; saved as they come."""
     settings = evaluation.result["settings"]
     baseline = settings["baseline"]
     caches = list(dict.fromkeys([baseline, *names]))
@@ -226,18 +228,31 @@ def answer_problems(
         if missing := [cache for cache in caches if cache not in record["answers"]]:
             jobs.append((i, problem, missing))
 
+    saved, cost, unsaved = 0.0, 0.0, False
+
     def update() -> None:
+        nonlocal saved, cost, unsaved
+        begin = time.perf_counter()
         part["records"] = [records[i] for i in sorted(records) if records[i]["answers"]]
         part["summary"] = problems.summarise([r for r in part["records"] if r["index"] < len(drawn)], caches, baseline, first)
         save_json(evaluation.out, evaluation.result)
+        saved = time.perf_counter()
+        cost, unsaved = saved - begin, False
 
     solver = problems.Solver(str(evaluation.model), source, n_ctx, threads, **evaluation.cache_options)
-    step = evaluation.bar.add_task(plots.title(part), total=len(jobs))
-    for index, answers in problems.solve(solver, jobs, workers):
-        part["sizes"] |= {cache: answer.pop("sizes") for cache, answer in answers.items()}
-        records[index]["answers"].update(answers)
-        update()
-        evaluation.bar.advance(step)
+    step = evaluation.bar.add_task(plots.title(part), total=sum(len(missing) for _, _, missing in jobs))
+    try:
+        for index, answers in solver.solve(jobs, workers):
+            part["sizes"] |= {cache: answer.pop("sizes") for cache, answer in answers.items()}
+            records[index]["answers"].update(answers)
+            unsaved = True
+            if time.perf_counter() - saved >= 20 * cost:  # a long result takes its time to write: a twentieth of all, and so much may be lost
+                update()
+            evaluation.bar.advance(step, len(answers))
+    except BaseException:  # Ctrl-C as well
+        if unsaved:
+            update()
+        raise
     update()
     evaluation.bar.remove_task(step)
 
@@ -433,7 +448,7 @@ GIVEN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--instruction", default=problems.INSTRUCTION, show_default=True, help="What follows each question of --problems-file.")
 @click.option("--max-tokens", type=COUNT, help=f"Longest answer.  [default: 5/4 of a built-in problem's derivation + 64; else {problems.MAX_TOKENS}]")
 @click.option("--first", default=200, show_default=True, type=COUNT, help="Compare that many greedy tokens with the baseline's.")
-@click.option("--workers", type=THREADS, help="Processes that answer problems, one thread each.  [default: all cores]")
+@click.option("--workers", type=click.IntRange(1, SEQUENCES), help=f"Problems that are answered at once.  [default: {problems.AT_ONCE}]")
 @click.option("--at-once", default=4, show_default=True, type=COUNT, help="Caches that are in memory beside the baseline.")
 @click.option("--seed", default=1, show_default=True, type=SEED)
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
@@ -556,7 +571,7 @@ def evaluate(given: dict[str, Any], bar: Progress, result: dict[str, Any], texts
     fresh.update(files=_files([baseline, *measured]), sections=[], problems=None)
     result.update(load_or_start(given["out"], fresh, given["restart"]))
     threads = given["threads"] or physical_cores()
-    result["run"] = {"threads": threads, "workers": given["workers"] or available_cores(), "at_once": given["at_once"]}
+    result["run"] = {"threads": threads, "workers": given["workers"] or problems.AT_ONCE, "at_once": given["at_once"]}
 
     vocabulary = open_cache(given["model"], "f16", n_ctx=256, vocab_only=True)
     cache_options = {"window": given["window"], "sinks": given["sinks"], "device": device}
@@ -588,7 +603,7 @@ def evaluate(given: dict[str, Any], bar: Progress, result: dict[str, Any], texts
             max_tokens=given["max_tokens"],
             first=given["first"],
             workers=result["run"]["workers"],
-            threads=1 if result["run"]["workers"] > 1 else threads,
+            threads=threads,
         )
     vocabulary.close()
     save_json(given["out"], result)

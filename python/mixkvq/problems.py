@@ -6,7 +6,7 @@ Three sources:
     a module       problems(rng, n) -> iterable of {"prompt": ..., "answer": ..., anything else that JSON can hold}
                    check(problem, text) -> bool
 
-Every answer is made in a fresh context, so it depends neither on the order of the problems nor on the worker.
+Several are answered at once, as sequences of one context. None of them sees anything of the others.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import multiprocessing
 import re
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
@@ -27,18 +25,20 @@ from random import Random
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from bridge.errors import BridgeError, SettingsError
+from bridge.errors import BridgeError, ContextTooLargeError, SettingsError
 
 from . import tasks
-from .caches import is_stock, open_cache, sizes
+from .caches import open_cache, sizes
 from .compare import CELLS, Passage
 from .texts import read_utf8
 from .user_code import load_module, said
 
 if TYPE_CHECKING:
     from bridge import Llama
+    from bridge.sequences import Sequences
 
 BATCH = 512
+AT_ONCE = 8
 MAX_TOKENS = 1024  # of an answer whose length nobody knows
 INSTRUCTION = "Reason step by step and end with the answer as a number after ####."
 
@@ -207,9 +207,16 @@ def add_tokens(llm: Llama, problems: Iterable[Problem], max_tokens: int | None) 
 # ---- answers ---------------------------------------------------------------------------------------------
 
 
+Job = tuple[int, Problem, list[str]]  # the problem's index, the problem, and the caches to answer it with
+
+
 @dataclass
 class Solver:
-    """Answers problems in one process. It keeps the contexts of llama.cpp's caches; ours learn from the queries, so each answer gets a new one."""
+    """Answers problems, `at_once` of them in one context, each in a sequence of its own with its own cells.
+
+    What is answered before or beside a problem does not matter, but for the rounding of llama.cpp's larger batches: a sequence begins anew with each,
+    what the cache has learnt of the queries included.
+    """
 
     model: str
     source: Source
@@ -219,87 +226,103 @@ class Solver:
     sinks: int | None = None
     device: str = "auto"
 
-    def __post_init__(self) -> None:
-        self._kept: dict[str, Llama] = {}
-
     def answers(self, problem: Problem, caches: Sequence[str]) -> dict[str, dict[str, Any]]:
-        return {cache: self.answer(problem, cache) for cache in caches}
+        """One problem, by itself."""
+        return {cache: answer for _, found in self.solve([(0, problem, list(caches))], 1) for cache, answer in found.items()}
 
-    def answer(self, problem: Problem, cache: str) -> dict[str, Any]:
-        llm = self._kept.get(cache)
-        if llm is None:
-            llm = open_cache(
+    def solve(self, jobs: Sequence[Job], at_once: int) -> Iterator[tuple[int, dict[str, dict[str, Any]]]]:
+        """Index and answers by cache, as they are done: one cache after the other."""
+        for cache in dict.fromkeys(cache for _, _, caches in jobs for cache in caches):
+            wanted = [(index, problem) for index, problem, caches in jobs if cache in caches]
+            yield from ((index, {cache: answer}) for index, answer in self._answer(cache, wanted, min(at_once, len(wanted))))
+
+    def _answer(self, cache: str, wanted: Sequence[tuple[int, Problem]], n_seq: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        from bridge.sequences import Sequences
+
+        try:
+            llm: Any = open_cache(
                 self.model,
                 cache,
+                Sequences,
                 window=self.window,
                 sinks=self.sinks,
+                n_seq=n_seq,
                 n_ctx=self.n_ctx,
                 n_batch=BATCH,
                 n_threads=self.threads,
                 n_threads_batch=self.threads,
                 device=self.device,
             )
-            if is_stock(cache):
-                self._kept[cache] = llm
-        try:
-            begin = time.perf_counter()
-            tokens, ended = generate_greedily(llm, problem["tokens"], problem["limit"])
-            seconds = time.perf_counter() - begin
-            text = llm.detokenize(tokens, special=True).decode("utf-8", errors="replace")
-            taken = sizes(llm, cache, window=self.window, sinks=self.sinks)
-        finally:
-            if cache not in self._kept:
-                llm.close()
-        correct = self.source.check(problem, text)
-        return {"correct": correct, "ended": ended, "tokens": tokens, "seconds": round(seconds, 3), "sizes": taken}
+        except ContextTooLargeError as e:
+            raise ContextTooLargeError(f"{e} It is for {n_seq} problems at once; fewer --workers take less." if n_seq > 1 else str(e)) from None
+        with contextlib.closing(llm):
+            for index, problem, tokens, ended, seconds in generate_greedily(llm, wanted):
+                text = llm.detokenize(tokens, special=True).decode("utf-8", errors="replace")
+                correct = self.source.check(problem, text)
+                taken = sizes(llm, cache, window=self.window, sinks=self.sinks)
+                yield index, {"correct": correct, "ended": ended, "tokens": tokens, "seconds": round(seconds, 3), "sizes": taken}
 
 
-def generate_greedily(llm: Llama, prompt: Sequence[int], limit: int) -> tuple[list[int], bool]:
-    """The arg-max tokens that follow the prompt, up to and including the end of the turn, and whether that was reached."""
-    llm.clear()
-    llm.eval(prompt)
-    generated: list[int] = []
+@dataclass
+class _Writing:
+    index: int
+    problem: Problem
+    tokens: list[int] = field(default_factory=list)
+    seconds: float = 0.0  # its share of what all took
+
+
+def generate_greedily(llm: Sequences, wanted: Iterable[tuple[int, Problem]]) -> Iterator[tuple[int, Problem, list[int], bool, float]]:
+    """The arg-max tokens that follow each prompt, up to and including the end of the turn, whether that was reached, and seconds; as they are done.
+
+    Prompts are read one at a time, as if they were alone; then all answers grow by a token at a time, and where one ends the next prompt begins.
+    """
+    left = iter(wanted)
+    free = list(range(llm.n_seq))
+    writing: dict[int, _Writing] = {}  # by sequence
+
+    def grow(sequence: int, logits: Any) -> bool:
+        """Append the next token; whether the answer is done."""
+        answer = writing[sequence]
+        answer.tokens.append(int(logits.argmax()))
+        return llm.ends(answer.tokens[-1]) or len(answer.tokens) >= answer.problem["limit"]
+
     while True:
-        generated.append(int(llm.last_logits().argmax()))
-        if llm.ends(generated[-1]):
-            return generated, True
-        if len(generated) >= limit:
-            return generated, False
-        llm.eval(generated[-1:])
-
-
-_solver: list[Solver] = []  # of a worker process
-
-
-def _start_worker(solver: Solver) -> None:
-    from bridge.library import llama
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the one that started this ends it
-    llama().quiet_log()
-    _solver[:] = [solver]
-
-
-def _work(job: tuple[int, Problem, list[str]]) -> tuple[int, dict[str, dict[str, Any]]]:
-    index, problem, caches = job
-    return index, _solver[0].answers(problem, caches)
-
-
-def solve(solver: Solver, jobs: Sequence[tuple[int, Problem, list[str]]], workers: int) -> Iterator[tuple[int, dict[str, dict[str, Any]]]]:
-    """Answer problems: jobs are (index, problem, caches); results come as they are done."""
-    workers = min(workers, len(jobs))
-    if workers <= 1:
-        for index, problem, caches in jobs:
-            yield index, solver.answers(problem, caches)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (solver,)) as pool:
-        yield from pool.imap_unordered(_work, jobs)
+        done = []
+        begin = time.perf_counter()
+        if free and (job := next(left, None)) is not None:
+            sequence = free.pop()
+            writing[sequence] = _Writing(*job)
+            if grow(sequence, llm.read(sequence, job[1]["tokens"])):
+                done.append(sequence)
+            writing[sequence].seconds += time.perf_counter() - begin
+        elif writing:
+            sequences = list(writing)
+            rows = llm.step([(sequence, writing[sequence].tokens[-1]) for sequence in sequences])
+            done = [sequence for sequence, logits in zip(sequences, rows) if grow(sequence, logits)]
+            share = (time.perf_counter() - begin) / len(sequences)
+            for sequence in sequences:
+                writing[sequence].seconds += share
+        else:
+            return
+        for sequence in done:
+            answer = writing.pop(sequence)
+            yield answer.index, answer.problem, answer.tokens, llm.ends(answer.tokens[-1]), answer.seconds
+            free.append(sequence)
+            if writing:
+                llm.forget(sequence)
+            else:
+                llm.clear()
 
 
 # ---- figures ---------------------------------------------------------------------------------------------
 
 
 def summarise(records: Sequence[dict[str, Any]], caches: Sequence[str], baseline: str, first: int) -> dict[str, Any]:
-    """Figures per cache, over the problems that every cache has answered. lost: right with the baseline only; won: the reverse."""
+    """Figures per cache, over the problems that every cache has answered. lost: right with the baseline only; won: the reverse.
+
+    A cache that has answered none yet is left out: in a run that was stopped the others are compared.
+    """
+    caches = [cache for cache in caches if any(cache in record["answers"] for record in records)]
     complete = [record["answers"] for record in records if all(cache in record["answers"] for cache in caches)]
     n = len(complete)
     summary = {}

@@ -8,6 +8,7 @@ which every query sees the cache that it would see token by token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from bridge import Kv, Llama, Page
 from bridge.library import native
 
 from .allocate import CODED_BITS, VALUE_BITS, Tables, key_format, key_harm, value_harm
-from .compare import Passage, cut, feed, log_softmax
+from .compare import Passage, cut, feed
 from .profile import LayerProfile
 from .reference import PAGE_CELLS, QUAD, KeyFormat, ValueFormat
 
@@ -38,7 +39,8 @@ class Probe:
     rounding: (layer, is_value) -> a format for each head, or None for heads that stay exact.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
         self.rounding: dict[tuple[int, bool], list[KeyFormat | ValueFormat | None]] = {}
         self.collector: Collector | None = None
 
@@ -48,22 +50,14 @@ class Probe:
         formats = self.rounding.get((page.layer, page.is_value))
         if formats is None:
             return page.rows, 16.0 * page.rows.size
-        rows, bits = np.array(page.rows), 0.0
-        for head, fmt in enumerate(formats):
-            if fmt is None:
-                continue
-            half = np.ascontiguousarray(page.rows[head], dtype=np.float16)
-            if isinstance(fmt, KeyFormat):
-                assert page.q_abs is not None
-                native_keys = native().KeyFormat(fmt.head_size, fmt.tiers, fmt.group)
-                record = native().pack_keys(native_keys, half, np.ascontiguousarray(page.q_abs[head]), page.valid)
-                rows[head] = native().unpack_keys(native_keys, record)
-            else:
-                native_values = native().ValueFormat(fmt.head_size, fmt.bits, fmt.group)
-                record = native().pack_values(native_values, half, page.valid)
-                rows[head] = native().unpack_values(native_values, record)
-            bits += 8.0 * len(record)
-        return rows, bits
+        rows, n_bytes = native().read_back(page.rows, [_native_format(fmt) for fmt in formats], page.q_abs, page.valid, threads=self.threads)
+        return rows, 8.0 * n_bytes
+
+
+def _native_format(fmt: KeyFormat | ValueFormat | None) -> Any:
+    if isinstance(fmt, KeyFormat):
+        return native().KeyFormat(fmt.head_size, fmt.tiers, fmt.group)
+    return None if fmt is None else native().ValueFormat(fmt.head_size, fmt.bits, fmt.group)
 
 
 class Collector:
@@ -153,11 +147,8 @@ class _ValueSums:
         n_heads, _, self.size = rows.shape
         error = np.empty((n_heads, len(VALUE_BITS)))
         for b, bits in enumerate(VALUE_BITS):
-            fmt = native().ValueFormat(self.size, bits, 0)
-            for head in range(n_heads):
-                half = np.ascontiguousarray(rows[head], dtype=np.float16)
-                off = native().unpack_values(fmt, native().pack_values(fmt, half)).astype(np.float32) - rows[head]
-                error[head, b] = (off * off).sum(axis=1, dtype=np.float64).mean()
+            off = native().read_back(rows, [native().ValueFormat(self.size, bits, 0)] * n_heads)[0] - rows
+            error[:, b] = (off * off).sum(axis=2, dtype=np.float64).mean(axis=1)
         self.error = self.error + error
         self.n += 1
 
@@ -174,7 +165,7 @@ class Reader:
     def __init__(
         self, model: str, passages: Passages, *, window: int, sinks: int, threads: int, device: str = "auto", max_bytes: int = 1 << 30
     ) -> None:
-        self.probe = Probe()
+        self.probe = Probe(threads)
         self.passages = passages
         everything = [p for some in passages.values() for p in some]
         self.n_tokens = sum(len(p.tokens) - 1 for p in everything)
@@ -183,7 +174,7 @@ class Reader:
         self._open(window)
         n_targets = sum(len(p.tokens) - p.first for p in everything)
         self._every = max(1, -(-n_targets * self.llm.n_vocab() * 4 // max_bytes))
-        self._exact: dict[str, list[list[NDArray[np.float32]]]] = {}
+        self._exact: dict[str, list[list[NDArray[np.float32]]]] = {}  # logits
 
     def _open(self, window: int) -> None:
         self.window = window
@@ -207,10 +198,7 @@ class Reader:
     def read_exact(self, collector: Collector | None, progress: Progress) -> None:
         """Keep what the exact cache predicts; show every page to the collector."""
         self.probe.rounding, self.probe.collector = {}, collector
-        self._exact = {
-            kind: [[log_softmax(rows, np.float32) for rows in self._chunks(passage, progress)] for passage in some]
-            for kind, some in self.passages.items()
-        }
+        self._exact = {kind: [list(self._chunks(passage, progress)) for passage in some] for kind, some in self.passages.items()}
         self.probe.collector = None
 
     def divergence(
@@ -234,7 +222,7 @@ class Reader:
         found = {}
         for kind, some in (sample or self.sample(self.n_tokens)).items():
             parts = [
-                divergences(exact, rows)
+                divergences(exact, rows, self._threads)
                 for i, n_tokens in some
                 for exact, rows in zip(self._exact[kind][i], self._chunks(self.passages[kind][i], progress, n_tokens))
             ]
@@ -281,11 +269,9 @@ class Reader:
                 yield rows
 
 
-def divergences(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """KL divergence of each row of logits [n, vocabulary] from log-probabilities, in nats, at least 0."""
-    candidate = log_softmax(logits, np.float32)
-    kld = (np.exp(reference) * (reference - candidate)).sum(axis=1, dtype=np.float64)
-    return np.maximum(kld, 0.0)
+def divergences(reference: NDArray[np.float32], logits: NDArray[np.float32], threads: int = 1) -> NDArray[np.float64]:
+    """KL divergence of each row of logits [n, vocabulary] from that of the reference, in nats, at least 0."""
+    return native().compare_predictions(reference, [logits], threads=threads)[0][0]
 
 
 def head_formats(profile: LayerProfile, size_v: int) -> tuple[list[KeyFormat], list[ValueFormat]]:

@@ -37,7 +37,7 @@ import mixkvq
 from bridge import Kv
 from bridge.model_file import built_in_model
 from mixkvq.caches import open_cache
-from mixkvq.compare import Comparison, cut, feed, log_softmax, summarise, tokenize_text
+from mixkvq.compare import Comparison, cut, feed, summarise, tokenize_text
 
 PAPER = Kv(preset="paper", window=0, sinks=0)
 WINDOW = Kv(preset="balanced", window=40, sinks=1)
@@ -199,7 +199,7 @@ def divergence(device: str, name: str, n_tokens: int) -> dict:
         comparison = Comparison()
         cuts = cut(len(tokens) - 1, "decode")
         for start, end in zip(cuts, cuts[1:]):
-            rows = [log_softmax(feed(llm, tokens[start:end], 128, end - start)) for llm in (stock, ours)]
+            rows = [feed(llm, tokens[start:end], 128, end - start) for llm in (stock, ours)]
             comparison.add(*rows, tokens[start + 1 : end + 1])
         return summarise([comparison])
 

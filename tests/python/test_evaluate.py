@@ -24,7 +24,7 @@ from bridge import ContextError, GeometryError, Kv, Llama, SettingsError
 from bridge.library import native
 from bridge.model_file import built_in_model
 from mixkvq import caches, calibrate, compare, evaluate, plots, problems, record
-from mixkvq.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed, log_softmax
+from mixkvq.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed
 from mixkvq.profile import uniform_profile, write_profile
 from mixkvq.texts import default_text
 
@@ -165,7 +165,8 @@ def test_decode_style_is_token_by_token(tiny, window, sinks):
         for start, end in zip(cuts, cuts[1:]):
             met += [packed(llm)] * (end - start)
             rows.append(feed(llm, tokens[start:end], batch, end - start).copy())
-        return met, log_softmax(np.concatenate(rows)), llm.kv_stats()["bytes_used"]
+        logits = np.concatenate(rows).astype(np.float64)
+        return met, logits - np.logaddexp.reduce(logits, axis=1, keepdims=True), llm.kv_stats()["bytes_used"]
 
     met, p, used = walk(range(len(tokens) + 1), 1)
     met_by_pages, q, used_by_pages = walk(cut(len(tokens), "decode", [window]), 128)
@@ -224,8 +225,8 @@ def test_comparison_by_hand():
     one = Comparison()
     p, q = np.array([[0.5, 0.5, 0.0], [0.1, 0.7, 0.2]]), np.array([[0.25, 0.75, 0.0], [0.1, 0.7, 0.2]])
     with np.errstate(divide="ignore"):
-        one.add(np.log(p), np.log(q), [1, 0])
-    assert one.kld == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75), 0])
+        one.add(np.log(p, dtype=np.float32), np.log(q, dtype=np.float32), [1, 0])
+    assert one.kld == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75), 0], abs=1e-7)
     assert one.same_top == [False, True] and one.right == [True, False] and one.right_baseline == [False, False]
     figures = compare.summarise([one])
     assert figures["perplexity"] == pytest.approx(1 / math.sqrt(0.75 * 0.1))
@@ -468,10 +469,11 @@ def heed_sigint():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_ctrl_c_while_worker_processes_answer(tmp_path):
-    """Every process of a terminal gets it; one of them says so."""
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_ctrl_c_while_problems_are_answered(tmp_path, workers):
+    """Every process of a terminal gets it; one says so."""
     out = tmp_path / "x.json"
-    arguments = [MODEL, "--problems", "40", "--levels", "easy", "--kv", "balanced", "--workers", "2", "--out", str(out)]
+    arguments = [MODEL, "--problems", "40", "--levels", "easy", "--kv", "balanced", "--workers", workers, "--out", str(out), *map(str, THREADS)]
     process = subprocess.Popen(
         [sys.executable, "-m", "mixkvq.evaluate", *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_sigint
     )
@@ -481,6 +483,54 @@ def test_ctrl_c_while_worker_processes_answer(tmp_path):
     err = process.communicate()[1]
     assert process.returncode == 130 and err == f"stopped: What was measured is in {out}; the same command goes on from there.\n"
     assert json.loads(out.read_text())["problems"]["records"]
+
+
+@pytest.mark.parametrize("answered", [0, 5])
+def test_ctrl_c_keeps_the_answers_that_there_are(tmp_path, answered, monkeypatch, capfd):
+    """The baseline's four, and one of a cache: of two problems at once, the second comes to its end first or not at all."""
+    out = tmp_path / "x.json"
+    arguments = [MODEL, "--problems", 4, "--tasks", "add", "--levels", "easy", "--kv", "tiny,q8_0", "--workers", 2, "--max-tokens", 5, "--out", out]
+    solve = problems.Solver.solve
+
+    def stopped(self, jobs, at_once):
+        for n, found in enumerate(solve(self, jobs, at_once)):
+            if n == answered:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(evaluate, "time", SlowToSave)
+    with monkeypatch.context() as patch:
+        patch.setattr(problems.Solver, "solve", stopped)
+        code, printed, err = run(capfd, *arguments, *THREADS)
+    assert code == 130 and out.exists() == (answered > 0)
+    if not answered:
+        assert printed == "" and err == "stopped: Nothing was measured yet, and nothing is written.\n"
+        return
+    assert "f16" in printed and "tiny" in printed and "q8_0" not in printed and f"is in {out}; the same command goes on" in err
+    part = json.loads(out.read_text())["problems"]
+    assert sum(len(r["answers"]) for r in part["records"]) == answered
+    assert list(part["summary"]) == ["f16", "tiny"] and part["summary"]["f16"]["problems"] == part["summary"]["tiny"]["problems"] == 1
+    kept = {r["index"]: r["answers"] for r in part["records"]}
+    assert run(capfd, *arguments, *THREADS)[0] == 0
+    part = json.loads(out.read_text())["problems"]
+    assert [f["problems"] for f in part["summary"].values()] == [4, 4, 4]
+    assert all(r["answers"][cache] == answer for r in part["records"] for cache, answer in kept[r["index"]].items())
+    found = part["records"]
+    assert run(capfd, *arguments, "--restart", *THREADS)[0] == 0
+    again = json.loads(out.read_text())["problems"]["records"]
+    for one, other in zip(found, again, strict=True):
+        assert all(answer["tokens"] == other["answers"][cache]["tokens"] for cache, answer in one["answers"].items())
+
+
+class SlowToSave:
+    """A clock with which saving takes so long that only the first answer and the end are saved."""
+
+    now = 0.0
+
+    @classmethod
+    def perf_counter(cls):
+        cls.now += 1
+        return cls.now
 
 
 def test_windows_and_skip(tiny, tmp_path, capfd):
@@ -542,7 +592,7 @@ def test_derivations(tmp_path, capfd):
 
 def test_built_in_problems_go_on_where_they_stopped(tmp_path, capfd):
     out = tmp_path / "p.json"
-    common = [MODEL, "--tasks", "add,mul", "--levels", "easy", "--out", out, "--first", 50, "-q"]
+    common = [MODEL, "--tasks", "add,mul", "--levels", "easy", "--out", out, "--first", 50, "-q", *THREADS]
     assert run(capfd, *common, "--problems", 2, "--kv", "balanced", "--workers", 1)[0] == 0
     before = json.loads(out.read_text())["problems"]
     assert run(capfd, *common, "--problems", 4, "--kv", "balanced,q8_0", "--workers", 2)[0] == 0
@@ -620,7 +670,8 @@ def test_checker_module(tmp_path, capfd):
     module = tmp_path / "sums.py"
     module.write_text(CHECKER)
     out = tmp_path / "out.json"
-    code, _, _ = run(capfd, MODEL, "--checker", module, "--problems", 3, "--kv", "balanced", "--workers", 2, "--max-tokens", 200, "-q", "--out", out)
+    limits = ["--workers", 2, "--max-tokens", 200, *THREADS]
+    code, _, _ = run(capfd, MODEL, "--checker", module, "--problems", 3, "--kv", "balanced", *limits, "-q", "--out", out)
     part = json.loads(out.read_text())["problems"]
     assert code == 0 and part["summary"]["balanced"]["correct"] == 3 and part["source"] == "sums.py"
 
@@ -638,7 +689,7 @@ def test_checker_module(tmp_path, capfd):
 def test_bad_checker_is_one_sentence(tmp_path, capfd, text, words):
     module = tmp_path / "bad.py"
     module.write_text(text)
-    code, _, err = run(capfd, MODEL, "--checker", module, "--problems", 2, "--kv", "tiny", "--max-tokens", 1, "--workers", 2)
+    code, _, err = run(capfd, MODEL, "--checker", module, "--problems", 2, "--kv", "tiny", "--max-tokens", 1, "--workers", 2, *THREADS)
     assert code == 2 and err.count("\n") == 1 and re.search(words, err), err
 
 

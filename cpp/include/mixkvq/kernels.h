@@ -45,6 +45,13 @@ struct Kernels {
     // x[0..n): in place exp(x[i] - max) (0 where x is -inf); returns the sum. max is finite.
     float (*exp_sum)(float * x, int n, float max);
 
+    // Of logits, in float64 (mixkvq/divergence.h). `first_top`: the largest of n > 0 numbers and where it is first; a NaN counts as the largest.
+    // `exp_wide`: y[i] = exp(x[i] - max), 0 below e^-708; returns the sum. `weighted_gap`: the sum of p[i] ((x[i] - x_max) - (y[i] - y_max)) where
+    // p[i] > 0.
+    float (*first_top)(const float * x, int n, int & where);
+    double (*exp_wide)(const float * x, int n, float max, double * y);
+    double (*weighted_gap)(const double * p, const float * x, float x_max, const float * y, float y_max, int n);
+
     // In place: x *= s, and the normalised Walsh-Hadamard transform of one head in blocks of `block`.
     void (*scale)(float * x, int n, float s);
     void (*rotate)(float * x, int head_size, int block);

@@ -1,0 +1,137 @@
+"""Several sequences in one context, each with cells of its own: they are computed together, which takes little longer than one of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ._llama import Llama
+from .errors import ContextError, SettingsError
+from .memory import SEQUENCES
+
+
+class Sequences(Llama):
+    """A `Llama` of `n_seq` sequences of n_ctx tokens each. What the cache learns of the queries belongs to each sequence.
+
+    Tokens are evaluated by `read` and `step`; `eval`, `forward` and what is built on them raise ContextError. n_tokens is the sum over all sequences.
+    Raises the errors of `Llama`; SettingsError if n_seq is not from 1 to SEQUENCES.
+    """
+
+    def __init__(self, model_path: str, *, n_seq: int = 1, **options: Any) -> None:
+        if not isinstance(n_seq, int) or isinstance(n_seq, bool) or not 1 <= n_seq <= SEQUENCES:
+            raise SettingsError(f"n_seq is {n_seq!r}; it must be a number of sequences from 1 to {SEQUENCES}.")
+        if options.get("embedding"):
+            raise SettingsError("A context of several sequences is made for logits, not for embeddings.")
+        self.n_seq = n_seq
+        self._lengths = [0] * n_seq
+        super().__init__(model_path, **options)
+
+    # As for model_params: llama_cpp.Llama makes its parameters inside __init__.
+    @property
+    def context_params(self) -> Any:
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        params.n_seq_max, params.kv_unified = self.n_seq, False
+        self._context_params = params
+
+    def _checked_context(self, kwargs: dict[str, Any]) -> int:
+        """Of all sequences together."""
+        return self.n_seq * super()._checked_context(kwargs)
+
+    def read(self, sequence: int, tokens: Sequence[int]) -> Any:
+        """Evaluate tokens of one sequence, in batches of n_batch; logits of the last, float32 [vocabulary]. Raises as `step`."""
+        self._check_sequences([(sequence, token) for token in tokens])
+        if not len(tokens):
+            raise SettingsError("There is nothing to read: give at least one token.")
+        for start in range(0, len(tokens), self.n_batch):
+            batch = tokens[start : start + self.n_batch]
+            last = start + len(batch) == len(tokens)
+            logits = self._decode([(sequence, token) for token in batch], int(last))
+        return logits[0]
+
+    def step(self, tokens: Sequence[tuple[int, int]]) -> Any:
+        """Evaluate tokens of some sequences together, given as (sequence, token), at most n_batch; logits of each, float32 [n, vocabulary].
+
+        Raises SettingsError for what is no token or no sequence, ContextError if a sequence is full or llama.cpp fails.
+        """
+        if len(tokens) > self.n_batch:
+            raise SettingsError(f"{len(tokens)} tokens are more than a batch holds; n_batch is {self.n_batch}.")
+        self._check_sequences(tokens)
+        return self._decode(tokens, len(tokens))
+
+    def forget(self, sequence: int) -> None:
+        """Empty a sequence. What the cache has learnt of its queries is forgotten as well; its memory is used again by what is read next."""
+        self._check_ready()
+        self._check_sequence(sequence)
+        with self._evaluating:
+            self._ctx.kv_cache_seq_rm(sequence, -1, -1)
+            self.n_tokens -= self._lengths[sequence]
+            self._lengths[sequence] = 0
+
+    def reset(self) -> None:
+        """Forget the tokens of all sequences and give their memory back."""
+        super().reset()
+        for sequence in range(self.n_seq):  # llama.cpp's own cache still holds them
+            self._ctx.kv_cache_seq_rm(sequence, -1, -1)
+        self._lengths = [0] * self.n_seq
+
+    def kv_stats(self) -> dict[str, Any]:
+        """As `Llama.kv_stats`, of one sequence: its share of what all take. Raises ContextError after close()."""
+        stats = super().kv_stats()
+        if self.stock is None:
+            stats["n_cells"] //= self.n_seq
+        elif stats["n_cells"]:
+            stats["bytes_used"] = round(stats["bytes"] * min(1.0, self.n_tokens / (stats["n_cells"] * self.n_seq)))
+        return {key: value // self.n_seq if key == "elements" or key.startswith("bytes") else value for key, value in stats.items()}
+
+    def load_state(self, state: Any) -> None:
+        """Raises ContextError: a state of `llama_cpp.Llama` holds one sequence."""
+        raise ContextError(_BY_SEQUENCE)
+
+    def save_state(self) -> Any:
+        """Raises ContextError, as `load_state`."""
+        raise ContextError(_BY_SEQUENCE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {**state, "n_seq": self.n_seq, "n_ctx": state["n_ctx"] // self.n_seq}
+
+    def _evaluate(self, tokens: Sequence[int], n_logits: int) -> None:
+        raise ContextError(_BY_SEQUENCE)
+
+    def _check_sequence(self, sequence: int) -> None:
+        if not 0 <= sequence < self.n_seq:
+            raise SettingsError(f"There is no sequence {sequence}; they are numbered from 0 to {self.n_seq - 1}.")
+
+    def _check_sequences(self, tokens: Sequence[tuple[int, int]]) -> None:
+        self._check_tokens([token for _, token in tokens])
+        most = self._n_ctx // self.n_seq
+        for sequence, n in Counter(sequence for sequence, _ in tokens).items():
+            self._check_sequence(sequence)
+            if self._lengths[sequence] + n > most:
+                raise ContextError(f"{n} tokens do not fit behind the {self._lengths[sequence]} of sequence {sequence} in a context of {most}.")
+
+    def _decode(self, tokens: Sequence[tuple[int, int]], n_logits: int) -> Any:
+        """One batch; logits of its last tokens, a copy."""
+        n = len(tokens)
+        with self._evaluating:
+            batch, ends = self._batch.batch, list(self._lengths)
+            batch.n_tokens = n
+            for i, (sequence, token) in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, ends[sequence], 1, sequence
+                batch.logits[i] = i >= n - n_logits
+                ends[sequence] += 1
+            try:
+                if n:
+                    self._ctx.decode(self._batch)
+            except RuntimeError as e:
+                failure = self._failure(e, n)
+                raise failure from failure.__cause__
+            self._lengths, self.n_tokens = ends, self.n_tokens + n
+            return self._logits(n_logits)
+
+
+_BY_SEQUENCE = "A context of several sequences evaluates them by `read` and `step`."

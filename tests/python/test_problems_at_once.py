@@ -1,0 +1,138 @@
+"""Problems that are answered together: the same answers as alone, and nothing of what was answered is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bridge.model_file import built_in_model
+from mixkvq import caches, evaluate, problems
+
+MODEL = str(built_in_model())
+OPTIONS = {"n_batch": 512, "n_threads": 1, "n_threads_batch": 1, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Short problems, and the context that the longest needs."""
+    vocabulary = caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
+    found = problems.BuiltIn(("add", "sort"), ("easy",)).draw(5, 6)
+    n_ctx = problems.add_tokens(vocabulary, found, 70)
+    for i, problem in enumerate(found):
+        problem["limit"] = 70 - 9 * i  # most are cut, each elsewhere
+    return found, n_ctx
+
+
+def alone(problem, cache, n_ctx):
+    """The greedy answer with a plain context that has seen nothing else."""
+    llm = caches.open_cache(MODEL, cache, n_ctx=n_ctx, **OPTIONS)
+    llm.eval(problem["tokens"])
+    tokens = [int(llm.last_logits().argmax())]
+    while not llm.ends(tokens[-1]) and len(tokens) < problem["limit"]:
+        llm.eval(tokens[-1:])
+        tokens.append(int(llm.last_logits().argmax()))
+    llm.close()
+    return tokens
+
+
+@pytest.mark.parametrize("cache", ["f16", "near-lossless", "tiny"])
+def test_one_at_a_time_is_alone(drawn, cache):
+    found, n_ctx = drawn
+    solver = problems.Solver(MODEL, problems.BuiltIn(), n_ctx, 1, device="cpu")
+    answers = dict(solver.solve([(i, p, [cache]) for i, p in enumerate(found[:3])], 1))
+    for i, problem in enumerate(found[:3]):
+        answer = answers[i][cache]
+        assert answer["tokens"] == alone(problem, cache, n_ctx) and answer["seconds"] > 0
+        assert answer["ended"] == (len(answer["tokens"]) < problem["limit"])
+
+
+@pytest.mark.parametrize("cache", ["f16", "near-lossless", "tiny"])
+def test_four_at_once_answer_as_one(drawn, cache):
+    """Batches of another size round otherwise, so an answer may turn somewhere; hardly any does. There are more problems than sequences."""
+    found, n_ctx = drawn
+    solver = problems.Solver(MODEL, problems.BuiltIn(), n_ctx, 1, device="cpu")
+    jobs = [(i, p, [cache]) for i, p in enumerate(found)]
+    one, four = dict(solver.solve(jobs, 1)), dict(solver.solve(jobs, 4))
+    assert sorted(one) == sorted(four) == list(range(6))
+    assert len({len(one[i][cache]["tokens"]) for i in one}) > 4
+    assert sum(one[i][cache]["tokens"] == four[i][cache]["tokens"] for i in one) >= 5
+    assert all(one[i][cache]["tokens"][:8] == four[i][cache]["tokens"][:8] for i in one)
+    for key in ("body_bits", "total_bits", "bytes", "window"):  # what one sequence takes
+        a, b = one[0][cache]["sizes"][key], four[0][cache]["sizes"][key]
+        assert b == (pytest.approx(a, rel=0.02) if key != "window" else a)
+
+
+def test_a_problem_gets_the_caches_that_it_lacks(drawn):
+    found, n_ctx = drawn
+    solver = problems.Solver(MODEL, problems.BuiltIn(), n_ctx, 1, device="cpu")
+    short = [{**problem, "limit": 3} for problem in found]
+    jobs = [(0, short[0], ["f16", "tiny"]), (3, short[1], ["tiny"]), (7, short[2], ["q8_0", "f16"])]
+    pairs = [(index, cache) for index, answers in solver.solve(jobs, 2) for cache in answers]
+    assert sorted(pairs) == [(0, "f16"), (0, "tiny"), (3, "tiny"), (7, "f16"), (7, "q8_0")]
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    out = tmp_path / "answers.json"
+    command = [
+        sys.executable, "-m", "mixkvq.evaluate", MODEL, "--problems", "8", "--tasks", "add,mul", "--levels", "easy", "--kv", "tiny",
+        "--out", out, "--threads", "1", "--workers", "2", "--device", "cpu", "-q",
+    ]  # fmt: skip
+    running = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    records = []
+    while running.poll() is None:
+        if out.exists():
+            records = json.loads(out.read_text())["problems"]["records"]
+            if len(records) >= 2:
+                break
+        time.sleep(0.02)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert records and running.returncode == -signal.SIGKILL
+    left = json.loads(out.read_text())["problems"]["records"]
+    assert evaluate.main([str(a) for a in command[3:]]) == 0
+    part = json.loads(out.read_text())["problems"]
+    assert len(part["records"]) == 8 and part["summary"]["tiny"]["problems"] == part["summary"]["f16"]["problems"] == 8
+    for old in left:
+        (new,) = (r for r in part["records"] if r["index"] == old["index"])
+        assert all(new["answers"][cache] == answer for cache, answer in old["answers"].items())
+
+
+def test_writing_a_long_result_does_not_take_over(tmp_path, monkeypatch):
+    """Saving costs a second here, by a clock that only saving moves; a hundred answers are saved twice: the first, and all at the end."""
+    saved, now = [], [0.0]
+
+    class Clock:
+        @staticmethod
+        def perf_counter():
+            return now[0]
+
+    def save(path, result):
+        now[0] += 1.0
+        saved.append(len(result["problems"]["records"]))
+
+    class Everything:
+        def __init__(self, *_arguments, **_options):
+            pass
+
+        def solve(self, jobs, at_once):
+            for index, _, missing in jobs:
+                for cache in missing:
+                    yield index, {cache: {"correct": True, "ended": True, "tokens": [1], "seconds": 0.1, "sizes": {}}}
+
+    monkeypatch.setattr(evaluate, "time", Clock)
+    monkeypatch.setattr(evaluate, "save_json", save)
+    monkeypatch.setattr(evaluate.problems, "Solver", Everything)
+    monkeypatch.setattr(evaluate.problems, "summarise", lambda *_: {})
+    vocabulary = caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
+    result = {"settings": {"baseline": "f16", "seed": 1}, "model": {"name": "m"}}
+    bar = evaluate.Progress(disable=True)
+    run = evaluate.Evaluation(MODEL, result, tmp_path / "x.json", bar, set(), 1, 1, {})
+    source = problems.BuiltIn(("add",), ("easy",))
+    evaluate.answer_problems(run, vocabulary, source, 50, ["tiny"], max_tokens=5, first=1, workers=1, threads=1)
+    assert saved == [1, 50] and len(result["problems"]["records"]) == 50
