@@ -1,5 +1,6 @@
 """bridge._native: formats, presets, checks of arrays, and the handle of the backend over a backend made here."""
 
+import ctypes
 import gc
 import threading
 import weakref
@@ -208,10 +209,9 @@ def declarations() -> str:
 class FakeBackend:
     """The struct of function pointers, filled by Python: what the handle sends and what it makes of the answers."""
 
-    made: list["FakeBackend"] = []  # kept, as a library is: a session that is collected together with its backend would call what is gone
-
     def __init__(self, version=3):
-        self.made.append(self)
+        # For good, as a library stays: a session that goes together with its backend, be it when the process ends, would call what is gone.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
         self.ffi = ffi = FFI()
         ffi.cdef(declarations())
         self.calls, self.created = [], True
