@@ -168,6 +168,9 @@ def _open_model(path: str, mtime_ns: int, size: int) -> ModelFile:
     n_layers = number("block_count")
     if n_layers > 4096:
         raise ModelFileError(f"{path} is damaged: it claims {n_layers} layers.")
+    n_ctx_train = v.get(f"{arch}.context_length", 0)
+    if isinstance(n_ctx_train, int) and n_ctx_train >= MAX_COUNT:  # llama.cpp's counts have 31 bits
+        raise ModelFileError(f"{path} is damaged: it claims a context of {n_ctx_train} tokens.")
 
     def per_layer(key: str, default: list[int]) -> list[int]:
         value: Any = v.get(f"{arch}.{key}")

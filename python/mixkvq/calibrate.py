@@ -892,11 +892,11 @@ def cli(model, texts, bits, budget_mib, ctx, max_kld, out, force, policy, t16_t4
             t16_t4=t16_t4, window=window, sinks=sinks, minutes=minutes, seed=seed, threads=threads, device=check_device(device), quiet=quiet,
         )  # fmt: skip
     try:
-        write_profile(out, profile)
+        write_profile(out, profile, overwrite=force)  # it may have appeared meanwhile
     except (OSError, SettingsError) as e:
         instead = Path(tempfile.mkdtemp(prefix="mixkvq-")) / out.name
         write_profile(instead, profile)
-        raise ProfileError(f"{out} cannot be written any more ({e}); the profile is in {instead}.") from None
+        raise ProfileError(f"{out} cannot be written any more ({getattr(e, 'strerror', None) or e}); the profile is in {instead}.") from None
     finally:
         if not quiet and found["held_out"]:
             _print_table(Console(width=max(110, Console().width)), profile, found)

@@ -72,8 +72,12 @@ _WIDTHS = {
 # ---- models with a profile inside ----------------------------------------------------------------------------------------------------
 
 
-def embed(model: str | os.PathLike[str], profile: Profile, out: str | os.PathLike[str], on_progress: OnProgress | None = None) -> None:
+def embed(
+    model: str | os.PathLike[str], profile: Profile, out: str | os.PathLike[str], on_progress: OnProgress | None = None, *, overwrite: bool = True
+) -> None:
     """Write a copy of a model with the profile in its keys, in place of one that is there; `out` may be the model.
+
+    overwrite: whether a model that is there is replaced, here and in the functions below; if not, FileExistsError is raised.
 
     Everything else in the copy is the same, byte for byte. Of a model in several files give the first; only that one is written.
 
@@ -87,20 +91,20 @@ def embed(model: str | os.PathLike[str], profile: Profile, out: str | os.PathLik
         with open(keys, "rb") as f:
             pairs = [(start, end) for name, start, end in _Layout(f).pairs if name.startswith(PREFIX)]
             added = b"".join(_read(f, start, end) for start, end in pairs)
-    _rewrite(os.fspath(model), os.fspath(out), added, len(pairs), on_progress)
+    _rewrite(os.fspath(model), os.fspath(out), added, len(pairs), on_progress, overwrite)
 
 
-def extract(model: str | os.PathLike[str], out: str | os.PathLike[str]) -> Profile:
+def extract(model: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = True) -> Profile:
     """Write the profile that is embedded in a model as a side-car.
 
     Raises ProfileError if there is none, SettingsError if `out` cannot be written or is no profile, OSError.
     """
     profile = _embedded(os.fspath(model))
-    write_profile(out, profile)
+    write_profile(out, profile, overwrite=overwrite)
     return profile
 
 
-def remove(model: str | os.PathLike[str], out: str | os.PathLike[str], on_progress: OnProgress | None = None) -> None:
+def remove(model: str | os.PathLike[str], out: str | os.PathLike[str], on_progress: OnProgress | None = None, *, overwrite: bool = True) -> None:
     """Write a copy of a model without its profile, whatever state that is in; `out` may be the model.
 
     Raises ProfileError if it has none or the disk has too little room, ModelFileError for an unreadable model, OSError.
@@ -108,7 +112,7 @@ def remove(model: str | os.PathLike[str], out: str | os.PathLike[str], on_progre
     header = read_header(model)
     if header.values.get("general.type") == "mixkvq-profile" or not any(key.startswith(PREFIX) for key in header.values):
         raise ProfileError(f"{os.fspath(model)} has no profile embedded.")
-    _rewrite(os.fspath(model), os.fspath(out), b"", 0, on_progress)
+    _rewrite(os.fspath(model), os.fspath(out), b"", 0, on_progress, overwrite)
 
 
 def _embedded(path: str) -> Profile:
@@ -169,7 +173,7 @@ def _data_start(infos_end: int, header: Header) -> int:
     return -(-infos_end // step) * step
 
 
-def _rewrite(model: str, out: str, added: bytes, n_added: int, on_progress: OnProgress | None) -> None:
+def _rewrite(model: str, out: str, added: bytes, n_added: int, on_progress: OnProgress | None, overwrite: bool) -> None:
     """Copy a model with other profile keys: everything else, and the order of it, stays as it is."""
     header = read_header(model)
     _check_name(model, out, header)
@@ -177,7 +181,7 @@ def _rewrite(model: str, out: str, added: bytes, n_added: int, on_progress: OnPr
     size = os.path.getsize(model)
     _check_room(out, size + len(added))
     report = on_progress or (lambda done, total: None)
-    with open(model, "rb") as f, writing(out) as temporary:
+    with open(model, "rb") as f, writing(out, overwrite=overwrite) as temporary:
         layout = _Layout(f)
         kept = [(start, end) for name, start, end in layout.pairs if not name.startswith(PREFIX)]
         data = _data_start(layout.infos[1], header)
@@ -254,13 +258,13 @@ def read_json(path: str | os.PathLike[str]) -> Profile:
         raise ProfileError(f"The profile {path} cannot be read: {e.strerror or e}.") from None
 
 
-def upgrade(path: str | os.PathLike[str], out: str | os.PathLike[str], on_progress: OnProgress | None = None) -> int:
+def upgrade(path: str | os.PathLike[str], out: str | os.PathLike[str], on_progress: OnProgress | None = None, *, overwrite: bool = True) -> int:
     """Write a profile, or a model with one embedded, in the newest version of the format; `out` may be the same file. Returns the version it had."""
     profile = read_profile(path)
     if profile.embedded:
-        embed(path, profile, out, on_progress)
+        embed(path, profile, out, on_progress, overwrite=overwrite)
     else:
-        write_profile(out, profile)
+        write_profile(out, profile, overwrite=overwrite)
     return profile.version
 
 
@@ -298,7 +302,7 @@ def embed_command(model: str, profile: str, out: str, force: bool) -> None:
     """Write a copy of MODEL that has PROFILE (a side-car, or JSON) inside."""
     check_output(out, "model", force=force, inputs=[model, profile])
     with _bar("Copying the model") as on_progress:
-        embed(model, load_profile(profile), out, on_progress)
+        embed(model, load_profile(profile), out, on_progress, overwrite=force)
     _say(f"{out} has the profile {profile} inside; its tensors are those of {model}, byte for byte.")
 
 
@@ -309,7 +313,7 @@ def embed_command(model: str, profile: str, out: str, force: bool) -> None:
 def extract_command(model: str, out: str, force: bool) -> None:
     """Write the profile that is inside MODEL as a side-car."""
     check_output(out, "profile", force=force, inputs=[model])
-    extract(model, out)
+    extract(model, out, overwrite=force)
     _say(f"{out} is the profile that {model} has inside.")
 
 
@@ -321,7 +325,7 @@ def remove_command(model: str, out: str, force: bool) -> None:
     """Write a copy of MODEL without the profile inside."""
     check_output(out, "model", force=force, inputs=[model])
     with _bar("Copying the model") as on_progress:
-        remove(model, out, on_progress)
+        remove(model, out, on_progress, overwrite=force)
     _say(f"{out} has no profile inside; its tensors are those of {model}, byte for byte.")
 
 
@@ -337,7 +341,7 @@ def to_json_command(profile: str, out: str | None, force: bool) -> None:
     if out is None:
         click.echo(text.encode(), nl=False)  # UTF-8 whatever the terminal's encoding is
         return
-    write_atomically(out, text)
+    write_atomically(out, text, overwrite=force)
     _say(f"{out} is the profile {profile} as JSON.")
 
 
@@ -352,7 +356,7 @@ def _is_profile(found: Any) -> bool:
 def from_json_command(json_file: str, out: str, force: bool) -> None:
     """Write the profile in the file JSON as a side-car."""
     check_output(out, "profile", force=force, inputs=[json_file])
-    write_profile(out, read_json(json_file))
+    write_profile(out, read_json(json_file), overwrite=force)
     _say(f"{out} is the profile {json_file} as a side-car.")
 
 
@@ -365,7 +369,7 @@ def upgrade_command(profile: str, out: str | None, force: bool) -> None:
     if out is not None:
         check_output(out, "model" if read_profile(profile).embedded else "profile", force=force, inputs=[profile])
     with _bar("Copying the model") as on_progress:
-        version = upgrade(profile, out or profile, on_progress)
+        version = upgrade(profile, out or profile, on_progress, overwrite=force or out is None)
     _say(f"{out or profile} is of version {PROFILE_VERSION}; {profile} was of version {version}.")
 
 

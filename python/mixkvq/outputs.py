@@ -42,9 +42,9 @@ def check_different(first: PathLike | None, second: PathLike | None) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: PathLike) -> Iterator[str]:
+def writing(path: PathLike, *, overwrite: bool = True) -> Iterator[str]:
     """`bridge.files.replacing`, whose errors name `path` also where the body fails to write, as on a full disk."""
-    with replacing(path) as temporary:
+    with replacing(path, overwrite=overwrite) as temporary:
         try:
             yield temporary
         except OSError as e:

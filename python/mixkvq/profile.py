@@ -201,15 +201,16 @@ def fingerprint(model_path: str | os.PathLike[str]) -> str:
     return open_model(model_path).fingerprint
 
 
-def write_profile(path: str | os.PathLike[str], profile: Profile) -> None:
+def write_profile(path: str | os.PathLike[str], profile: Profile, *, overwrite: bool = True) -> None:
     """Write a profile as a side-car, in the newest version of the format; the file appears whole or not at all.
 
+    overwrite: whether a profile that is there is replaced.
     Raises ProfileError naming the layer if a format is not valid, SettingsError if what is there is no profile and would be lost, OSError if the file
-    cannot be written.
+    cannot be written, FileExistsError if it must not be replaced.
     """
     check(profile, os.fspath(path))
     check_output(path, "profile", force=True)
-    with writing(path) as temporary:
+    with writing(path, overwrite=overwrite) as temporary:
         writer = GGUFWriter(temporary, arch="mixkvq")
         writer.add_string("general.type", PROFILE_TYPE)
         _add_keys(writer, profile)

@@ -510,6 +510,13 @@ def test_values_of_other_types_than_expected(tmp_path, value):
         assert open_model(write_model(tmp_path / f"{key}.gguf", values={key: value})).n_layers == 4
 
 
+def test_a_context_that_llama_cpp_cannot_count(tmp_path):
+    assert open_model(write_model(tmp_path / "m.gguf", values={"context_length": (1 << 31) - 1})).n_ctx_train == (1 << 31) - 1
+    for value in (1 << 31, (1 << 32) - 1):
+        with pytest.raises(bridge.ModelFileError, match=rf"is damaged: it claims a context of {value} tokens\.$"):
+            open_model(write_model(tmp_path / "m.gguf", values={"context_length": value}))
+
+
 def test_not_language_models(tmp_path):
     for general in ({"general.type": "mmproj"}, {"general.type": "adapter"}, {"general.type": "mixkvq-profile"}):
         path = write_model(tmp_path / "other.gguf", general=general)

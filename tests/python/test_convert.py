@@ -361,6 +361,26 @@ def test_only_a_file_of_the_same_kind_is_replaced_and_only_by_force(files, which
     assert {path for path in Path().iterdir() if path.is_file()} == set(files)
 
 
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("which", WRITERS)
+def test_a_file_that_appears_meanwhile_is_replaced_by_force_only(files, which, force, monkeypatch, capfd):
+    """As where two processes write one file: what was asked before is not true any more."""
+    real = os.chmod  # the last step before the name is taken
+
+    def other_process(*arguments):
+        real(*arguments)
+        if not Path("new.gguf").exists():
+            Path("new.gguf").write_text("theirs")
+
+    monkeypatch.setattr(os, "chmod", other_process)
+    arguments, _ = WRITERS[which]
+    code = run(convert.command, "mixkvq.convert", [*arguments, "-o", "new.gguf", *(["--force"] if force else [])])
+    err = capfd.readouterr().err
+    assert (code, Path("new.gguf").read_bytes() == b"theirs") == ((0, False) if force else (1, True)), err
+    assert force or err == "error: new.gguf: File exists.\n"
+    assert {path.name for path in Path().iterdir() if path.is_file()} == {*map(str, files), "new.gguf"}
+
+
 def test_a_device_and_a_folder_that_is_read_only(files, tmp_path, capfd):
     for arguments, _ in WRITERS.values():
         for out in ("/dev/null", "/proc/x.gguf", "sub", "none/x.gguf"):
