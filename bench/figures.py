@@ -139,7 +139,7 @@ NEEDS_TEXTS = ("caches", "codecs", "codecs-published", "variations")
 
 def note_calibration(seconds: dict[str, float]) -> None:
     """Profiles are not committed; what was measured of them is."""
-    result = describe_run("calibrate", MODEL, {"bits": list(PROFILES), "seed": 1})
+    result = describe_run("calibrate", MODEL, {"bits": list(PROFILES), "seed": 1}, hashed=True)
     result["profiles"] = {}
     for bits in PROFILES:
         made = read_profile(WORK / profile(bits))

@@ -9,6 +9,7 @@ divergence (nats) of its predictions there from those of an F16 cache that read 
 from __future__ import annotations
 
 import ctypes
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,23 @@ import click
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from _common import available_cores, describe_run, open_model, save_json, split_names, wide_console
+from _common import (
+    CACHE_HELP,
+    COUNT,
+    SEED,
+    THREADS,
+    Model,
+    available_cores,
+    check_result,
+    describe,
+    force_option,
+    open_model,
+    run,
+    save_json,
+    split_names,
+    tool,
+    wide_console,
+)
 from rich.table import Table
 
 from bridge.library import native
@@ -46,28 +63,35 @@ def predictions(llm: Any, tokens: list[int], read: int, rounds: int) -> npt.NDAr
     return feed(llm, tokens[read:], BATCH, len(tokens) - read)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--kv", default="balanced,mix2.4,near-lossless,paper", show_default=True, help="Caches, separated by commas.")
+@tool()
+@click.argument("model", type=Model())
+@click.option("--kv", default="balanced,mix2.4,near-lossless,paper", show_default=True, help=CACHE_HELP)
 @click.option("--rounds", default="0,1,4,12", show_default=True, help="How often a state goes out and comes back.")
 @click.option("--text", default=TEXT, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="[default: the calibration text]")
-@click.option("--read", default=768, show_default=True, help="Tokens before the state goes out.")
-@click.option("--after", default=256, show_default=True, help="Tokens after it has come back.")
-@click.option("--windows", default=4, show_default=True)
-@click.option("--threads", type=int, default=available_cores, show_default="all cores")
+@click.option("--read", default=768, show_default=True, type=COUNT, help="Tokens before the state goes out.")
+@click.option("--after", default=256, show_default=True, type=COUNT, help="Tokens after it has come back.")
+@click.option("--windows", default=4, show_default=True, type=COUNT)
+@click.option("--seed", default=1, show_default=True, type=SEED)
+@click.option("--threads", type=THREADS, default=available_cores, show_default="all cores")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
-def main(model: Path, kv: str, rounds: str, text: Path, read: int, after: int, windows: int, threads: int, out: Path | None) -> None:
+@force_option()
+def main(
+    model: str, kv: str, rounds: str, text: Path, read: int, after: int, windows: int, seed: int, threads: int, out: Path | None, force: bool
+) -> None:
+    if out is not None:
+        check_result(out, "restores", force=force, inputs=(model, text))
     counts = [int(n) for n in rounds.split(",")]
     options = {"n_ctx": read + after + 256, "n_batch": BATCH, "n_threads": threads}
-    f16 = open_model(model, "f16", **options)
+    f16 = open_model(Path(model), "f16", **options)
     tokens, before = tokenize_text(f16, text.read_bytes())
     size = read + after - len(before)
-    parts = [before + tokens[at : at + size] for at in draw_windows(len(tokens), size, windows, 1)]
+    parts = [before + tokens[at : at + size] for at in draw_windows(len(tokens), size, windows, seed)]
     truth = [predictions(f16, part, read, 0) for part in parts]
-    result = describe_run("restores", model, {"read": read, "after": after, "windows": len(parts), "text": text.name}) | {"caches": []}
+    settings = {"read": read, "after": after, "windows": len(parts), "text": text.name, "baseline": "f16", "seed": seed}
+    result = describe("restores", Path(model), settings, out) | {"caches": []}
     table = Table("cache", *(f"{n} rounds" for n in counts), title="mean KLD from F16, nats, after so many restores")
     for name in split_names(kv):
-        llm = open_model(model, name, **options)
+        llm = open_model(Path(model), name, **options)
         kld = []
         for n in counts:
             found = [predictions(llm, part, read, n) for part in parts]
@@ -80,4 +104,4 @@ def main(model: Path, kv: str, rounds: str, text: Path, read: int, after: int, w
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "bench/restores.py"))
