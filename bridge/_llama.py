@@ -576,9 +576,6 @@ class Llama(llama_cpp.Llama):
             raise CacheNotUsedError(
                 _sentence(why) if why else f"llama.cpp did not put the cache of {self._file.path} on a device of MixKVQ, so MixKVQ is not in use."
             ) from None
-        if not self.verbose:  # the backend said it, but llama-cpp-python turns stderr off while it loads
-            for reason in sorted({layer["reason"] for layer in self._session.layers() if layer["kind"] == "plain"}):
-                _log.say(f"mixkvq: some layers are stored plainly: {reason}")
 
     def _explain(self, e: BaseException) -> BaseException:
         """llama-cpp-python's error as one of ours."""
@@ -667,9 +664,13 @@ class Llama(llama_cpp.Llama):
             return bool(C.llama_get_logits_ith(self._ctx.ctx, row))
 
     def clear(self) -> None:
-        """Empty the cache, and what it has learnt of the queries."""
+        """Empty the cache and forget the queries of what was in it: what is read next gets what a new context would.
+
+        Unless MIXKVQ_KEEP_STATISTICS=1.
+        """
         self.reset()
-        self._ctx.kv_cache_clear()
+        if self._session is None:  # else reset() has done it
+            self._ctx.kv_cache_clear()
 
     def reset(self) -> None:
         """Forget all tokens and give their memory back. A prompt that begins like the one before needs none: `create_completion` sees to that."""
@@ -1023,23 +1024,14 @@ class Attachment:
     """What `attach` returns: the contexts that are created until `detach` get a MixKVQ cache."""
 
     def __init__(self, session: Any, kv: Kv) -> None:
-        self._session, self._thread = session, threading.get_ident()
+        self._session = session
         self._attached = True
         self.kv = kv
 
     def detach(self) -> None:
-        """Stop giving new contexts a MixKVQ cache. Caches that exist live on, and `stats` keeps working.
-
-        Raises SettingsError if called from another thread than `attach`.
-        """
-        if not self._attached:
-            return
-        if threading.get_ident() != self._thread:
-            raise SettingsError("detach() must be called by the thread that called attach().")
-        self._attached = False
+        """Stop giving new contexts a MixKVQ cache; in any thread, and again. Caches that exist live on, and `kv_stats` keeps working."""
         self._session.end()
-        if getattr(_attached, "current", None) is self:
-            _attached.current = None
+        self._attached = False
 
     def kv_stats(self) -> dict[str, Any]:
         """As `Llama.kv_stats`, over all caches created under this attachment. Raises CacheNotUsedError if there is none."""
@@ -1090,7 +1082,8 @@ def attach(kv: KvLike = None, *, model: str | None = None, **unknown: Any) -> At
     if file is not None:
         check_geometry(file)
         settings = with_profile(settings, file)
-    if getattr(_attached, "current", None) is not None:
+    current = getattr(_attached, "current", None)
+    if current is not None and current._attached:
         raise SettingsError("This thread is attached already; call detach() first.")
     attachment = Attachment(_backend().begin(settings, file, all_threads=True), settings)
     _attached.current = attachment

@@ -109,8 +109,10 @@ def _real(path: str) -> str:
     """Where the file lies: a link stays a link to what is written."""
     try:
         return os.path.realpath(path)
-    except (OSError, ValueError) as e:
+    except ValueError as e:
         raise SettingsError(f"{path!r} cannot be written: {e}.") from None
+    except OSError as e:  # of the working directory: it is gone
+        raise SettingsError(f"{path} cannot be written: {_reason(e)}.") from None
 
 
 def _reason(e: OSError) -> str:

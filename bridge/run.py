@@ -95,7 +95,13 @@ def load(options: Options, console: Console) -> Llama:
         redirect_stderr=False,
     ) as progress:
         task = progress.add_task("", total=1.0, name=Path(options.model).name)
-        return Llama(options.model, on_load=lambda share: progress.update(task, completed=share), **arguments)
+
+        def on_load(share: float) -> None:
+            progress.update(task, completed=share)
+            if share >= 1:
+                progress.stop()  # what is said while the context is created has a line of its own
+
+        return Llama(options.model, on_load=on_load, **arguments)
 
 
 def print_report(llama: Llama, answer: Answer, options: Options, console: Console) -> None:
@@ -127,14 +133,19 @@ def speed_rows(answer: Answer) -> list[tuple[str, str]]:
     ]
 
 
+def at_limit(answer: Answer, max_tokens: int) -> bool:
+    """Whether an answer of finish_reason "length" ended at the user's limit; llama-cpp-python goes past it to complete a character."""
+    return 0 <= max_tokens <= answer.answer_tokens
+
+
 def why_it_ended(answer: Answer, max_tokens: int) -> str:
     """What to say about an answer that did not end by itself, or ""."""
     if answer.finish_reason == "interrupted":
         return "(stopped)"
     if answer.finish_reason != "length" or max_tokens == 0:
         return ""
-    if answer.answer_tokens == max_tokens:
-        return f"(cut off: the limit of {answer.answer_tokens} tokens is reached, -n)"
+    if at_limit(answer, max_tokens):
+        return f"(cut off: the limit of {max_tokens} tokens is reached, -n)"
     return "(cut off: the context is full, -c)"
 
 
@@ -144,7 +155,7 @@ def exit_code(answer: Answer, max_tokens: int) -> int:
         signal.raise_signal(answer.signal)
     if answer.finish_reason == "interrupted":
         return INTERRUPTED
-    full = answer.finish_reason == "length" and answer.answer_tokens != max_tokens
+    full = answer.finish_reason == "length" and not at_limit(answer, max_tokens)
     return CONTEXT_FULL if full else 0
 
 
@@ -231,7 +242,7 @@ class Number(click.ParamType):
     "-c",
     "--ctx",
     type=click.IntRange(0, 1 << 30),
-    help=f"Context in tokens; 0: the model's own.  [default: that, at most {DEFAULT_CONTEXT}]",
+    help=f"Context in tokens, which llama.cpp rounds up to 256s; 0: the model's own.  [default: that, at most {DEFAULT_CONTEXT}]",
 )
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads.  [default: physical cores]")
 @click.option("-b", "--batch", type=click.IntRange(1, 1 << 20), default=512, show_default=True, help="Prompt tokens evaluated at a time.")
@@ -267,7 +278,8 @@ def command(**given: Any) -> int:
     Without a prompt on a terminal this is a chat. With --prompt, --file, --demo or piped input the answer goes to stdout and everything
     else to stderr.
 
-    Exit status: 0, or 3 if the context was full before the answer ended, 2 for a mistake in the command, 1 for a failure, 130 after Ctrl-C.
+    Exit status: 0 (also at the limit of -n, which is said), 3 if the context was full before the answer ended, 2 for a mistake in the command,
+    1 for a failure, 130 after Ctrl-C.
     """
     if given["presets"]:
         list_presets()

@@ -86,7 +86,8 @@ def resolve_kv(kv: KvLike) -> Kv:
             raise SettingsError("A profile takes the place of a preset; give one of the two.")
         kv = replace(kv, profile=os.fspath(kv.profile))
         if not os.path.isfile(kv.profile or ""):
-            raise ProfileError(f"The profile {kv.profile} does not exist.")
+            why = "is no file" if os.path.exists(kv.profile or "") else "does not exist"
+            raise ProfileError(f"The profile {kv.profile} {why}.")
     elif kv.preset is not None:
         _check_preset(kv.preset)
     return kv

@@ -249,23 +249,24 @@ bool PageStore::settle(int n_threads) {
     for (int s = 0; s < shape_.n_streams; ++s) {
         const History & history = histories_[s];
         const int n_sequences = std::max(1, history.n_sequences());
-        const auto is_held = [&](int p) { return n_sequences > 1 && history.holds(p); };
+        const auto rank = [&](int p) { return n_sequences > 1 ? history.rank(p) : History::kNotHeld; };
         int staying = 0;
         waiting_.clear();
         for (int p : half_pages_[s]) {
             const Page & page = at(s, p);
             const bool may = p >= shape_.sink_pages() && p != newest_[s];
-            if (may && page.valid.full() && clock_[s] - page.written >= uint64_t(shape_.window) && !is_held(p)) {
+            if (may && page.valid.full() && clock_[s] - page.written >= uint64_t(shape_.window) && rank(p) == History::kNotHeld) {
                 ready_.push_back({s, p});
             } else {
                 ++staying;
                 if (may) waiting_.push_back({s, p});
             }
         }
-        // Holes that nobody fills would keep pages in F16 for ever: no stream holds more than it owns, times the sequences in it.
+        // Holes that nobody fills would keep pages in F16 for ever: no stream holds more than it owns, times the sequences in it. A sequence with a few rows
+        // in each of many pages does not take the room of the others: what is left of each are its latest pages.
         const int over = staying - n_sequences * shape_.home_pages();
         if (over > 0) {
-            const auto key = [&](Place x) { return std::make_pair(is_held(x.page), uint64_t(at(s, x.page).written)); };
+            const auto key = [&](Place x) { return std::make_pair(-rank(x.page), uint64_t(at(s, x.page).written)); };
             std::sort(waiting_.begin(), waiting_.end(), [&](Place a, Place b) { return key(a) < key(b); });
             waiting_.resize(std::min<size_t>(waiting_.size(), over));
             ready_.insert(ready_.end(), waiting_.begin(), waiting_.end());

@@ -79,18 +79,20 @@ int History::find(const MaskView & view, int s, int t, int likely) const {
     return -1;
 }
 
-// The sequence of a row that follows no other's last one. Over a token that nobody needs any more, it takes the place of the sequence that has lost it.
+// The sequence of a row that follows no other's last one. Over a token that nobody needs any more, it takes the place of the sequence that has lost it:
+// one whose last row is gone, else one with recent rows in this page, else one that began in it.
 int History::begin(int cell, bool over) {
     const int page = cell / kPageCells;
     if (over) {
-        int k = -1;
+        int best = -1, best_rank = 0;
         for (int i = 0; i < n_sequences(); ++i) {
             const Sequence & other = sequences_[i];
             if (other.seen == looks_) continue;
-            const bool was_here = other.first_page == page || std::any_of(other.recent.begin(), other.recent.end(), [&](Recent r) { return r.page == page; });
-            if (other.tip < 0 || (was_here && k < 0) || n_sequences() == 1) k = i;
+            const bool is_recent = std::any_of(other.recent.begin(), other.recent.end(), [&](Recent r) { return r.page == page; });
+            const int rank = other.tip < 0 || n_sequences() == 1 ? 3 : is_recent ? 2 : other.first_page == page ? 1 : 0;
+            if (rank > best_rank) best = i, best_rank = rank;
         }
-        if (k >= 0) return k;
+        if (best >= 0) return best;
     }
     if (n_sequences() == kMostSequences || (!make_room(sequences_) && n_sequences() > 0)) {
         const auto oldest = std::min_element(sequences_.begin(), sequences_.end(), [](auto & a, auto & b) { return a.seen < b.seen; });
@@ -119,11 +121,15 @@ void History::append(Sequence & sequence, int cell) {
     recent.back().row = row;
 }
 
-bool History::holds(int page) const {
-    return std::any_of(sequences_.begin(), sequences_.end(), [&](const Sequence & s) {
-        return (keeps_first_ && s.first_page == page) ||
-               std::any_of(s.recent.begin(), s.recent.end(), [&](Recent r) { return r.page == page && s.rows - r.row < uint64_t(window_); });
-    });
+int History::rank(int page) const {
+    int rank = kNotHeld;
+    for (const Sequence & s : sequences_) {
+        if (keeps_first_ && s.first_page == page) rank = 0;
+        for (size_t i = s.recent.size(), later = 0; i-- > 0 && s.rows - s.recent[i].row < uint64_t(window_); ++later) {
+            if (s.recent[i].page == page) rank = std::min(rank, int(later));
+        }
+    }
+    return rank;
 }
 
 // ---- statistics ----

@@ -569,6 +569,7 @@ void take_dry(const ggml_tensor * tensor) {
         session->buffers.push_back(buffer);
     }
     const size_t bytes = get_alloc_size(root->buffer->buft, root);
+    std::lock_guard<std::recursive_mutex> lock(session->dry->mutex);
     session->dry->device = &device_at(root->buffer->buft);
     session->dry->size += bytes;
     add_cache(*session->dry, root, layer, is_value, reinterpret_cast<uint8_t *>(uintptr_t(64)), bytes);

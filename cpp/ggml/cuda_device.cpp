@@ -72,8 +72,7 @@ class CudaBuffer final : public BufferMemory {
         forget(to, bytes);
         if (bytes > kWrittenBytes) return;
         if (written_.size() == kWrites) written_.pop_front();
-        const auto * data = static_cast<const uint8_t *>(from);
-        written_.push_back({to, {data, data + bytes}, device_.n_computed});
+        written_.push_back({to, copy_of(static_cast<const uint8_t *>(from), bytes), device_.n_computed});
     }
     void get(void * to, const uint8_t * from, size_t bytes) const override {
         const ggml_tensor t = bytes_at(const_cast<uint8_t *>(from), bytes);
@@ -113,10 +112,27 @@ class CudaBuffer final : public BufferMemory {
 
     // What is not true any more, or not soon.
     void forget(const uint8_t * at, size_t bytes) {
-        const auto gone = [&](const Written & w) {
-            return w.n_computed != device_.n_computed || (w.at < at + bytes && at < w.at + w.bytes.size());
+        const auto gone = [&](Written & w) {
+            if (w.n_computed == device_.n_computed && !(w.at < at + bytes && at < w.at + w.bytes.size())) return false;
+            if (w.bytes.capacity() > spare_.capacity()) spare_.swap(w.bytes), spare_since_ = device_.n_computed;
+            return true;
         };
         written_.erase(std::remove_if(written_.begin(), written_.end(), gone), written_.end());
+        if (device_.n_computed - spare_since_ > 1) std::vector<uint8_t>().swap(spare_);  // no long prompt any more
+    }
+    // The mask of a long prompt has 32 MiB and grows from batch to batch. To get memory for it from the system takes four times as long as to copy it.
+    std::vector<uint8_t> copy_of(const uint8_t * from, size_t bytes) {
+        constexpr size_t kLong = size_t(1) << 20;
+        std::vector<uint8_t> copy;
+        if (bytes >= kLong) {
+            copy.swap(spare_);
+            copy.clear();
+            size_t room = kLong;
+            while (room < bytes) room *= 2;
+            copy.reserve(room);
+        }
+        copy.assign(from, from + bytes);
+        return copy;
     }
 
     ggml_tensor bytes_at(uint8_t * at, size_t n) const {
@@ -136,6 +152,8 @@ class CudaBuffer final : public BufferMemory {
     std::vector<ggml_backend_buffer_t> more_;
     std::shared_ptr<cuda::Queue> queue_;  // from the first cache tensor on
     std::deque<Written> written_;
+    std::vector<uint8_t> spare_;  // memory of a copy that is not true any more
+    uint64_t spare_since_ = 0;
 };
 
 std::unique_ptr<BufferMemory> allocate(Device & device, size_t size, std::string & error) {

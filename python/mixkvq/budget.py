@@ -41,6 +41,10 @@ class Speed:
     read: float
     write: float
 
+    def words(self) -> str:
+        """`read` for a person."""
+        return f"{self.read:.0f}" if self.read >= 1000 else f"{self.read:.3g}"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -106,6 +110,6 @@ def make_plan(demand: Demand, speed: Speed, clock: Clock) -> Plan:
         needed = demand.least * each / speed.read
     minutes = math.ceil(10 * (clock.taken() + needed) / 60 / (1 - SPARE)) / 10
     raise SettingsError(
-        f"This machine reads about {speed.read:.3g} tokens a second of this model, so that measuring takes {minutes:g} minutes at least; "
+        f"This machine reads about {speed.words()} tokens a second of this model, so that measuring takes {minutes:g} minutes at least; "
         f"--minutes {clock.minutes:g} is too short."
     )

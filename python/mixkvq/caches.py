@@ -133,7 +133,7 @@ def total_bits(body_k: float, body_v: float, n_ctx: int, window: int = WINDOW, s
     """Bits per element that a context of `n_ctx` cells takes, from the body bits of its packed keys and values.
 
     As a full cache has them: F16 pages for the sinks, for the window and for the page being filled, and a record for every page that is packed then.
-    Tables of about 40 bytes a page are left out. key_share: of the elements, where keys and values differ in size.
+    Page tables and query statistics are left out. key_share: of the elements, where keys and values differ in size.
     """
     n_pages = _pages(n_ctx)
     sink_pages = min(_pages(sinks), n_pages)

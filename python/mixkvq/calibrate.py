@@ -664,7 +664,7 @@ class _Run:
         plan = make_plan(demand, speed, self.clock)
         parts = max(0.0, min(20 * request.minutes, self.clock.left() - plan.seconds)) if plan.parts else 0
         self.steps.say(
-            f"{Path(self.model).name} is read with {speed.read:.3g} tokens a second here: this takes about "
+            f"{Path(self.model).name} is read with {speed.words()} tokens a second here: this takes about "
             f"{(self.clock.taken() + plan.seconds + parts) / 60:.1f} minutes."
         )
         if plan.tokens < demand.tokens:

@@ -1,16 +1,21 @@
-"""What the command lines of this project's tools share: their options. `run` is that of `bridge.command`."""
+"""What the command lines of this project's tools share: their options, and how they end."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import click
 
+import bridge.command
 from bridge import streams
-from bridge.command import INTERRUPTED, run
+from bridge.command import INTERRUPTED
 from bridge.model_file import read_header
 
 __all__ = ["COUNT", "COUNT_OR_ZERO", "F16_TOKENS", "SEED", "SETTINGS", "THREADS", "Model", "Number", "force_option", "interrupted", "run", "tool"]
@@ -32,6 +37,37 @@ def tool(**settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
 def force_option(what: str = "the file of -o") -> Callable[[Any], Any]:
     """--force: replace an existing file of the kind that is written."""
     return click.option("--force", is_flag=True, help=f"Replace {what} if it exists and is of the same kind.")
+
+
+def run(command: click.Command, module: str, arguments: Sequence[str] | None = None) -> int:
+    """As `bridge.command.run`; but SIGTERM and a closed terminal end a tool as Ctrl-C does, so that what was measured is kept and nothing else."""
+    with _like_ctrl_c():
+        return bridge.command.run(command, module, arguments)
+
+
+@contextlib.contextmanager
+def _like_ctrl_c() -> Iterator[None]:
+    """Handle the signals that would end the program on the spot as SIGINT is handled meanwhile; afterwards it ends by the one that came."""
+    came: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):  # a program in the background is deaf to Ctrl-C only
+            raise KeyboardInterrupt
+        handler(number, frame)
+
+    names = [getattr(signal, name) for name in ("SIGHUP", "SIGTERM") if hasattr(signal, name)]
+    caught = [s for s in names if threading.current_thread() is threading.main_thread() and signal.getsignal(s) is signal.SIG_DFL]
+    for s in caught:
+        signal.signal(s, end)
+    try:
+        yield
+    finally:
+        for s in caught:
+            signal.signal(s, signal.SIG_DFL)
+        if came:
+            signal.raise_signal(came[0])
 
 
 class Number(click.FloatRange):

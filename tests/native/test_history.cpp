@@ -250,6 +250,32 @@ void test_sequences() {
     }
 }
 
+// A sequence that came between the tokens of another ends, and a new one takes its cells: it has the place of the one that ended, not of the other.
+void test_scattered() {
+    for (int sinks : {0, 128}) {
+        constexpr int kWindow = 256;
+        Cache c(1, kWindow, sinks);
+        int next = 0, at[3] = {};
+        auto append = [&](int seq, int n) {
+            std::vector<Token> tokens;
+            for (int i = 0; i < n; ++i) tokens.push_back({seq, at[seq]++, next++});
+            c.feed(tokens, 1);
+        };
+        for (int i = 0; i < 45; ++i) append(0, 38), append(1, 4);
+        c.remove(0, 1);
+        std::vector<Token> tokens;
+        for (int cell = 0; tokens.size() < 90; ++cell) {
+            if (c.cells[0][cell].first < 0) tokens.push_back({2, at[2]++, cell});
+        }
+        c.feed(tokens, 1);
+        for (int cell = 0; cell < next; ++cell) {
+            const auto [seq, pos] = c.cells[0][cell];
+            CHECK(seq != 0 || pos < at[0] - kWindow || !c.store->page(0, cell / kPageCells).settled(), "token %d of %d is packed (%d sinks)", pos, at[0], sinks);
+        }
+        CHECK(in_f16(c) <= 2 * c.store->shape().home_pages(), "%d pages in F16 (%d sinks)", in_f16(c), sinks);
+    }
+}
+
 // A sequence by itself is what it was: one window, nothing more.
 void test_one_sequence() {
     Cache c;
@@ -272,6 +298,7 @@ int main() {
     test_rewound();
     test_not_rewound();
     test_sequences();
+    test_scattered();
     test_one_sequence();
     return check_result();
 }

@@ -1,11 +1,15 @@
-"""What holds for all tests: the same examples in every run, and threads that leave the processor to others while they wait."""
+"""What holds for all tests: the same examples in every run, threads that leave the processor to others while they wait, and Ctrl-C."""
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
 # Before OpenMP is loaded, and for the processes that tests start: threads that spin for each other stand still where two tests share a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A shell ignores Ctrl-C for what it runs in the background, and so would the tests and the programs that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A run draws the examples of the run before, so that what failed fails again; and no example fails because the machine is busy.
 unchecked = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]

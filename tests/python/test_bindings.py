@@ -214,7 +214,8 @@ class FakeBackend:
         self.made.append(self)
         self.ffi = ffi = FFI()
         ffi.cdef(declarations())
-        self.calls, self.created, self.failure = [], True, ffi.new("char[]", b"")
+        self.calls, self.created = [], True
+        self.failure = self.said = ffi.new("char[]", b"")  # of the session, and of the last call
         self.keep = []
 
         def function(kind, f):
@@ -229,13 +230,17 @@ class FakeBackend:
         self.api.stats = function("int(mixkvq_session *, mixkvq_stats *)", self.stats)
         self.api.n_layers = function("int(mixkvq_session *)", lambda s: 2)
         self.api.layer_stats = function("int(mixkvq_session *, int, mixkvq_layer_stats *)", self.layer_stats)
-        self.api.error = function("const char *(mixkvq_session *)", lambda s: self.failure)
+        self.api.error = function("const char *(mixkvq_session *)", lambda s: self.failure if s else self.said)
         self.api.query_statistics = function("int(mixkvq_session *, int, float *, float *)", self.query_statistics)
         self.text = {t: ffi.new("char[]", t.encode()) for t in ("avx2", "cache_k_l0", "cache_v_l0", "packed", "plain", "too small")}
         self.handle = _native.Backend(int(ffi.cast("uintptr_t", self.api)))
 
     def fail(self, sentence):
         self.failure = self.ffi.new("char[]", sentence.encode())
+
+    def refuse(self, sentence):
+        self.said = self.ffi.new("char[]", sentence.encode())
+        return -1
 
     def begin(self, settings):
         ffi = self.ffi
@@ -244,11 +249,11 @@ class FakeBackend:
         self.settings = string(settings.preset), string(settings.profile), settings.window, settings.sinks, heads
         self.codec, self.user = settings.codec, settings.codec_user
         self.calls.append("begin")
-        return ffi.NULL if ffi.string(self.failure) else ffi.cast("mixkvq_session *", 64)
+        return ffi.NULL if ffi.string(self.said) else ffi.cast("mixkvq_session *", 64)
 
     def stats(self, session, out):
         if not self.created:
-            return -1
+            return self.refuse("no cache has been created under this session")
         out.bytes, out.bytes_peak, out.bytes_f16, out.bytes_used, out.elements = 2**33, 2**34, 2**35, 5, 6
         out.body_bits, out.total_bits = 3.125, 3.5
         out.n_cells, out.n_layers, out.n_plain_layers, out.n_threads = 512, 2, 1, 4
@@ -257,8 +262,8 @@ class FakeBackend:
         return 0
 
     def layer_stats(self, session, index, out):
-        if not self.created:
-            return -1
+        if not self.created or not 0 <= index < 2:
+            return self.refuse(f"there is no cache tensor {index}, the session has 2")
         out.name = self.text["cache_v_l0" if index else "cache_k_l0"]
         out.kind = self.text["plain" if index else "packed"]
         out.reason = self.text["too small"] if index else self.ffi.NULL
@@ -359,7 +364,7 @@ def test_refusals_carry_the_sentence_of_the_backend():
         session.stats()
     with pytest.raises(RuntimeError, match="^a cache of 9 GB does not fit into 8 GB$"):
         session.layers()
-    backend.fail('there is no preset "huge"')
+    backend.refuse('there is no preset "huge"')
     with pytest.raises(ValueError, match='^there is no preset "huge"$'):
         backend.handle.begin(preset="huge")
 
@@ -371,8 +376,9 @@ def test_query_statistics_come_through():
     np.testing.assert_array_equal(mean_abs.ravel(), np.arange(1024))
     np.testing.assert_array_equal(mean_sqr.ravel(), -np.arange(1024))
     assert session.query_statistics(1) is None
-    with pytest.raises(IndexError, match="no cache tensor -1"):
-        session.query_statistics(-1)
+    for index in (-1, 2):
+        with pytest.raises(IndexError, match=f"^there is no cache tensor {index}, the session has 2$"):
+            session.query_statistics(index)
 
 
 def test_a_codec_gets_the_page_and_gives_rows_and_bits():

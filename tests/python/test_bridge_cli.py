@@ -17,9 +17,10 @@ import tiny_models
 from rich.console import Console
 
 import bridge
-from bridge.answer import Sampling, stream_answer
+from bridge.answer import Answer, Sampling, stream_answer
 from bridge.chat import Chat, drop_oldest, parse_conversation
 from bridge.model_file import built_in_model
+from bridge.run import exit_code, why_it_ended
 
 MODEL = str(built_in_model())
 PROBLEM, SOLUTION = "Compute 48291 * 73.", "#### 3525243"
@@ -254,6 +255,15 @@ def test_chat_on_a_terminal(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["talk.json"]
 
 
+def test_what_is_said_while_a_model_loads_has_a_line_of_its_own(tmp_path):
+    t = Terminal(str(tiny_models.gemma4(tmp_path / "m.gguf")), "-c", "256")
+    t.expect("Loading m.gguf")
+    t.expect("\rmixkvq: keys or values of some layers are stored plainly")
+    t.expect("/help lists the commands.")
+    t.send("/exit")
+    assert t.close() == 0
+
+
 def test_chat_ends_with_the_input():
     t = Terminal("-c", "256")
     t.expect("/help lists the commands.")
@@ -432,6 +442,14 @@ def test_an_answer_that_is_cut_off_says_so():
     assert code == 3 and json.loads(err)["finish_reason"] == "length" and json.loads(err)["answer_tokens"] == 256 - 23
     code, out, err = run("-p", PROBLEM, "-n", "5", "-c", "256")
     assert code == 0 and err.startswith("(cut off: the limit of 5 tokens is reached, -n)\n")
+
+
+@pytest.mark.parametrize(
+    ("n", "max_tokens", "said", "code"), [(4, 5, "context", 3), (5, 5, "limit of 5", 0), (7, 5, "limit of 5", 0), (7, -1, "context", 3)]
+)
+def test_an_answer_may_pass_its_limit_to_complete_a_character(n, max_tokens, said, code):
+    answer = Answer(finish_reason="length", answer_tokens=n)
+    assert said in why_it_ended(answer, max_tokens) and exit_code(answer, max_tokens) == code
 
 
 def test_no_tokens_reads_the_prompt_only():

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import pytest
+import tiny_models
 from gguf import GGUFWriter
 from memory_probe import LINUX, measure
 
@@ -377,21 +381,34 @@ def test_attach_without_flash_attention_says_what_is_kept_plainly():
     llama.close()
 
 
-def test_detach_belongs_to_the_thread():
-    attachment = bridge.attach()
-    failures = []
+def test_what_is_kept_plainly_is_said_once(tmp_path):
+    model = tiny_models.gemma4(tmp_path / "m.gguf")
+    for verbose in (False, True):
+        done = subprocess.run([sys.executable, "-c", f"""
+from bridge import Llama
+llama = Llama({str(model)!r}, n_ctx=512, n_threads=1, n_threads_batch=1, verbose={verbose})
+llama.eval(list(range(3, 200)))
+llama.close()
+"""], capture_output=True, text=True, check=True)  # fmt: skip
+        assert len(re.findall("^mixkvq: .*plainly", done.stderr, re.MULTILINE)) == 1, done.stderr
 
-    def detach():
-        try:
-            attachment.detach()
-        except bridge.SettingsError as e:
-            failures.append(e)
 
-    t = threading.Thread(target=detach)
-    t.start()
-    t.join()
-    assert len(failures) == 1
-    attachment.detach()
+def test_any_thread_may_detach():
+    attachment = bridge.attach("mix2.5")
+    with pytest.raises(bridge.SettingsError, match="attached already"):
+        bridge.attach()
+    detaching = threading.Thread(target=attachment.detach)
+    detaching.start()
+    detaching.join()
+    llama = plain()
+    with pytest.raises(bridge.CacheNotUsedError):  # it came after
+        attachment.kv_stats()
+    with bridge.attach("mix8.2") as second:
+        attachment.detach()  # again: the second stays
+        inner = plain()
+    assert second.kv_stats()["preset"] == "mix8.2" and second.kv_stats()["n_cells"] == 512
+    for each in (llama, inner):
+        each.close()
 
 
 # --- mistakes ---
@@ -408,6 +425,7 @@ def test_detach_belongs_to_the_thread():
         ({"kv": Kv(window=-5)}, bridge.SettingsError, ["-5"]),
         ({"kv": Kv(preset="paper", profile="x.gguf")}, bridge.SettingsError, ["one of the two"]),
         ({"kv": "missing.gguf"}, bridge.ProfileError, ["missing.gguf", "does not exist"]),
+        ({"kv": "/"}, bridge.ProfileError, ["The profile / is no file."]),
         ({"kv": MODEL}, bridge.ProfileError, ["not a profile"]),
         ({"kv": "paper", "stock": "f16"}, bridge.SettingsError, ["stock"]),
         ({"stock": "q9"}, bridge.SettingsError, ["'q9'", "q8_0"]),

@@ -502,3 +502,8 @@ def test_measured_figures_are_json(calibrated):
     model, _ = calibrated
     profile = read_profile(model.with_name("model.mixkvq.gguf"))
     assert json.loads(json.dumps(profile.measured)) == profile.measured
+
+
+@pytest.mark.parametrize(("read", "words"), [(8.04, "8.04"), (171.4, "171"), (15712.3, "15712"), (1.5e7, "15000000")])
+def test_a_speed_reads_as_a_number(read, words):
+    assert budget.Speed(read, 1.0).words() == words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,7 +111,6 @@ ADDRESSES = [("https://example.org/m.gguf", "download it first"), ("org/name", "
 TAKES_A_MODEL = ["mixkvq.calibrate", "mixkvq.evaluate", "mixkvq.inspect", "bench/speed.py", "bench/memory.py"]
 
 
-@pytest.mark.skipif("_how_to_get" not in vars(bridge.model_file), reason="bridge gives no advice yet")
 @pytest.mark.parametrize(("address", "words"), ADDRESSES)
 @pytest.mark.parametrize("name", TAKES_A_MODEL)
 def test_an_address_in_place_of_a_model_gets_advice(name, address, words, capfd, tmp_path, monkeypatch):
@@ -243,3 +243,36 @@ def test_the_command_line_is_known_while_it_runs():
     run(command, "mixkvq.x", ["a b", "--", "-c"])
     run(command, "bench/x.py", [])
     assert seen == [["python", "-m", "mixkvq.x", "a b", "--", "-c"], ["python", "bench/x.py"]]
+
+
+# ---- signals -----------------------------------------------------------------------------------------------
+
+IN_THE_MIDDLE = """
+import signal, sys
+from bridge.files import replacing
+from mixkvq.command import run, tool
+
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "deaf" else signal.default_int_handler)
+
+@tool()
+def command():
+    with replacing("out") as temporary:
+        open(temporary, "w").write("half")
+        signal.raise_signal(int(sys.argv[2]))
+
+sys.exit(run(command, "x", []))
+"""
+
+
+@pytest.mark.parametrize("how", ["heeds Ctrl-C", "deaf"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_end_leaves_nothing_half_written(number, how, tmp_path):
+    done = subprocess.run([sys.executable, "-c", IN_THE_MIDDLE, how, str(int(number))], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == -number and not done.stderr and not list(tmp_path.iterdir()), done.stderr
+
+
+def test_what_ignores_a_closed_terminal_goes_on(tmp_path):
+    """As under nohup."""
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + IN_THE_MIDDLE
+    done = subprocess.run([sys.executable, "-c", code, "deaf", str(int(signal.SIGHUP))], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "out").read_text() == "half", done.stderr

@@ -139,6 +139,29 @@ print(json.dumps([apart(tokens[290:300]), results]))
         assert failures and said == ["mixkvq: out of GPU memory in the cache"]
 
 
+@pytest.mark.parametrize("device", ["CPU", "CUDA0"])
+def test_a_shift_stops_at_the_first_failure(tiny, device):
+    """What ggml's device says of a page is what llama.cpp hears: a page that goes well later does not make it good."""
+    code = f'''
+from contexts import PACKED, Context, Model, logged, random_tokens
+with Context(Model(sys.argv[1], True, "MIXKVQ-{device}"), PACKED) as context:
+    context.feed(random_tokens(700), chunk=100)
+    context.feed([5])
+    def shifted():
+        before = [layer["pages_packed_ever"] for layer in context.layers() if not layer["is_value"]]
+        context.add(0, 0, -1, 50)
+        said = logged(lambda: context.feed([7]))[1]
+        after = [layer["pages_packed_ever"] for layer in context.layers() if not layer["is_value"]]
+        return [b - a for a, b in zip(before, after)], "failed to compute K-shift" in said
+    fine = shifted()
+    library.emulated_cuda_fail(b"shift", 1, 1)
+    print(json.dumps([fine, shifted(), shifted()]))
+'''
+    (fine, failed, again), said = run(code, tiny)
+    assert fine == again == [[5, 5], False]
+    assert failed == [[2, 0], True] and said == []
+
+
 def test_no_backend_of_ggml_is_freed_during_a_recording(tiny):
     """Destroying a handle of cuBLAS ends a recording in CUDA and the process in ggml, which knows only of recordings of its own."""
     code = MODELS + """

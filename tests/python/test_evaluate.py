@@ -20,7 +20,6 @@ import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 
-import bridge._llama
 from bridge import ContextError, GeometryError, Kv, Llama, SettingsError
 from bridge.library import native
 from bridge.model_file import built_in_model
@@ -745,10 +744,6 @@ def test_mistakes_are_one_sentence(tmp_path, capfd, arguments, words):
     assert re.search(words, err), err
 
 
-ENCODERS = pytest.mark.skipif("has_encoder" not in Path(bridge._llama.__file__).read_text(), reason="bridge does not refuse encoders yet")
-
-
-@ENCODERS
 @pytest.mark.parametrize("tool", ["evaluate", "calibrate"])
 def test_an_encoder_decoder_model_is_refused(tmp_path, tool):
     model = tiny_models.t5(tmp_path / "t5.gguf")

@@ -173,3 +173,12 @@ def test_devices_and_pipes_are_written_to_not_replaced(tmp_path):
     write_atomically(tmp_path / "pipe", json.dumps({"a": 1}))
     reader.join()
     assert read == ['{"a": 1}'] and stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+
+
+def test_a_name_in_a_folder_that_is_gone(tmp_path, monkeypatch):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    with pytest.raises(SettingsError, match=r"^r\.json cannot be written: No such file or directory\.$"):
+        check_target("r.json", force=False, what="JSON")

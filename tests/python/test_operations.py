@@ -487,10 +487,11 @@ def test_scattered_writes_do_not_keep_pages_in_f16(models):
         pair.feed(random_tokens(90, 5), 2)
         pair.feed(PROBE[:1], 2)
         for layer in pair.ours.layers():
-            assert layer["pages_packed"] >= 8
-            assert layer["pages_f16"] <= 3 * 3  # of each sequence two of the window and the one being filled
+            assert layer["pages_packed"] >= 9
+            # Two sequences are there, the first and the third in the place of the second; each keeps two pages of its window and the one being filled.
+            assert layer["pages_f16"] <= 2 * 3
         stats = pair.ours.stats()
-        assert stats["bytes"] < 0.9 * stats["bytes_f16"]
+        assert stats["bytes"] < 0.8 * stats["bytes_f16"]
         for seq in (2, 0):
             assert kl(*pair.feed(PROBE, seq)).mean() < EIGHT_BIT
 

@@ -48,8 +48,9 @@ class History {
     Step look(const MaskView & view, int s);
 
     int n_sequences() const { return int(sequences_.size()); }
-    // Whether a page is in the window of a sequence or holds its first row.
-    bool holds(int page) const;
+    // How many pages of a sequence's window came after this one; 0 for that of its first row. kNotHeld: it is in no sequence's window.
+    int rank(int page) const;
+    static constexpr int kNotHeld = 1 << 30;
     size_t bytes() const;
 
   private:

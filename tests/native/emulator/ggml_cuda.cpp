@@ -11,6 +11,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include "abi.h"
 
@@ -95,7 +96,11 @@ void compute(ggml_backend_t cpu, Copy & copy) {
     ggml_free(ctx);
 }
 
+// Of a context shift: a page of keys by itself.
+bool fails(const ggml_cgraph & graph) { return graph.n_nodes == 1 && graph.nodes[0]->op == GGML_OP_ROPE && emulator::fails("shift"); }
+
 ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    if (fails(*graph)) return GGML_STATUS_FAILED;
     ggml_backend_t cpu = static_cast<Backend *>(backend->context)->cpu;
     emulator::later([cpu, copy = std::make_shared<Copy>(*graph)] { compute(cpu, *copy); });
     // A test frees a backend in another thread while this one records: time to do that, unless something keeps it.
@@ -155,6 +160,19 @@ void event_free(ggml_backend_dev_t, ggml_backend_event_t event) {
 }
 void event_synchronize(ggml_backend_dev_t, ggml_backend_event_t) { emulator::finish(); }
 
+// --- ggml's own CPU device, which can fail, too ---
+
+decltype(ggml_backend_device_i::init_backend) cpu_init;
+decltype(ggml_backend_i::graph_compute) cpu_compute;
+
+ggml_backend_t init_cpu(ggml_backend_dev_t device, const char * params) {
+    ggml_backend_t backend = cpu_init(device, params);
+    if (!backend) return nullptr;
+    cpu_compute = backend->iface.graph_compute;
+    backend->iface.graph_compute = [](ggml_backend_t b, ggml_cgraph * graph) { return fails(*graph) ? GGML_STATUS_FAILED : cpu_compute(b, graph); };
+    return backend;
+}
+
 const char * registry_name(ggml_backend_reg_t) { return "CUDA"; }
 size_t device_count(ggml_backend_reg_t) { return gpus.size(); }
 ggml_backend_dev_t get_device(ggml_backend_reg_t, size_t i) { return &gpus[i]->device; }
@@ -176,10 +194,11 @@ EXPORT ggml_backend_reg_t emulated_cuda(ggml_backend_dev_t cpu) {
         gpu->device.context = gpu.get();
         gpus.push_back(std::move(gpu));
     }
+    cpu_init = std::exchange(cpu->iface.init_backend, init_cpu);
     return &registry;
 }
 
-// Of the calls of a kind ("malloc", "host", "launch", "capture", "kernel"), `times` fail after `skip` that do not.
+// Of the calls of a kind ("malloc", "host", "launch", "capture", "instantiate", "shift"), `times` fail after `skip` that do not.
 EXPORT void emulated_cuda_fail(const char * call, int skip, int times) { emulator::fail(call, skip, times); }
 // How many backends have been freed, and how many of them while a graph was being recorded. wait: the next recording takes long enough for one.
 EXPORT int emulated_cuda_frees() { return n_frees; }
