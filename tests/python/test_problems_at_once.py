@@ -54,7 +54,7 @@ def test_one_at_a_time_is_alone(drawn, cache):
 
 @pytest.mark.parametrize("cache", ["f16", "near-lossless", "tiny"])
 def test_four_at_once_answer_as_one(drawn, cache):
-    """Batches of another size round otherwise, so an answer may turn somewhere; hardly any does. There are more problems than sequences."""
+    """But for the rounding of batches of another size, which hardly turns an answer. There are more problems than sequences."""
     found, n_ctx = drawn
     solver = problems.Solver(MODEL, problems.BuiltIn(), n_ctx, 1, device="cpu")
     jobs = [(i, p, [cache]) for i, p in enumerate(found)]
@@ -66,6 +66,17 @@ def test_four_at_once_answer_as_one(drawn, cache):
     for key in ("body_bits", "total_bits", "bytes", "window"):  # what one sequence takes
         a, b = one[0][cache]["sizes"][key], four[0][cache]["sizes"][key]
         assert b == (pytest.approx(a, rel=0.02) if key != "window" else a)
+
+
+def test_long_prompts_at_once_answer_as_one():
+    """They are packed by queries of their own: with those of another problem among them an answer would be another."""
+    source, vocabulary = problems.BuiltIn(("chain",), ("medium",)), caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
+    found = source.draw(3, 3)
+    solver = problems.Solver(MODEL, source, problems.add_tokens(vocabulary, found, 24), 1, device="cpu")
+    jobs = [(i, p, ["tiny"]) for i, p in enumerate(found)]
+    one, two = dict(solver.solve(jobs, 1)), dict(solver.solve(jobs, 2))
+    assert all(len(p["tokens"]) > 3 * 128 for p in found)
+    assert [one[i]["tiny"]["tokens"] for i in range(3)] == [two[i]["tiny"]["tokens"] for i in range(3)]
 
 
 def test_a_problem_gets_the_caches_that_it_lacks(drawn):

@@ -27,20 +27,20 @@ def words(seed, n):
     return np.random.default_rng(seed).integers(3, 259, n).tolist()
 
 
-@pytest.mark.parametrize("options", [{"stock": "f16"}, {"kv": "near-lossless"}])
+@pytest.mark.parametrize("options", CACHES)
 def test_sequences_do_not_see_each_other(tiny, options):
     """Each predicts what it would alone, whatever the others hold, and after it was emptied and used again."""
     rng = np.random.default_rng(1)
-    texts = [rng.integers(3, 259, n).tolist() for n in (300, 20, 150)]
+    texts = [rng.integers(3, 259, n).tolist() for n in (600, 20, 150)]
     common = {"n_batch": 128, **SPARE, **options}
-    one = bridge.Llama(tiny, n_ctx=512, **common)
+    one = bridge.Llama(tiny, n_ctx=768, **common)
 
     def expected(tokens):
         one.clear()
         one.eval(tokens)
         return one.last_logits().copy()
 
-    llm = Sequences(tiny, n_seq=3, n_ctx=512, **common)
+    llm = Sequences(tiny, n_seq=3, n_ctx=768, **common)
     for sequence, text in enumerate(texts):
         np.testing.assert_allclose(llm.read(sequence, text), expected(text), atol=2e-2)
     for at in range(4):
@@ -51,7 +51,7 @@ def test_sequences_do_not_see_each_other(tiny, options):
     llm.forget(0)
     np.testing.assert_allclose(llm.read(0, texts[1]), expected(texts[1]), atol=3e-2)
     assert llm.step([(1, 5)]).shape == (1, llm.n_vocab())
-    assert llm.kv_stats()["n_cells"] == one.kv_stats()["n_cells"] == 512
+    assert llm.kv_stats()["n_cells"] == one.kv_stats()["n_cells"] == 768
     assert llm.kv_stats()["bytes"] == pytest.approx(one.kv_stats()["bytes"], rel=0.02)
     llm.clear()
     np.testing.assert_allclose(llm.read(2, texts[1]), expected(texts[1]), atol=3e-2)
