@@ -96,12 +96,16 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", text)[:3])
 
 
+def ggml_version() -> str:
+    return str(_function("ggml_version", ctypes.c_char_p)().decode())
+
+
 def check_versions() -> None:
     """Raises VersionError, saying what to install, unless llama-cpp-python and its ggml are ones this backend was built for."""
     found = llama_cpp.__version__
     if not LLAMA_CPP_VERSIONS[0] <= _version(found) < LLAMA_CPP_VERSIONS[1]:
         raise VersionError(f"llama-cpp-python {found} is not supported; {_install_hint()}.")
-    ggml = _function("ggml_version", ctypes.c_char_p)().decode()
+    ggml = ggml_version()
     if not GGML_VERSIONS[0] <= _version(ggml) < GGML_VERSIONS[1]:
         low, below = (".".join(map(str, v)) for v in GGML_VERSIONS)
         raise VersionError(f"ggml {ggml} is not supported (this backend was built for {low} up to {below}); {_install_hint()}.")
@@ -131,6 +135,7 @@ class _Backend:
         by_name = _function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)
         C.llama_backend_init()
         cpu = by_name(CPU_DEVICE.encode())
+        self.loaded_before = bool(cpu)
         if cpu:
             registry = _function("ggml_backend_dev_backend_reg", ctypes.c_void_p, ctypes.c_void_p)(cpu)
         else:
@@ -152,6 +157,8 @@ class _Backend:
             self.native = module.Backend(address)
         except (RuntimeError, ValueError) as e:
             raise VersionError(f"{_sentence(str(e))}") from None
+        # both begin with their version, mixkvq_backend_api and ggml_backend_reg
+        self.api_version, self.ggml_api_version = (ctypes.c_int.from_address(at).value for at in (address, registry))
 
     def begin(self, kv: Kv, model: ModelFile | None, codec: Codec | None = None, *, all_threads: bool = False) -> Any:
         """A native session. With a codec only the window and the sinks of `kv` matter."""
@@ -219,6 +226,38 @@ def _our_gpus(backend: _Backend) -> tuple[list[Gpu], str]:
     if native().HAS_CUDA:
         return ours, f"the CUDA driver does not serve MixKVQ on {', '.join(others)}"
     return ours, f"MixKVQ was built without CUDA; for {', '.join(others)} install it with: pip install . -C cmake.define.MIXKVQ_CUDA=ON"
+
+
+def examine_backend() -> dict[str, Any]:
+    """What a report of a bug says of the loaded backend: api_version of MixKVQ and ggml_api_version, loaded_before (by GGML_BACKEND_PATH), gpus that
+    can hold a cache (name and free bytes), and missing: why other GPUs cannot, or "".
+
+    Raises VersionError, SettingsError for a MIXKVQ_ISA that cannot be had.
+    """
+    backend = _backend()
+    with _log.kept():
+        gpus, missing = _our_gpus(backend)
+    return {
+        "api_version": backend.api_version,
+        "ggml_api_version": backend.ggml_api_version,
+        "loaded_before": backend.loaded_before,
+        "gpus": [{"name": gpu.name, "free": gpu.free} for gpu in gpus],
+        "missing": missing,
+    }
+
+
+def measure_context(file: ModelFile, kv: Kv | None, n_ctx: int) -> Need | None:
+    """What a context of the model takes, on GPUs if there are any; kv: checked settings, or None for llama.cpp's own cache in F16.
+
+    None: llama.cpp does not create such a context. Raises the errors of `examine_backend`.
+    """
+    backend = _backend()
+    with _log.kept():
+        gpus = _our_gpus(backend)[0] if kv is not None else []
+    devices = [gpu.device for gpu in gpus] or ([backend.cpu] if kv is not None else [])
+    begin = None if kv is None else functools.partial(backend.begin, kv, file)
+    with _load_lock, DryRun(file.path, devices, {}, begin, "f16") as dry:
+        return dry.measure(n_ctx)
 
 
 def _sentence(text: str) -> str:

@@ -3,73 +3,113 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from . import streams
+from .defaults import Defaults, Tables, defaults_of, taken
 from .errors import BridgeError, ContextError, for_command
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 DEBUG = "MIXKVQ_DEBUG"  # variable of the environment
+_ALONE = re.compile(r"python -m (?:bridge|mixkvq)\.(?=[a-z])")  # a command under its module's name
 
 
-def run(command: click.Command, module: str, arguments: Sequence[str] | None = None) -> int:
+def run(command: click.Command, module: str, arguments: Sequence[str] | None = None, *, program: str = "") -> int:
     """Run the command line of `python -m module`, or of a script if that is a path (arguments: sys.argv's).
 
-    Returns what it returns, 2 for a mistake of the user, 1 for a failure, 130 after Ctrl-C. With --verbose or MIXKVQ_DEBUG=1 a failure shows where it
-    came from.
+    program: how it was called, if otherwise. Options that are not given come from the settings file (see `defaults`).
+    Returns what the command returns, 2 for a mistake of the user, 1 for a failure, 130 after Ctrl-C. With --verbose or MIXKVQ_DEBUG=1 a failure shows
+    where it came from.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    program = program or (f"python {module}" if module.endswith(".py") else f"python -m {module}")
     with streams.of_command():
         if sys.stdout is None:
             return complain("stdout is closed, so there is nowhere to write to.", 2)
-        code = _guarded(command, module, given)
+        defaults = defaults_of(command, module)
+        code, error = _guarded(command, given, program, defaults)
+        if error is not None:
+            if module == "mixkvq":
+                error = _ALONE.sub(f"{program} ", error)
+            return complain(error + _from_file(error, defaults), code)
         unwritten = streams.flush_stdout()
         if unwritten is not None and code == 0 and not isinstance(unwritten, BrokenPipeError):
             return complain(f"stdout: {unwritten.strerror}.", 1)
         return code
 
 
-def _guarded(command: click.Command, module: str, given: list[str]) -> int:
+def _guarded(command: click.Command, given: list[str], program: str, defaults: Tables | Defaults | None) -> tuple[int, str | None]:
+    """Exit code, and what went wrong in a sentence or two, if anything did."""
     debug = os.environ.get(DEBUG, "") not in ("", "0")
     verbose = debug or any(a in ("-v", "--verbose") for a in given)
-    name = f"python {module}" if module.endswith(".py") else f"python -m {module}"
     try:
         # command.main would exit by itself where a pipe breaks
-        with command.make_context(name, list(given), obj=[*name.split(), *given]) as context:
+        with command.make_context(program, list(given), obj=[*program.split(), *given], default_map=defaults) as context:
             code = command.invoke(context)
-        return code if isinstance(code, int) else 0
+        return (code if isinstance(code, int) else 0), None
     except click.exceptions.Exit as e:
-        return e.exit_code
+        return e.exit_code, None
     except click.UsageError as e:
-        return complain(f"{' '.join(e.format_message().split()).rstrip('.')}. See --help.", 2)
+        sentence = " ".join(e.format_message().split()).rstrip(".")
+        return 2, f"{sentence}{'' if sentence.endswith('?') else '.'} See --help."
     except click.ClickException as e:
-        return complain(" ".join(e.format_message().split()), 2)
+        return 2, " ".join(e.format_message().split())
     except BridgeError as e:
         if debug or (verbose and isinstance(e, ContextError)):
             traceback.print_exc()
-        return complain(for_command(e), e.exit_code)
+        return e.exit_code, for_command(e)
     except (KeyboardInterrupt, click.Abort):
-        return INTERRUPTED
+        return INTERRUPTED, None
     except BrokenPipeError:
-        return 0  # the reader of our output went away, as `head` does
+        return 0, None  # the reader of our output went away, as `head` does
     except SystemExit as e:
         if isinstance(e.__context__, BrokenPipeError):
-            return 0  # rich's way to say so
+            return 0, None  # rich's way to say so
         raise
     except MemoryError:
-        return complain("There is not enough memory.", 1)
+        return 1, "There is not enough memory."
     except Exception as e:  # noqa: BLE001 - a person at a terminal gets a sentence
         if verbose:
             traceback.print_exc()
         if isinstance(e, OSError):
             name = e.filename2 or e.filename
-            return complain(f"{name}: {e.strerror}." if name else f"{e.strerror or e}.", 1)
+            return 1, f"{name}: {e.strerror}." if name else f"{e.strerror or e}."
         what = f"{type(e).__name__}: {' '.join(str(e).split())}".rstrip(".: ")
-        return complain(f"{what}. That should not happen; {DEBUG}=1 in the environment shows where it did.", 1)
+        return 1, f"{what}. That should not happen; {DEBUG}=1 in the environment shows where it did."
+
+
+def _from_file(error: str, defaults: Tables | Defaults | None) -> str:
+    """A sentence more for an error about options that nobody typed."""
+    found = [f"{option} from {path}" for option, _, path in taken(defaults) if re.search(rf"{option}(?![\w-])", error)]
+    return f" ({', '.join(found)}.)" if found else ""
+
+
+def typed_first(given: dict[str, Any], *alternatives: Sequence[str]) -> None:
+    """Of groups of parameters that exclude each other: what was typed of one takes back what the settings file says of the others.
+
+    given: parameters of the command that is running.
+    """
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return
+    for group in alternatives:
+        if any(context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in group):
+            for name in (name for other in alternatives if other is not group for name in other):
+                if context.get_parameter_source(name) is ParameterSource.DEFAULT_MAP:
+                    given[name] = False if isinstance(given[name], bool) else None
+
+
+def files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The shell_complete of parameters that are paths."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 def command_line() -> list[str]:

@@ -10,6 +10,8 @@ from types import ModuleType
 
 from .errors import VersionError
 
+_LLAMA_CPP = "0.3.36"
+_INSTALL = f"install it with: pip install llama-cpp-python=={_LLAMA_CPP}"
 _REPAIR = "install it with `pip install .` in the repository (or `make run`)"
 
 
@@ -52,12 +54,26 @@ def native() -> ModuleType:
 def llama() -> ModuleType:
     """The module `bridge._llama`, which imports llama_cpp.
 
-    Raises VersionError if llama-cpp-python is not installed.
+    Raises VersionError if llama-cpp-python is not installed, or is another version than the one that MixKVQ uses.
     """
     try:
         from . import _llama
-    except ImportError as e:
-        if e.name != "llama_cpp":
-            raise
-        raise VersionError("llama-cpp-python is not installed; install it with: pip install llama-cpp-python==0.3.36") from None
+    except (ImportError, AttributeError):  # another version lacks what _llama imports, or has it elsewhere
+        found = _llama_cpp_version()
+        if found is None:
+            raise VersionError(f"llama-cpp-python is not installed; {_INSTALL}.") from None
+        if found != _LLAMA_CPP:
+            raise VersionError(f"llama-cpp-python {found} is not supported; {_INSTALL}.") from None
+        raise
     return _llama
+
+
+def _llama_cpp_version() -> str | None:
+    """Of the llama_cpp that is imported here; None if there is none."""
+    try:
+        import llama_cpp
+    except ModuleNotFoundError as e:
+        if e.name == "llama_cpp":
+            return None
+        raise
+    return str(getattr(llama_cpp, "__version__", "of unknown version"))

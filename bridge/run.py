@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -20,7 +21,7 @@ from rich.table import Table
 from . import session as reports
 from . import streams
 from .answer import LARGEST_SEED, Answer, Message, Sampling, stream_answer
-from .command import INTERRUPTED, run
+from .command import INTERRUPTED, files, run, typed_first
 from .devices import DEVICE_HELP, check_device
 from .errors import SettingsError
 from .files import check_target, write_atomically
@@ -213,6 +214,12 @@ def list_presets() -> None:
         click.echo(f"{name:<26} {p['body_bits']:5.2f} bits  {p['description']}")
 
 
+def complete_kv(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The presets that begin so; else files."""
+    found = [CompletionItem(p["name"], help=p["description"]) for p in native().presets() if p["name"].startswith(incomplete)]
+    return found or files(context, parameter, incomplete)
+
+
 class Number(click.ParamType):
     """A finite number from `low` to `high`."""
 
@@ -232,9 +239,9 @@ class Number(click.ParamType):
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=files)
 @click.option("-p", "--prompt", help="Answer this and exit.")
-@click.option("-f", "--file", "prompt_file", help="Answer the text of this file and exit; - is stdin.")
+@click.option("-f", "--file", "prompt_file", shell_complete=files, help="Answer the text of this file and exit; - is stdin.")
 @click.option("--demo", is_flag=True, help="Solve one built-in problem and exit.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the model's chat template.")
 @click.option("--system", help="System message.")
@@ -260,13 +267,19 @@ class Number(click.ParamType):
 @click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True, help="Sample from this share of the probability.")
 @click.option("--min-p", type=Number(0, 1), default=0.05, show_default=True, help="Least probability, relative to the likeliest token.")
 @click.option("--seed", type=click.IntRange(0, LARGEST_SEED), help="Seed of the sampler.  [default: random]")
-@click.option("--kv", "--preset", "kv", help="The cache: a preset or a profile.  [default: a profile that lies with the model, else balanced]")
-@click.option("--profile", help="Profile of the cache (a GGUF file made for this model).")
+@click.option(
+    "--kv",
+    "--preset",
+    "kv",
+    shell_complete=complete_kv,
+    help="The cache: a preset or a profile.  [default: a profile that lies with the model, else balanced]",
+)
+@click.option("--profile", shell_complete=files, help="Profile of the cache (a GGUF file made for this model).")
 @click.option("--window", type=click.IntRange(0, 1 << 20), help="Recent tokens kept in F16.  [default: 128]")
 @click.option("--sinks", type=click.IntRange(0, 1 << 20), help="First tokens kept in F16.  [default: 128]")
 @click.option("--stock", type=click.Choice(list(STOCK_TYPES)), help="Use llama.cpp's own cache of this type instead, to compare.")
 @click.option("--report", type=click.Choice(["text", "json", "none"]), default="text", show_default=True, help="Report at the end, on stderr.")
-@click.option("--report-file", help="Write the report as JSON to this file as well.")
+@click.option("--report-file", shell_complete=files, help="Write the report as JSON to this file as well.")
 @click.option("--force", is_flag=True, help="Replace the file of --report-file if there is one already.")
 @click.option("--no-autosave", is_flag=True, help="Do not keep this chat for /resume.")
 @click.option("--list-presets", "presets", is_flag=True, help="List the presets and exit.")
@@ -297,6 +310,10 @@ def command(**given: Any) -> int:
 
 def check(given: dict[str, Any]) -> Options:
     """Turn the parsed command line into options. Raises SettingsError for what does not go together."""
+    typed_first(given, ("prompt",), ("prompt_file",), ("demo",))
+    typed_first(given, ("stock",), ("kv", "profile", "window", "sinks"))
+    typed_first(given, ("kv",), ("profile",))
+    typed_first(given, ("raw",), ("system",))
     sources = [name for name, key in (("--prompt", "prompt"), ("--file", "prompt_file"), ("--demo", "demo")) if given[key] not in (None, False)]
     if len(sources) > 1:
         raise SettingsError(f"{sources[0]} and {sources[1]} do not go together.")

@@ -875,6 +875,9 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
 @click.option("--threads", type=command.THREADS, help="Threads.  [default: physical cores]")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 def cli(model, texts, bits, budget_mib, ctx, max_kld, out, force, policy, t16_t4, window, sinks, tokens, minutes, seed, device, threads, quiet):
+    goal = {"bits": bits, "budget_mib": budget_mib, "ctx": ctx, "max_kld": max_kld}
+    command.typed_first(goal, ("bits",), ("budget_mib", "ctx"), ("max_kld",))
+    bits, budget_mib, ctx, max_kld = goal.values()
     if sum(option is not None for option in (bits, budget_mib, max_kld)) > 1:
         raise click.UsageError("--bits, --budget-mib and --max-kld say the same thing in three ways: give one of them.")
     if (budget_mib is None) != (ctx is None):

@@ -12,13 +12,29 @@ from types import FrameType
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 import bridge.command
 from bridge import streams
-from bridge.command import INTERRUPTED
+from bridge.command import INTERRUPTED, files, typed_first
 from bridge.model_file import read_header
 
-__all__ = ["COUNT", "COUNT_OR_ZERO", "F16_TOKENS", "SEED", "SETTINGS", "THREADS", "Model", "Number", "force_option", "interrupted", "run", "tool"]
+__all__ = [
+    "COUNT",
+    "COUNT_OR_ZERO",
+    "F16_TOKENS",
+    "SEED",
+    "SETTINGS",
+    "THREADS",
+    "Model",
+    "Number",
+    "files",
+    "force_option",
+    "interrupted",
+    "run",
+    "tool",
+    "typed_first",
+]
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -89,6 +105,9 @@ class Model(click.ParamType):
         if not os.path.isfile(value):
             read_header(value)
         return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return files(ctx, param, incomplete)
 
 
 SEED = click.IntRange(0, (1 << 32) - 1)

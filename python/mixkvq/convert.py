@@ -35,7 +35,7 @@ from bridge.files import write_atomically
 from bridge.memory import format_bytes
 from bridge.model_file import Header, read_header
 
-from .command import SETTINGS, force_option, run, version_option
+from .command import SETTINGS, files, force_option, run, version_option
 from .outputs import check_json, check_output, writing
 from .profile import (
     PREFIX,
@@ -283,7 +283,7 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-_OUT = click.option("-o", "--out", required=True, help="The file to write.")
+_OUT = click.option("-o", "--out", required=True, shell_complete=files, help="The file to write.")
 _FORCE = force_option()
 
 
@@ -294,8 +294,9 @@ def command() -> None:
 
 
 @command.command("embed")
-@click.argument("model")
-@click.argument("profile")
+@version_option
+@click.argument("model", shell_complete=files)
+@click.argument("profile", shell_complete=files)
 @_OUT
 @_FORCE
 def embed_command(model: str, profile: str, out: str, force: bool) -> None:
@@ -307,7 +308,8 @@ def embed_command(model: str, profile: str, out: str, force: bool) -> None:
 
 
 @command.command("extract")
-@click.argument("model")
+@version_option
+@click.argument("model", shell_complete=files)
 @_OUT
 @_FORCE
 def extract_command(model: str, out: str, force: bool) -> None:
@@ -318,7 +320,8 @@ def extract_command(model: str, out: str, force: bool) -> None:
 
 
 @command.command("remove")
-@click.argument("model")
+@version_option
+@click.argument("model", shell_complete=files)
 @_OUT
 @_FORCE
 def remove_command(model: str, out: str, force: bool) -> None:
@@ -330,8 +333,9 @@ def remove_command(model: str, out: str, force: bool) -> None:
 
 
 @command.command("to-json")
-@click.argument("profile")
-@click.option("-o", "--out", help="The file to write.  [default: stdout]")
+@version_option
+@click.argument("profile", shell_complete=files)
+@click.option("-o", "--out", shell_complete=files, help="The file to write.  [default: stdout]")
 @_FORCE
 def to_json_command(profile: str, out: str | None, force: bool) -> None:
     """Write PROFILE, a side-car or a model with one inside, as JSON."""
@@ -350,7 +354,8 @@ def _is_profile(found: Any) -> bool:
 
 
 @command.command("from-json")
-@click.argument("json_file", metavar="JSON")
+@version_option
+@click.argument("json_file", metavar="JSON", shell_complete=files)
 @_OUT
 @_FORCE
 def from_json_command(json_file: str, out: str, force: bool) -> None:
@@ -361,8 +366,9 @@ def from_json_command(json_file: str, out: str, force: bool) -> None:
 
 
 @command.command("upgrade")
-@click.argument("profile")
-@click.option("-o", "--out", help="The file to write.  [default: PROFILE itself]")
+@version_option
+@click.argument("profile", shell_complete=files)
+@click.option("-o", "--out", shell_complete=files, help="The file to write.  [default: PROFILE itself]")
 @_FORCE
 def upgrade_command(profile: str, out: str | None, force: bool) -> None:
     """Write PROFILE, a side-car or a model with one inside, in the newest version of the format."""

@@ -22,7 +22,7 @@ from bridge.errors import SettingsError
 from bridge.model_file import open_model, read_header
 
 from . import plots
-from .command import force_option, run, tool
+from .command import files, force_option, run, tool
 from .convert import load_profile
 from .profile import PREFIX, LayerProfile, Profile, check_model, side_car
 from .reference import KEY_BITS, PAGE_CELLS
@@ -268,9 +268,9 @@ def plot(profile: Profile, path: str | os.PathLike[str]) -> None:
 
 
 @tool()
-@click.argument("file")
-@click.option("--model", help="The model, to check that the profile is for it and to count bits with its value heads.")
-@click.option("--plot", "picture", help="Draw heat maps of tiers, salience, ranges and |q| into this file, .png or .svg.")
+@click.argument("file", shell_complete=files)
+@click.option("--model", shell_complete=files, help="The model, to check that the profile is for it and to count bits with its value heads.")
+@click.option("--plot", "picture", shell_complete=files, help="Draw heat maps of tiers, salience, ranges and |q| into this file, .png or .svg.")
 @force_option("the picture")
 def command(file: str, model: str | None, picture: str | None, force: bool) -> None:
     """Show the profile FILE: a side-car, JSON, or a model that has one beside or inside it."""

@@ -38,7 +38,7 @@ def describe_run(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(_without_folders(word) for word in command_line()),
         "commit": commit(),
-        "machine": _machine(),
+        "machine": machine(),
         "versions": _versions(),
         "model": describe_file(model, progress) if hashed else {"name": model.name, "bytes": model.stat().st_size},
         "settings": settings,
@@ -84,7 +84,8 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Processor, cores of this process, instruction sets that matter here, architecture and system."""
     cpu, flags = platform.processor() or platform.machine(), set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -19,7 +19,7 @@ import speed
 
 import bridge
 import bridge.model_file
-import mixkvq.__main__
+import mixkvq.cli
 import mixkvq.lab.__main__
 from bridge.command import command_line
 from mixkvq import calibrate, convert, evaluate, inspect
@@ -27,7 +27,7 @@ from mixkvq.command import Number, run, tool
 
 ROOT = Path(__file__).parents[2]
 TOOLS = {
-    "mixkvq": mixkvq.__main__.command,
+    "mixkvq": mixkvq.cli.command,
     "mixkvq.calibrate": calibrate.cli,
     "mixkvq.evaluate": evaluate.command,
     "mixkvq.inspect": inspect.command,
