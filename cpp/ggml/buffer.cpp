@@ -186,18 +186,27 @@ void CacheTensor::decide(int heads_size, int heads) {
 // The pages of heads of this size take more than was reserved for others.
 void CacheTensor::move_to_larger_region(size_t bytes) {
     const StoreShape shape = store->shape();
-    auto larger = std::make_unique<PageStore>(shape, owner->memory->pages(*this, shape), owner->memory->allocate(bytes), bytes);
-    std::vector<half> rows(size_t(kPageCells) * shape.row);
-    for (int s = 0; s < shape.n_streams; ++s) {
-        for (int p = 0; p < shape.n_pages(); ++p) {
-            if (store->page(s, p).empty()) continue;
-            const int cell = p * kPageCells, n = std::min(kPageCells, shape.n_cells - cell);
-            store->read(s, cell, n, rows.data());
-            larger->write(s, cell, n, rows.data(), shape.row);
+    uint8_t * const region = owner->memory->allocate(bytes);
+    owner->more += bytes;
+    CudaMemory * const before = cuda;
+    std::unique_ptr<PageStore> larger;
+    try {
+        larger = std::make_unique<PageStore>(shape, owner->memory->pages(*this, shape), region, bytes);
+        larger->keep_statistics(keeps_statistics());
+        std::vector<half> rows(size_t(kPageCells) * shape.row);
+        for (int s = 0; s < shape.n_streams; ++s) {
+            for (int p = 0; p < shape.n_pages(); ++p) {
+                if (store->page(s, p).empty()) continue;
+                const int cell = p * kPageCells, n = std::min(kPageCells, shape.n_cells - cell);
+                store->read(s, cell, n, rows.data());
+                larger->write(s, cell, n, rows.data(), shape.row);
+            }
         }
+    } catch (...) {
+        cuda = before;
+        throw;
     }
     store = std::move(larger);
-    owner->more += bytes;
     if (!owner->memory->is_zero()) unused_bytes = region_bytes;  // fresh memory of the machine is not there before it is written
     region_bytes = bytes;
 }

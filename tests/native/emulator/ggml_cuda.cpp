@@ -96,6 +96,8 @@ void compute(ggml_backend_t cpu, Copy & copy) {
     ggml_free(ctx);
 }
 
+decltype(ggml_backend_device_i::init_backend) cpu_init;  // of ggml's own CPU device
+
 // Of a context shift: a page of keys by itself.
 bool fails(const ggml_cgraph & graph) { return graph.n_nodes == 1 && graph.nodes[0]->op == GGML_OP_ROPE && emulator::fails("shift"); }
 
@@ -145,7 +147,7 @@ ggml_backend_t init_backend(ggml_backend_dev_t device, const char *) {
     backend->iface.event_record = event_record;
     backend->iface.event_wait = event_wait;
     backend->device = device;
-    backend->context = new Backend{ggml_backend_dev_init(static_cast<ggml_backend_dev_t>(device->reg->context), nullptr)};
+    backend->context = new Backend{cpu_init(static_cast<ggml_backend_dev_t>(device->reg->context), nullptr)};
     return backend;
 }
 ggml_backend_buffer_type_t get_buffer_type(ggml_backend_dev_t device) { return &at(device).type; }
@@ -162,7 +164,6 @@ void event_synchronize(ggml_backend_dev_t, ggml_backend_event_t) { emulator::fin
 
 // --- ggml's own CPU device, which can fail, too ---
 
-decltype(ggml_backend_device_i::init_backend) cpu_init;
 decltype(ggml_backend_i::graph_compute) cpu_compute;
 
 ggml_backend_t init_cpu(ggml_backend_dev_t device, const char * params) {
