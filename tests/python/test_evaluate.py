@@ -86,7 +86,9 @@ def test_total_bits_agree_with_what_is_allocated(tiny, window, sinks):
     own = caches.sizes(llm, "balanced", [2048, 8192], window=window, sinks=sinks)
     expected = caches.total_bits(own["body_bits_k"], own["body_bits_v"], 2048, window, sinks)
     tables = own["total_bits"]["2048"] - expected
-    assert 0 <= tables < 0.06  # pages' tables and the counts of four tiny tensors
+    # Page tables, and of every key channel 4 bytes each of mean and square, now and at three marks, and of its importance: 36 bytes by 4096 elements
+    # of a key and a value channel are 0.07 bits. The rest are the books of four tiny tensors.
+    assert 0 <= tables < 0.12
     assert own["bytes"] == pytest.approx(own["total_bits"]["2048"] * llm.kv_stats()["elements"] / 8)
     longer = caches.open_cache(tiny, "balanced", window=window, sinks=sinks, n_ctx=8192, n_batch=128)
     assert 0 <= longer.kv_stats()["total_bits"] - own["total_bits"]["8192"] < 0.05
@@ -100,7 +102,9 @@ def test_total_bits_properties(k, v, n_ctx, window, sinks, share):
     bits = caches.total_bits(k, v, n_ctx, window, sinks, key_share=share)
     body = share * k + (1 - share) * v
     assert bits > 0 and bits >= min(16, body) * (1 - 1e-9) - 128 * 16 / n_ctx
-    assert caches.total_bits(k, v, n_ctx, window + 128, sinks, key_share=share) >= bits
+    pages = [-(-n // 128) for n in (n_ctx, sinks, window + 128)]
+    if pages[0] > sum(pages[1:]) + 1:  # else the F16 page of each token is what a full context has, and packed pages beside them are no more
+        assert caches.total_bits(k, v, n_ctx, window + 128, sinks, key_share=share) >= bits
     assert caches.total_bits(k, v, 1 << 30, window, sinks, key_share=share) == pytest.approx(body, rel=1e-3)
 
 

@@ -351,7 +351,7 @@ def _coded(y: Array, o: ValueOptions) -> Array:
         return mid_rise(y, scale, 8) * scale
     n_heads, n_tokens, size = y.shape
     # In the order of additions that docs/format.md fixes.
-    mean_square = reference._sum_of_squares(y.reshape(-1, size)).reshape(n_heads, n_tokens, 1) / np.float32(size)
+    mean_square = reference._sum_of_lanes(np.square(y.reshape(-1, size))).reshape(n_heads, n_tokens, 1) / np.float32(size)
     if o.shared > 1:
         mean_square = np.repeat(mean_square.reshape(n_heads, -1, o.shared).mean(axis=2), o.shared, axis=1)[..., None]
     sigma = np.sqrt(mean_square)
