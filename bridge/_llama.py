@@ -466,29 +466,31 @@ class Llama(llama_cpp.Llama):
         self.device = device
 
         streams.fill_missing()  # llama-cpp-python needs descriptors 1 and 2
-        backend = _backend() if stock is None else None
-        self._place(backend, kwargs)
-        kwargs["flash_attn"] = True
         loading = _Loading(on_load)
         self._on_load = C.llama_progress_callback(loading)
 
-        with _load_lock, loading.ctrl_c_held():
-            _log.begin()
-            if backend is not None:
-                self._session = backend.begin(self.kv, self._file, _guarded(codec, self) if codec is not None else None)
-            try:
-                super().__init__(model_path, **kwargs)
-                loading.finish()
-            except BaseException as e:
-                error = loading.raised or self._explain(e)
-                self.close()
-                if error is e:
-                    raise
-                raise error from None
-            finally:
-                if self._session is not None:
-                    self._session.end()
-                _log.end()
+        with loading.ctrl_c_held():
+            backend = _backend() if stock is None else None
+            self._place(backend, kwargs)
+            loading.finish()
+            kwargs["flash_attn"] = True
+            with _load_lock:
+                _log.begin()
+                if backend is not None:
+                    self._session = backend.begin(self.kv, self._file, _guarded(codec, self) if codec is not None else None)
+                try:
+                    super().__init__(model_path, **kwargs)
+                    loading.finish()
+                except BaseException as e:
+                    error = loading.raised or self._explain(e)
+                    self.close()
+                    if error is e:
+                        raise
+                    raise error from None
+                finally:
+                    if self._session is not None:
+                        self._session.end()
+                    _log.end()
         # With a draft model llama_cpp.Llama means to keep the logits of every token, in an array that holds n_batch of them.
         self._logits_all = bool(kwargs.get("logits_all", False))
         try:
@@ -986,7 +988,10 @@ class _Loading:
 
     @contextlib.contextmanager
     def ctrl_c_held(self) -> Iterator[None]:
-        """Keep a SIGINT for the callback: Python would raise KeyboardInterrupt wherever it stands, and ctypes drops what reaches it."""
+        """Keep a SIGINT for the callback: Python would raise KeyboardInterrupt wherever it stands, and ctypes drops what reaches it.
+
+        That holds for llama.cpp's log as well, which it writes while devices are looked at and memory is measured.
+        """
         handler = signal.getsignal(signal.SIGINT)
         if threading.current_thread() is not threading.main_thread() or not callable(handler):
             yield
@@ -1008,7 +1013,7 @@ class _Loading:
             self._handler(*arguments)
 
     def finish(self) -> None:
-        """After a load that went through: raise what came in too late to stop it."""
+        """After a step that went through: raise what came in too late to stop it."""
         self._deliver()
         if self.raised is not None:
             raise self.raised

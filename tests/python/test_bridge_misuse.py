@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import signal
@@ -322,6 +323,24 @@ def test_ctrl_c_stops_a_load(on_load):
         else:
             with_signal_at_the_first_callback()
     assert signal.getsignal(signal.SIGINT) is before and len(at) <= 3
+
+
+@pytest.mark.parametrize("stock", [None, "f16"])
+def test_ctrl_c_stops_the_look_at_devices_and_memory(stock, monkeypatch):
+    """There the only Python that runs is the function for llama.cpp's log, and ctypes drops what is raised in it."""
+    from bridge import _llama
+
+    place, loads = _llama.Llama._place, []
+
+    def interrupted(*arguments):
+        ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(signal.SIGINT))()
+        place(*arguments)
+
+    monkeypatch.setattr(_llama.Llama, "_place", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        load(on_load=loads.append, **({} if stock is None else {"stock": stock}))
+    assert signal.getsignal(signal.SIGINT) is before and not loads
 
 
 def with_signal_at_the_first_callback():
