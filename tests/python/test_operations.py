@@ -488,7 +488,7 @@ def test_scattered_writes_do_not_keep_pages_in_f16(models):
         pair.feed(PROBE[:1], 2)
         for layer in pair.ours.layers():
             assert layer["pages_packed"] >= 9
-            # Two sequences are there, the first and the third in the place of the second; each keeps two pages of its window and the one being filled.
+            # Two sequences are there, the first and the third in place of the second; each keeps two pages of its window and the one being filled.
             assert layer["pages_f16"] <= 2 * 3
         stats = pair.ours.stats()
         assert stats["bytes"] < 0.8 * stats["bytes_f16"]
