@@ -27,8 +27,8 @@ from rich.table import Table
 from bridge.devices import DEVICE_HELP, check_device
 from bridge.errors import BridgeError, SettingsError
 from bridge.library import llama, native
-from bridge.model_file import open_model
 from bridge.machine import physical_cores
+from bridge.model_file import open_model
 
 from . import plots, problems, tasks
 from .caches import CACHE_HELP, check_name, file_of, is_stock, open_cache, split_names
