@@ -7,6 +7,8 @@ from hypothesis import HealthCheck, settings
 # Before OpenMP is loaded, and for the processes that tests start: threads that spin for each other stand still where two tests share a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+os.environ["MIXKVQ_CONFIG"] = ""  # no settings file of the user's
+
 # A run draws the examples of the run before, so that what failed fails again; and no example fails because the machine is busy.
 unchecked = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("mixkvq", derandomize=True, deadline=None, suppress_health_check=unchecked)
