@@ -4,7 +4,7 @@
 #   make sanitize the native tests again, with the address and undefined-behaviour sanitizers
 #   make neon     the native tests again, built for 64-bit ARM and run in an emulator
 #   make lint     style and types      make clean    removes what was built (not .venv)
-#   make figures NOVEL=... WIKI=...    measures anew what the documents state   make tables   writes it into them
+#   make figures NOVEL=... WIKI=...    measures anew what the documents state   make tables   writes it into them, and docs/commands.md
 #   make repeat N=10                   all tests N times on a busy machine, up to the first failure
 # The first call sets everything up in .venv; later ones only rebuild what has changed.
 
@@ -107,6 +107,7 @@ figures: .venv/.plot
 
 tables: .venv/.installed
 	@$(PY) bench/tables.py
+	@$(PY) bench/commands.py
 
 # The geometry of an 8B model with random weights; it need not be written anew when MixKVQ is.
 $(BENCH)/8b-2layers.gguf: bench/random_model.py | .venv/.installed

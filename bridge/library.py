@@ -58,22 +58,11 @@ def llama() -> ModuleType:
     """
     try:
         from . import _llama
-    except (ImportError, AttributeError):  # another version lacks what _llama imports, or has it elsewhere
-        found = _llama_cpp_version()
-        if found is None:
+    except (ImportError, AttributeError) as e:  # another version lacks what _llama imports, or has it elsewhere
+        if isinstance(e, ModuleNotFoundError) and e.name == "llama_cpp":
             raise VersionError(f"llama-cpp-python is not installed; {_INSTALL}.") from None
+        found = getattr(sys.modules.get("llama_cpp"), "__version__", _LLAMA_CPP)
         if found != _LLAMA_CPP:
             raise VersionError(f"llama-cpp-python {found} is not supported; {_INSTALL}.") from None
         raise
     return _llama
-
-
-def _llama_cpp_version() -> str | None:
-    """Of the llama_cpp that is imported here; None if there is none."""
-    try:
-        import llama_cpp
-    except ModuleNotFoundError as e:
-        if e.name == "llama_cpp":
-            return None
-        raise
-    return str(getattr(llama_cpp, "__version__", "of unknown version"))

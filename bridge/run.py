@@ -216,7 +216,8 @@ def list_presets() -> None:
 
 def complete_kv(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The presets that begin so; else files."""
-    found = [CompletionItem(p["name"], help=p["description"]) for p in native().presets() if p["name"].startswith(incomplete)]
+    names = [(name, p["description"]) for p in native().presets() for name in (p["alias"] or p["name"], p["name"])]
+    found = [CompletionItem(name, help=what) for name, what in dict(names).items() if name.startswith(incomplete)]
     return found or files(context, parameter, incomplete)
 
 

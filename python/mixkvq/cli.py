@@ -73,7 +73,7 @@ class _Group(click.Group):
             formatter.write_dl([(name, what) for name, (_, _, what) in COMMANDS.items()])
 
 
-@click.command(cls=_Group, invoke_without_command=True, context_settings=SETTINGS)
+@click.command(cls=_Group, invoke_without_command=True, subcommand_metavar="COMMAND [ARGS]...", context_settings=SETTINGS)
 @version_option
 @click.pass_context
 def command(context: click.Context) -> None:

@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A shell ignores Ctrl-C for what it runs in the background, and so would the tests and the programs that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+os.environ["MIXKVQ_CONFIG"] = ""  # no settings file of the user's
+
 # A run draws the examples of the run before, so that what failed fails again; and no example fails because the machine is busy.
 unchecked = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("mixkvq", derandomize=True, deadline=None, suppress_health_check=unchecked)
