@@ -154,7 +154,7 @@ def spoil(model, how):
 @pytest.mark.parametrize("how", ["another model, beside", "damaged, beside", "a model, beside", "damaged, inside"])
 def test_a_profile_that_does_not_fit_says_how_to_go_on(model, how):
     spoil(model, how)
-    words = r"it was found beside the model: delete it, or .*--kv balanced" if "beside" in how else r"it was found in the model: take it out .*remove"
+    words = r"it was found beside the model: delete it, or .*kv='balanced'" if "beside" in how else r"it was found in the model: take it out .*remove"
     with refused(words):
         load(model)
     assert cache(model, kv="balanced")[1] == "MixKVQ balanced"
