@@ -76,10 +76,12 @@ struct Tiers {
 struct Affine {
     F lo, top, scale, inv;
 
+    Affine() = default;
     Affine(F lo, F hi, F top) : lo(lo), top(top) {
         set_scale(hi);
         set_scale(back(hi));
     }
+    Affine(F lo, F scale, F inv, F top) : lo(lo), top(top), scale(scale), inv(inv) {}
     Affine(float lo, float scale, float inv, float top) : lo(splat(lo)), top(splat(top)), scale(splat(scale)), inv(splat(inv)) {}
     F steps(F x) const { return min(max(mul(sub(x, lo), inv), splat(0.0f)), top); }
     I codes(F x) const { return to_int(steps(x)); }
@@ -116,6 +118,8 @@ void sort_channels(const float * salience, int n, uint8_t * order) {
     }
 }
 
+constexpr int kKeySample = 32;
+
 // The keys of a head, channel by channel. A cell without a token repeats another of its group, so that ranges need no mask.
 struct Channels {
     alignas(64) half x[kMaxHeadSize * kPageCells];
@@ -123,6 +127,9 @@ struct Channels {
     float scale[4][kMaxHeadSize], inv[4][kMaxHeadSize], top[kMaxHeadSize];
     uint8_t tier[kMaxHeadSize], bits[kMaxHeadSize];     // the tier of each channel, and the bits at which it is rounded
     I keep[kPageCells / 8];                             // all ones where a cell holds a token
+    half sample[kKeySample][kMaxHeadSize];              // rows that are looked at first, `n_sample` of them
+    uint8_t sample_group[kKeySample];
+    int n_sample = 0;
 
     Affine affine(int d, int g) const { return Affine(lo[g][d], scale[g][d], inv[g][d], top[d]); }
     F load(int d, int k) const { return load_half(x + d * kPageCells + 8 * k); }
@@ -142,6 +149,12 @@ void read_channels(const KeyFormat & f, const half * rows, size_t stride, const 
         }
     }
     for (int k = 0; k < kPageCells / 8; ++k) c.keep[k] = lanes_of(unsigned(valid.word[k / 8] >> (k % 8 * 8)) & 255);
+    for (int t = 0; t < kPageCells; ++t) {
+        if (t % 32 < 8 && valid.test(t)) {
+            c.sample_group[c.n_sample] = uint8_t(t / f.group);
+            std::memcpy(c.sample[c.n_sample++], rows + t * stride, n * sizeof(half));
+        }
+    }
 }
 
 void read_ranges(const KeyFormat & f, Channels & c) {
@@ -159,66 +172,81 @@ void read_ranges(const KeyFormat & f, Channels & c) {
     }
 }
 
-// Scales of eight channels from d on, as if they had these bits.
-struct Trial {
-    float scale[4][8], inv[4][8], top;
+// Calls f(bits, channels) for every tier, the widest first.
+template <class Function>
+inline void by_tiers(const KeyFormat & f, Function && call) {
+    call(16, f.n16);
+    call(8, f.n8);
+    call(4, f.n4);
+    call(3, f.n3);
+    call(2, f.n2);
+}
 
-    Trial(const KeyFormat & f, const float (&lo)[4][kMaxHeadSize], const float (&hi)[4][kMaxHeadSize], int d, int bits) : top(float((1 << bits) - 1)) {
-        for (int g = 0; g < f.n_groups(); ++g) {
-            const Affine a(load(lo[g] + d), load(hi[g] + d), splat(top));
-            store(scale[g], a.scale);
-            store(inv[g], a.inv);
+// The bits that the format has below 16, the narrowest first.
+struct Widths {
+    int n = 0, bits[4], count[4];
+
+    explicit Widths(const KeyFormat & f) {
+        for (int b : {2, 3, 4, 8}) {
+            count[n] = b == 2 ? f.n2 : b == 3 ? f.n3 : b == 4 ? f.n4 : f.n8;
+            if (count[n] > 0) bits[n++] = b;
         }
     }
 };
 
-// Ones where eight numbers read back as they are.
-inline I unchanged(const Affine & a, F x) { return count_at_least(zero_int(), splat(0.0f), abs(sub(a.back(x), x))); }
+// Eight channels side by side, each at its own scale by group.
+struct Lanes {
+    Affine by_group[4];
+    int shift;  // of a token to its group
 
-// Whether all cells of channel d read back as they are.
-bool reads_back(const KeyFormat & f, const Channels & c, const Trial & trial, int d) {
-    for (int k = 0; k < kPageCells / 8; ++k) {
-        const int g = 8 * k / f.group;
-        if (sum(unchanged(Affine(c.lo[g][d], trial.scale[g][d % 8], trial.inv[g][d % 8], trial.top), c.load(d, k))) < 8) return false;
-    }
-    return true;
+    const Affine & at(int t) const { return by_group[t >> shift]; }
+};
+
+template <class Make>
+inline Lanes lanes_of_groups(const KeyFormat & f, Make && make) {
+    Lanes lanes;
+    lanes.shift = f.group == 32 ? 5 : f.group == 64 ? 6 : 7;
+    for (int g = 0; g < f.n_groups(); ++g) lanes.by_group[g] = make(g);
+    return lanes;
 }
 
-// Calls f(bits, channels) for the tiers that the format has, the narrowest first, without the one of 16 bits.
-template <class Function>
-inline void by_narrow_tiers(const KeyFormat & f, Function && call) {
-    for (int i = 3; i >= 0; --i) {
-        const Tier tier = Tiers(f).tier[i];
-        if (tier.count > 0) call(tier.bits, tier.count);
-    }
+// As if channels between lo and hi had these bits.
+inline Lanes trial(const KeyFormat & f, const float (&lo)[4][kMaxHeadSize], const float (&hi)[4][kMaxHeadSize], int d, int bits) {
+    return lanes_of_groups(f, [&](int g) { return Affine(load(lo[g] + d), load(hi[g] + d), splat(float((1 << bits) - 1))); });
 }
-template <class Function>
-inline void by_tiers(const KeyFormat & f, Function && call) {
-    call(16, f.n16);
-    for (const Tier & tier : Tiers(f).tier) call(tier.bits, tier.count);
-}
+
+// Counts the lanes whose number reads back as it is.
+inline I count_unchanged(I n, const Affine & a, F x) { return count_equal(n, a.back(x), x); }
+inline int most_of(I n) { return int(highest(to_float(n))); }
 
 // The bits at which channels seem to have been packed before, judged by half of a sample of their cells; 16 if it does not seem so. False as soon as
 // too many of them are new: then the page is.
-bool sampled_bits(const KeyFormat & f, const Channels & c, const CellMask & valid, uint8_t * most) {
-    int n_sample = 0, unknown = 0;
-    for (int t = 0; t < kPageCells; ++t) n_sample += t % 32 < 8 && valid.test(t);
+bool sampled_bits(const KeyFormat & f, const Channels & c, uint8_t * most) {
+    const int n_sample = c.n_sample, half_of_it = (n_sample + 1) / 2;
+    const Widths widths(f);
+    int unknown = 0;
     for (int first = 0; first < f.head_size; first += 8) {
-        int best[8] = {};
+        float best[8] = {};
+        Lanes lanes[4];
+        I same[4];
+        for (int w = 0; w < widths.n; ++w) lanes[w] = trial(f, c.lo, c.hi, first, widths.bits[w]), same[w] = zero_int();
         for (int d = first; d < first + 8; ++d) most[d] = 16;
-        by_narrow_tiers(f, [&](int bits, int) {
-            const Trial trial(f, c.lo, c.hi, first, bits);
-            for (int i = 0; i < 8; ++i) {
-                I count = zero_int();
-                for (int k = 0; k < kPageCells / 8; k += 4) {
-                    const int g = 8 * k / f.group;
-                    const Affine a(c.lo[g][first + i], trial.scale[g][i], trial.inv[g][i], trial.top);
-                    count = add(count, bits_and(unchanged(a, c.load(first + i, k)), c.keep[k]));
-                }
-                const int same = sum(count);
-                if (2 * same >= n_sample && same > best[i]) best[i] = same, most[first + i] = uint8_t(bits);
+        bool enough = true;
+        for (int i = 0; i < n_sample && enough; ++i) {
+            const F x = load_half(c.sample[i] + first);
+            for (int w = 0; w < widths.n; ++w) same[w] = count_unchanged(same[w], lanes[w].by_group[c.sample_group[i]], x);
+            if (i > half_of_it && i % 4 == 0) {  // in a page that is new hardly any cell is the same: the sample is not read to its end
+                enough = false;
+                for (int w = 0; w < widths.n; ++w) enough |= most_of(same[w]) + n_sample - i - 1 >= half_of_it;
             }
-        });
+        }
+        for (int w = 0; w < widths.n && enough; ++w) {
+            float count[8];
+            store(count, to_float(same[w]));
+            for (int i = 0; i < 8; ++i) {
+                if (count[i] >= float(half_of_it) && count[i] > best[i]) best[i] = count[i], most[first + i] = uint8_t(widths.bits[w]);
+            }
+        }
         for (int d = first; d < first + 8; ++d) unknown += most[d] == 16;
         if (n_sample > 0 && 2 * (f.head_size - unknown) < f.n_coded()) return false;
     }
@@ -226,17 +254,32 @@ bool sampled_bits(const KeyFormat & f, const Channels & c, const CellMask & vali
 }
 
 // The tiers of rows that come from a record, if these do: nothing is lost then.
-bool keep_tiers(const KeyFormat & f, Channels & c) {
+bool keep_tiers(const KeyFormat & f, const half * rows, size_t stride, const CellMask & valid, Channels & c) {
     const int n = f.head_size;
-    for (int d = 0; d < n; ++d) c.bits[d] = 16;
-    by_narrow_tiers(f, [&](int bits, int) {
-        for (int first = 0; first < n; first += 8) {
-            const Trial trial(f, c.lo, c.hi, first, bits);
-            for (int d = first; d < first + 8; ++d) {
-                if (c.bits[d] == 16 && reads_back(f, c, trial, d)) c.bits[d] = uint8_t(bits);
+    const Widths widths(f);
+    int wide = 0;
+    for (int first = 0; first < n; first += 8) {
+        for (int d = first; d < first + 8; ++d) c.bits[d] = 16;
+        bool found = false;
+        for (int w = 0; w < widths.n && !found; ++w) {
+            const int bits = widths.bits[w];
+            const Lanes lanes = trial(f, c.lo, c.hi, first, bits);
+            I same = splat_int(1);
+            for (int t = 0; t < kPageCells; ++t) {
+                if (t % 8 == 0 && most_of(same) == 0) break;
+                if (valid.test(t)) same = bits_and(same, count_unchanged(zero_int(), lanes.at(t), load_half(rows + t * stride + first)));
             }
+            float all[8];
+            store(all, to_float(same));
+            for (int i = 0; i < 8; ++i) {
+                if (all[i] > 0 && c.bits[first + i] == 16) c.bits[first + i] = uint8_t(bits);
+            }
+            found = true;
+            for (int d = first; d < first + 8; ++d) found = found && c.bits[d] < 16;
         }
-    });
+        for (int d = first; d < first + 8; ++d) wide += c.bits[d] == 16;
+        if (wide > f.n16) return false;
+    }
     uint8_t at_rank[kMaxHeadSize], * rank = at_rank;
     by_tiers(f, [&](int bits, int count) {
         std::memset(rank, bits, count);
@@ -267,18 +310,26 @@ void choose_tiers(const KeyFormat & f, const float * importance, uint8_t * most,
     uint8_t ranked[kMaxHeadSize];
     sort_channels(salience, n, ranked);
 
+    const uint8_t * next = ranked;
+    if (is_new) {
+        by_tiers(f, [&](int bits, int count) {
+            for (; count > 0; --count) c.tier[*next++] = uint8_t(bits);
+        });
+        std::memcpy(c.bits, c.tier, n);
+        return;
+    }
     int known = 0;
-    by_narrow_tiers(f, [&](int bits, int count) {
+    const Widths widths(f);
+    for (int w = 0; w < widths.n; ++w) {
         int found = 0;
-        for (int d = 0; d < n && !is_new; ++d) found += most[d] == bits;
-        if (found <= count) {
+        for (int d = 0; d < n; ++d) found += most[d] == widths.bits[w];
+        if (found <= widths.count[w]) {
             known += found;
         } else {
-            for (int d = 0; d < n; ++d) most[d] = most[d] == bits ? 16 : most[d];  // no record has so many
+            for (int d = 0; d < n; ++d) most[d] = most[d] == widths.bits[w] ? 16 : most[d];  // no record has so many
         }
-    });
-    if (2 * known < f.n_coded() || is_new) std::memset(most, 16, n);
-    const uint8_t * next = ranked;
+    }
+    if (2 * known < f.n_coded()) std::memset(most, 16, n);
     by_tiers(f, [&](int bits, int count) {
         for (int d = 0; d < n && bits < 16; ++d) {
             if (most[d] == bits) c.tier[d] = uint8_t(bits), --count;
@@ -307,32 +358,84 @@ inline F reads(const KeyFormat & f, const Channels & c, int d, int k) {
     return c.bits[d] == 16 ? x : c.affine(d, 8 * k / f.group).back(x);
 }
 
-// Whether a channel comes out so that fewer bits than its tier's would hold it.
-bool any_narrower(const KeyFormat & f, const Channels & c) {
-    float hi[4][kMaxHeadSize];  // as they read back
-    for (int g = 0; g < f.n_groups(); ++g) {
-        for (int d = 0; d < f.head_size; d += 8) {
-            Affine a(load(c.lo[g] + d), load(c.hi[g] + d), load(c.top + d));
-            store(hi[g] + d, a.back(load(c.hi[g] + d)));
-            for (int i = d; i < d + 8; ++i) hi[g][i] = c.bits[i] == 16 ? c.hi[g][i] : hi[g][i];
-        }
+// Eight channels from d on as they read back, those of the tier of 16 bits as they are.
+struct ReadBack {
+    Lanes lanes;
+    F bits;
+    bool any16;
+
+    ReadBack(const KeyFormat & f, const Channels & c, int d)
+        : lanes(lanes_of_groups(f, [&](int g) { return Affine(load(c.lo[g] + d), load(c.scale[g] + d), load(c.inv[g] + d), load(c.top + d)); })) {
+        float b[8];
+        for (int i = 0; i < 8; ++i) b[i] = float(c.bits[d + i]);
+        bits = load(b);
+        any16 = highest(bits) == 16;
     }
-    bool any = false;
-    by_narrow_tiers(f, [&](int bits, int) {
-        for (int first = 0; first < f.head_size && !any; first += 8) {
-            const Trial trial(f, c.lo, hi, first, bits);
-            for (int d = first; d < first + 8; ++d) {
-                bool same = c.tier[d] > bits;
-                for (int k = 0; k < kPageCells / 8 && same; ++k) {
-                    const int g = 8 * k / f.group;
-                    const Affine a(c.lo[g][d], trial.scale[g][d - first], trial.inv[g][d - first], trial.top);
-                    same = sum(unchanged(a, reads(f, c, d, k))) == 8;
-                }
-                any = any || same;
-            }
+    F back(const Affine & a, F x) const {
+        const F y = a.back(x);
+        if (!any16) return y;
+        return add(zero_below(x, bits, splat(16.0f)), zero_below(y, splat(8.0f), bits));
+    }
+};
+
+// Whether a channel comes out so that fewer bits than its tier's would hold it.
+bool any_narrower(const KeyFormat & f, const Channels & c, const half * rows, size_t stride, const CellMask & valid) {
+    const Widths widths(f);
+    for (int first = 0; first < f.head_size; first += 8) {
+        unsigned wider[4] = {}, any = 0;  // channels whose tier has more bits
+        for (int w = 0; w < widths.n; ++w) {
+            for (int i = 0; i < 8; ++i) wider[w] |= unsigned(c.tier[first + i] > widths.bits[w]) << i;
+            any |= wider[w];
         }
-    });
-    return any;
+        if (any == 0) continue;
+        const ReadBack own(f, c, first);
+        float hi[4][8];  // as they read back
+        for (int g = 0; g < f.n_groups(); ++g) store(hi[g], own.back(own.lanes.by_group[g], load(c.hi[g] + first)));
+        Lanes lanes[4];
+        I same[4];
+        int n = 0;
+        for (int w = 0; w < widths.n; ++w) {
+            if (wider[w] == 0) continue;
+            const F top = splat(float((1 << widths.bits[w]) - 1));
+            lanes[n] = lanes_of_groups(f, [&](int g) { return Affine(load(c.lo[g] + first), load(hi[g]), top); });
+            same[n++] = bits_and(lanes_of(wider[w]), splat_int(1));
+        }
+        const auto look = [&](int g, const half * row) {
+            const F x = own.back(own.lanes.by_group[g], load_half(row + first));
+            for (int i = 0; i < n; ++i) same[i] = bits_and(same[i], count_unchanged(zero_int(), lanes[i].by_group[g], x));
+        };
+        const auto alive = [&] {
+            I sum = zero_int();
+            for (int i = 0; i < n; ++i) sum = add(sum, same[i]);
+            return most_of(sum) > 0;
+        };
+        int i = 0;
+        while (i < c.n_sample) {  // nearly always four cells are enough
+            look(c.sample_group[i], c.sample[i]);
+            if (++i % 4 == 0 && !alive()) break;
+        }
+        for (int t = 0; t < kPageCells; ++t) {
+            if (t % 8 == 0 && !alive()) break;
+            if (valid.test(t)) look(t >> own.lanes.shift, rows + t * stride);
+        }
+        if (alive()) return true;
+    }
+    return false;
+}
+
+// The tiers and scales of the rows as they read back.
+void pack_twice(const KeyFormat & f, const CellMask & valid, Channels & c) {
+    const int n = f.head_size;
+    alignas(64) half back[kMaxHeadSize * kPageCells];
+    for (int d = 0; d < n; ++d) {
+        for (int k = 0; k < kPageCells / 8; ++k) store_half(c.x + d * kPageCells + 8 * k, reads(f, c, d, k));
+    }
+    for (int t = 0; t < kPageCells; t += 8) {
+        for (int d = 0; d < n; d += 8) transpose_halves(c.x + d * kPageCells + t, kPageCells, back + t * n + d, n);
+    }
+    read_ranges(f, c);
+    keep_tiers(f, back, n, valid, c);
+    set_scales(f, c);
 }
 
 void pack_keys(const KeyFormat & f, const half * rows, size_t stride, const CellMask & valid, const float * importance, uint8_t * record) {
@@ -341,29 +444,27 @@ void pack_keys(const KeyFormat & f, const half * rows, size_t stride, const Cell
     read_channels(f, rows, stride, valid, c);
     read_ranges(f, c);
     uint8_t most[kMaxHeadSize];
-    const bool is_new = !sampled_bits(f, c, valid, most);
-    if (!is_new && keep_tiers(f, c)) {
+    const bool is_new = !sampled_bits(f, c, most);
+    if (!is_new && keep_tiers(f, rows, stride, valid, c)) {
         set_scales(f, c);
     } else {
         choose_tiers(f, importance, most, is_new, c);
         set_scales(f, c);
-        if (any_narrower(f, c)) {  // then the page is packed once more, from the rows as they read back
-            for (int d = 0; d < n; ++d) {
-                for (int k = 0; k < kPageCells / 8; ++k) store_half(c.x + d * kPageCells + 8 * k, reads(f, c, d, k));
-            }
-            read_ranges(f, c);
-            keep_tiers(f, c);
-            set_scales(f, c);
+        if (any_narrower(f, c, rows, stride, valid)) {  // then the page is packed once more, from the rows as they read back
+            pack_twice(f, valid, c);
         }
     }
 
-    uint8_t * order = record + f.offset_order(), * place = order;
-    by_tiers(f, [&](int bits, int) {
+    uint8_t order[kMaxHeadSize + 1], * place = order;
+    by_tiers(f, [&](int bits, int count) {
+        if (count == 0) return;
         for (int d = 0; d < n; ++d) {
-            if (c.tier[d] == bits) *place++ = uint8_t(d);
+            *place = uint8_t(d);
+            place += c.tier[d] == bits;
         }
     });
-    std::memset(order + n, 0, record + f.record_bytes() - (order + n));
+    std::memcpy(record + f.offset_order(), order, n);
+    std::memset(record + f.offset_order() + n, 0, f.record_bytes() - f.offset_order() - n);
     for (int r = 0; r < f.n16; ++r) {
         half row[kPageCells];
         for (int k = 0; k < kPageCells / 8; ++k) store_half(row + 8 * k, reads(f, c, order[r], k));
@@ -521,7 +622,7 @@ constexpr int kPhases = 256;
 
 // How far numbers are from the middles of their steps, in 256ths of a step.
 inline F phases_of(F z, F inv) {
-    const I cut = bits_and(to_int(floor(mul(mul(z, inv), splat(float(kPhases))))), splat_int(kPhases - 1));
+    const I cut = bits_and(to_int(floor(mul(z, mul(inv, splat(float(kPhases)))))), splat_int(kPhases - 1));
     return sub(to_float(cut), splat(float(kPhases / 2)));
 }
 
@@ -536,10 +637,13 @@ uint8_t kept_scale(const ValueFormat & f, const float * z, int dims) {
         if (by < -kScalesBelow || by > above || byte <= 0 || byte > 0xf7) continue;
         const float inv = 1.0f / float_of(half(byte << kScaleShift));
         if (peak * inv > float(1 << (f.bits - 1))) continue;
-        F off = splat(0.0f);  // whole numbers: any order of the sum will do
-        for (int d = 0; d < dims; d += kLanes) off = add(off, abs(phases_of(load(z + d), splat(inv))));
-        const int sum_off = int(sum(off));
-        if (sum_off < fewest) fewest = sum_off, best = byte;
+        int off = 0;  // a whole number: any order of the sum will do
+        for (int d = 0; d < dims && off < fewest; d += 4 * kLanes) {
+            F part = splat(0.0f);
+            for (int i = d; i < d + 4 * kLanes && i < dims; i += kLanes) part = add(part, abs(phases_of(load(z + i), splat(inv))));
+            off += int(sum(part));
+        }
+        if (off < fewest) fewest = off, best = byte;
     }
     return uint8_t(best);
 }
@@ -609,20 +713,42 @@ void kept_means(const ValueFormat & f, const Phases & p, float least, const uint
     }
 }
 
-// The means of the page's rows, rotated, as bytes and as what these read back, and whether the rows come from a record: then they are the means of
-// that one.
-bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * bytes, float * means) {
+// What rotated values are packed with.
+struct Means {
+    float mean[kMaxHeadSize];
+    bool from_record = false;
+    bool has_scales = false;     // kept_scale() of every row without these means:
+    uint8_t scale[kPageCells];
+};
+
+// Sums of the valid rows and of their squares, for so many times eight dimensions.
+template <int blocks>
+void sum_rows(const half * rows, size_t stride, const CellMask & valid, float * total, float * square) {
+    F s[blocks], q[blocks];
+    for (int i = 0; i < blocks; ++i) s[i] = q[i] = splat(0.0f);
+    for (int t = 0; t < kPageCells; ++t) {
+        if (!valid.test(t)) continue;
+        for (int i = 0; i < blocks; ++i) {
+            const F x = load_half(rows + t * stride + i * kLanes);
+            s[i] = add(s[i], x);
+            q[i] = add(q[i], mul(x, x));
+        }
+    }
+    for (int i = 0; i < blocks; ++i) store(total + i * kLanes, s[i]), store(square + i * kLanes, q[i]);
+}
+
+// The means of the page's rows, rotated, as bytes and as what these read back. If the rows come from a record they are the means of that one.
+void rotated_means(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * bytes, Means & m) {
+    float * means = m.mean;
     const int n = f.head_size;
     float square[kMaxHeadSize];
     int count = 0;
-    for (int d = 0; d < n; ++d) means[d] = square[d] = 0.0f;
-    for (int t = 0; t < kPageCells; ++t) {
-        if (!valid.test(t)) continue;
-        ++count;
-        for (int d = 0; d < n; d += kLanes) {
-            const F x = load_half(rows + t * stride + d);
-            store(means + d, add(load(means + d), x));
-            store(square + d, add(load(square + d), mul(x, x)));
+    for (int t = 0; t < kPageCells; ++t) count += valid.test(t);
+    for (int first = 0; first < n; first += 4 * kLanes) {  // the whole of a cache line, the sums in registers
+        if (first + 4 * kLanes <= n) {
+            sum_rows<4>(rows + first, stride, valid, means + first, square + first);
+        } else {
+            for (int d = first; d < n; d += kLanes) sum_rows<1>(rows + d, stride, valid, means + d, square + d);
         }
     }
     count = count > 0 ? count : 1;
@@ -640,41 +766,42 @@ bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
 
     float z[kMaxHeadSize];
     for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(near + d));
+    const int n_sample = count < kSample ? count : kSample;
     int looked = 0, kept = 0;
-    for (int i = 0; i < kPageCells && looked < kSample; ++i) {
+    for (int i = 0; i < kPageCells && looked < n_sample && 2 * (kept + n_sample - looked) >= n_sample; ++i) {
         const int t = i % 8 * 16 + i / 8;
         if (!valid.test(t)) continue;
         rotated_row(f, rows + t * stride, means, z);
         ++looked;
         kept += kept_scale(f, z, kSampleDims) > 0;
     }
-    const bool from_record = looked > 0 && 2 * kept >= looked;
+    m.from_record = looked > 0 && 2 * kept >= n_sample;
     Phases p;
-    for (int round = 0; round < 2 && from_record; ++round) {  // with better means, more rows find their scale
+    for (int round = 0; round < 2 && m.from_record && !m.has_scales; ++round) {  // with better means, more rows find their scale
         p.n = 0;
         for (int t = 0; t < kPageCells; ++t) {
             if (!valid.test(t)) continue;
             rotated_row(f, rows + t * stride, means, z);
-            const uint8_t s = kept_scale(f, z, n);
+            const uint8_t s = m.scale[t] = kept_scale(f, z, n);
             if (s == 0) continue;
             p.inv[p.n] = 1.0f / float_of(half(s << kScaleShift));
             for (int d = 0; d < n; d += kLanes) store_half(p.phase[p.n] + d, phases_of(load(z + d), splat(p.inv[p.n])));
             ++p.n;
         }
         kept_means(f, p, least, near, bytes);
+        m.has_scales = std::memcmp(near, bytes, n) == 0;  // nothing would change in another round
         std::memcpy(near, bytes, n);
         for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(near + d));
     }
     for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(bytes + d));
-    return from_record;
 }
 
 // Codes of one token, as integers.
-void value_codes(const ValueFormat & f, const half * row, const float * means, bool from_record, int t, uint8_t * record, I * code) {
+void value_codes(const ValueFormat & f, const half * row, const Means & m, int t, uint8_t * record, I * code) {
     float y[kMaxHeadSize];
     if (f.rotated()) {
-        rotated_row(f, row, means, y);
-        uint8_t s = from_record ? kept_scale(f, y, f.head_size) : 0;
+        rotated_row(f, row, m.mean, y);
+        uint8_t s = !m.from_record ? 0 : m.has_scales ? m.scale[t] : kept_scale(f, y, f.head_size);
         if (s == 0) s = rotated_scale(f, y);
         record[f.offset_scale() + t] = s;
         const float middle = float(1 << (f.bits - 1));
@@ -717,9 +844,9 @@ void value_codes(const ValueFormat & f, const half * row, const float * means, b
 void pack_values(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {
     const int n = f.head_size;
     const size_t row = size_t(4) * n;
-    float means[kMaxHeadSize];
+    Means means;
     std::memset(record + f.offset_scale(), 0, f.record_bytes() - f.offset_scale());
-    const bool from_record = f.rotated() && rotated_means(f, rows, stride, valid, record + f.offset_mean(), means);
+    if (f.rotated()) rotated_means(f, rows, stride, valid, record + f.offset_mean(), means);
     for (int chunk = 0; chunk < kPageCells / 32; ++chunk) {
         B joined[kMaxHeadSize / kLanes][8];
         for (int k = 0; k < 8; ++k) {
@@ -727,7 +854,7 @@ void pack_values(const ValueFormat & f, const half * rows, size_t stride, const 
             for (int r = 0; r < 4; ++r) {
                 const int t = chunk * 32 + k * 4 + r;
                 if (valid.test(t)) {
-                    value_codes(f, rows + t * stride, means, from_record, t, record, code[r]);
+                    value_codes(f, rows + t * stride, means, t, record, code[r]);
                 } else {
                     for (int i = 0; i < n / kLanes; ++i) code[r][i] = zero_int();
                 }

@@ -75,9 +75,10 @@ inline void sum4(F a, F b, F c, F d, float out[4]) {
     const F s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
-// How many lanes of a are above (at or above) x, added up over calls.
+// Adds one in the lanes where a is above (at or above, equal to) x.
 inline I count_above(I n, F a, F x) { return _mm256_sub_epi32(n, _mm256_castps_si256(_mm256_cmp_ps(a, x, _CMP_GT_OQ))); }
 inline I count_at_least(I n, F a, F x) { return _mm256_sub_epi32(n, _mm256_castps_si256(_mm256_cmp_ps(a, x, _CMP_GE_OQ))); }
+inline I count_equal(I n, F a, F x) { return _mm256_sub_epi32(n, _mm256_castps_si256(_mm256_cmp_ps(a, x, _CMP_EQ_OQ))); }
 inline int sum(I x) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));

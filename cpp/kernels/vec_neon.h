@@ -60,10 +60,11 @@ inline void sum4(F a, F b, F c, F d, float out[4]) {
     const float32x4_t ab = vpaddq_f32(vaddq_f32(a.a, a.b), vaddq_f32(b.a, b.b)), cd = vpaddq_f32(vaddq_f32(c.a, c.b), vaddq_f32(d.a, d.b));
     vst1q_f32(out, vpaddq_f32(ab, cd));
 }
-// How many lanes of a are above (at or above) x, added up over calls.
+// Adds one in the lanes where a is above (at or above, equal to) x.
 inline int32x4_t count(int32x4_t n, uint32x4_t mask) { return vsubq_s32(n, vreinterpretq_s32_u32(mask)); }
 inline I count_above(I n, F a, F x) { return {count(n.a, vcgtq_f32(a.a, x.a)), count(n.b, vcgtq_f32(a.b, x.b))}; }
 inline I count_at_least(I n, F a, F x) { return {count(n.a, vcgeq_f32(a.a, x.a)), count(n.b, vcgeq_f32(a.b, x.b))}; }
+inline I count_equal(I n, F a, F x) { return {count(n.a, vceqq_f32(a.a, x.a)), count(n.b, vceqq_f32(a.b, x.b))}; }
 inline int sum(I x) { return vaddvq_s32(vaddq_s32(x.a, x.b)); }
 
 // dst[4 i + k] = lane i of the k-th register.

@@ -1,4 +1,5 @@
-// Nanoseconds per page and head for every kernel of every supported instruction set. Usage: bench_kernels [head size]
+// Nanoseconds per page and head for every kernel of every supported instruction set; "again" packs rows that were read back.
+// Usage: bench_kernels [head size]
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -90,6 +91,7 @@ int main(int argc, char ** argv) {
         for (const KeyCase & c : keys) {
             once(c.name, "pack", [&] { k.pack_keys(c.format, rows.data(), stride, CellMask::all(), importance.data(), record); });
             once(c.name, "unpack", [&] { k.unpack_keys(c.format, record, back.data(), stride); });
+            once(c.name, "again", [&] { k.pack_keys(c.format, back.data(), stride, CellMask::all(), importance.data(), record); });
             new_queries();
             row(c.name, "scores", [&](int n) { k.scores_packed(c.format, record, nullptr, q, n, scores, scratch); });
         }
@@ -98,6 +100,7 @@ int main(int argc, char ** argv) {
         for (const ValueCase & c : values) {
             once(c.name, "pack", [&] { k.pack_values(c.format, rows.data(), stride, CellMask::all(), record); });
             once(c.name, "unpack", [&] { k.unpack_values(c.format, record, back.data(), stride); });
+            once(c.name, "again", [&] { k.pack_values(c.format, back.data(), stride, CellMask::all(), record); });
             new_weights();
             row(c.name, "values", [&](int n) { k.values_packed(c.format, record, nullptr, scores, n, acc, scratch); });
         }
