@@ -14,6 +14,7 @@ import llama_bench
 import numpy as np
 import plot
 import pytest
+import restores
 import speed
 from _common import open_model
 from click.testing import CliRunner
@@ -204,6 +205,30 @@ for depth in map(int, given["-d"].split(",")):
 print("warning: not JSON")
 print(json.dumps(tests))
 """
+
+
+def test_restores(tmp_path):
+    path = tmp_path / "restores.json"
+    options = "--kv balanced,f16 --rounds 0,1 --read 300 --after 40 --windows 1 --threads 1"
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / "restores.py"), str(MODEL), *options.split(), "--out", str(path)],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "balanced" in done.stdout and "1 rounds" in done.stdout
+    result = json.loads(path.read_text())
+    assert result["bench"] == "restores" and result["settings"] | {"read": 300, "after": 40, "windows": 1} == result["settings"]
+    balanced, stock = result["caches"]
+    assert (balanced["cache"], stock["cache"]) == ("balanced", "f16") and balanced["rounds"] == stock["rounds"] == [0, 1]
+    assert stock["kld"] == [0, 0] and min(balanced["kld"]) > 0
+
+
+@pytest.mark.parametrize("cache", ["balanced", "near-lossless"])
+def test_twelve_restores_change_no_prediction(cache):
+    llm = open_model(MODEL, cache, n_ctx=768, n_batch=512, n_threads=1)
+    tokens = llm.tokenize(restores.TEXT.read_bytes()[:8192])[:512]
+    assert len(tokens) == 512
+    before, after = (restores.predictions(llm, tokens, 448, rounds) for rounds in (0, 12))
+    llm.close()
+    np.testing.assert_array_equal(before, after)
 
 
 @pytest.fixture
