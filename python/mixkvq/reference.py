@@ -28,7 +28,7 @@ GAUSSIAN_STEP = {2: np.float32(0.9957), 3: np.float32(0.5860), 4: np.float32(0.3
 """Best uniform quantiser step for a unit Gaussian, by bits."""
 
 # How rotated rows that come from a record are told from others, and what is read off them.
-LEAST_MEAN = np.float32(2**-5)  # smaller means, beside the root mean square of the rows, are 0
+LEAST_MEAN = np.float32(2**-4)  # smaller means, beside the root mean square of the rows, are 0
 SAMPLE, SAMPLE_DIMS = 8, 32  # rows of a page that are looked at first, and how far
 SAMPLE_ORDER = [t % 8 * 16 + t // 8 for t in range(PAGE_CELLS)]
 PHASES = 256
