@@ -82,20 +82,26 @@ class Material:
     held_out: dict[str, list[Passage]] = field(default_factory=dict)
 
 
-def gather(llm: Llama, texts: Sequence[Path], plan: Plan, seed: int) -> Material:
-    """At most `plan.tokens` tokens of each kind for each purpose, of problems twice as many to calibrate; and some of the model's own words.
+PURPOSES = ("calibrate", "hold out")
 
-    Raises SettingsError if a text is too short to calibrate with.
-    """
-    material = Material()
-    longest = min(LONGEST, llm.n_ctx())
-    for part, text, name in zip((material.calibration, material.held_out), _halves(texts), ("calibrate", "hold out"), strict=True):
-        encoded, bos = tokenize_text(llm, text.encode())
+
+def encode_texts(llm: Llama, texts: Sequence[Path]) -> list[tuple[list[int], list[int]]]:
+    """For each purpose the tokens of the texts, and those that begin a passage. Raises SettingsError if they are too few."""
+    found = [tokenize_text(llm, text.encode()) for text in _halves(texts)]
+    for (encoded, _), name in zip(found, PURPOSES, strict=True):
         if len(encoded) < LEAST_TOKENS:
             raise SettingsError(
                 f"The texts have {len(encoded)} tokens to {name}, and {LEAST_TOKENS} are needed: give about {4 * LEAST_TOKENS} tokens in all, "
                 "for a third is held out."
             )
+    return found
+
+
+def gather(llm: Llama, texts: list[tuple[list[int], list[int]]], plan: Plan, seed: int) -> Material:
+    """At most `plan.tokens` tokens of each kind for each purpose, of problems twice as many to calibrate; and some of the model's own words."""
+    material = Material()
+    longest = min(LONGEST, llm.n_ctx())
+    for part, (encoded, bos), name in zip((material.calibration, material.held_out), texts, PURPOSES, strict=True):
         encoded = encoded[: plan.tokens]
         n = -(-len(encoded) // (longest - len(bos)))
         part["text"] = [Passage(bos + piece.tolist()) for piece in np.array_split(np.array(encoded), n)]
@@ -191,7 +197,7 @@ def bits_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int, sinks:
     Raises SettingsError if that is less than the smallest formats take.
     """
     elements = model.cache_elements(n_ctx)
-    tables = TABLE_BYTES * 2 * model.served_layers() * -(-n_ctx // PAGE_CELLS)
+    tables = table_bytes(model, n_ctx)
     fixed, slope = total_bits(0, 0, n_ctx, window, sinks), total_bits(1, 1, n_ctx, window, sinks) - total_bits(0, 0, n_ctx, window, sinks)
     share = 0.998  # scratch
     bits = (8 * (mib * 2**20 * share - tables) / elements - fixed) / slope
@@ -199,6 +205,15 @@ def bits_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int, sinks:
         least = ((fixed + LEAST_BITS * slope) * elements / 8 + tables) / share / 2**20
         raise SettingsError(f"A context of {n_ctx} tokens of {model.name} needs at least {math.ceil(least)} MiB; {mib:g} MiB are not enough.")
     return bits
+
+
+def table_bytes(model: ModelFile, n_ctx: int) -> int:
+    """What the cache keeps beside its pages: their books, and for each key channel its importance, two sums of the queries and one more of them as it
+    was after 128, 512, 2048, ... tokens.
+    """
+    channels = sum(n * size for n, size in zip(model.n_head_kv, model.head_size_k))
+    n_marks = sum(PAGE_CELLS * 4**i <= n_ctx for i in range(16))
+    return 2 * model.served_layers() * (TENSOR_BYTES + TABLE_BYTES * -(-n_ctx // PAGE_CELLS)) + 4 * channels * (3 + n_marks)
 
 
 def sizes_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int | None, sinks: int | None) -> dict[int, float]:
@@ -216,7 +231,7 @@ def sizes_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int | None
     return sizes
 
 
-TABLE_BYTES = 40  # of a page of keys or values
+TENSOR_BYTES, TABLE_BYTES = 1280, 49  # the books of the keys or the values of a layer, and of each of their pages
 TOLERANCE = 0.05
 LEAST_BITS = 2.25
 MOST_BITS = 8.0
@@ -622,14 +637,15 @@ class _Run:
         return profile, self.found(profile, verdicts, fell_back)
 
     def read(self) -> None:
-        """Open the model, find out what there is time for, read the texts and measure the parts of the cache."""
+        """Open the model, read the texts, find out what there is time for, and measure the parts of the cache."""
         request, fit = self.request, preset_within(self.presets, self.bits)
         n_ctx = min(LONGEST, self.file.n_ctx_train or LONGEST)
         threads: dict[str, Any] = {"n_threads": self.threads, "n_threads_batch": self.threads}
         llm = Llama(self.model, stock="f16", n_ctx=n_ctx, n_batch=PAGE_CELLS, verbose=False, device=request.device, **threads)
         try:
+            texts = encode_texts(llm, request.texts)
             self.plan = self.make_plan(llm, fit)
-            material = gather(llm, request.texts, self.plan, request.seed)
+            material = gather(llm, texts, self.plan, request.seed)
         finally:
             llm.close()
         self.held_out = material.held_out

@@ -182,6 +182,7 @@ class Terminal:
         pty = pytest.importorskip("pty")
         self.master, slave = pty.openpty()
         environment = {**os.environ, **(env or {}), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "200", "LINES": "50"}
+        before = signal.signal(signal.SIGHUP, lambda *_: None)  # where these tests run under nohup the chat is not to
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bridge.run", "-t", "1", *arguments],
             stdin=slave,
@@ -191,6 +192,7 @@ class Terminal:
             env=environment,
             start_new_session=True,
         )
+        signal.signal(signal.SIGHUP, before)
         os.close(slave)
         self.seen = ""
 
@@ -522,7 +524,7 @@ def test_a_terminal_that_is_closed_does_not_cost_the_conversation(data_folder):
 
 
 def test_a_terminal_that_is_closed_at_the_prompt(data_folder):
-    t = Terminal("-c", "256", "-n", "3")
+    t = Terminal("-c", "256", "-n", "3", "--temp", "0")
     t.expect("/help lists the commands.")
     t.send("one")
     t.expect("(cut off: the limit of 3 tokens is reached, -n)")
@@ -533,7 +535,7 @@ def test_a_terminal_that_is_closed_at_the_prompt(data_folder):
 
 
 def test_a_conversation_that_is_not_to_be_kept_or_cannot_be(data_folder, tmp_path):
-    t = Terminal("-c", "256", "-n", "3", "--no-autosave")
+    t = Terminal("-c", "256", "-n", "3", "--temp", "0", "--no-autosave")
     t.expect("/help lists the commands.")
     t.send("one")
     t.expect("(cut off")
@@ -541,7 +543,7 @@ def test_a_conversation_that_is_not_to_be_kept_or_cannot_be(data_folder, tmp_pat
     assert t.close() == 0 and not kept(data_folder)
 
     (tmp_path / "file").touch()
-    t = Terminal("-c", "256", "-n", "3", env={"XDG_DATA_HOME": str(tmp_path / "file")})
+    t = Terminal("-c", "256", "-n", "3", "--temp", "0", env={"XDG_DATA_HOME": str(tmp_path / "file")})
     t.expect("/help lists the commands.")
     t.send("one")
     t.expect("(This conversation is not kept: ")
@@ -554,7 +556,7 @@ def test_a_conversation_that_is_not_to_be_kept_or_cannot_be(data_folder, tmp_pat
 
 
 def test_what_is_a_command_and_what_is_text(tmp_path, data_folder):
-    t = Terminal("-c", "1024", "-n", "2", cwd=tmp_path)
+    t = Terminal("-c", "1024", "-n", "2", "--temp", "0", cwd=tmp_path)
     t.expect("/help lists the commands.")
     for line in ("/home/x.txt what is it?", "//reset", "/etc/passwd"):
         t.send(line)

@@ -449,6 +449,18 @@ def test_a_larger_window_leaves_fewer_bits_and_only_fitting_ones_are_tried():
     assert list(calibrate.sizes_of_budget(file, 70, 32768, 200, None)) == [200]
 
 
+@pytest.mark.parametrize("window", [0, 512])
+@pytest.mark.parametrize("n_ctx", [512, 8192, 32768])
+def test_the_budget_counts_what_lies_beside_the_pages(tiny, n_ctx, window):
+    for model in (tiny, MODEL):
+        llm = caches.open_cache(model, "balanced", window=window, n_ctx=n_ctx, n_batch=128, n_threads=1, n_threads_batch=1)
+        own = caches.sizes(llm, "balanced", [n_ctx], window=window)
+        pages = caches.total_bits(own["body_bits_k"], own["body_bits_v"], n_ctx, window) * open_model(model).cache_elements(n_ctx) / 8
+        beside = own["bytes"] - pages
+        assert beside <= calibrate.table_bytes(open_model(model), n_ctx) <= 1.1 * beside
+        llm.close()
+
+
 def test_a_window_is_chosen_where_the_budget_is_bytes(tiny, tmp_path, monkeypatch, capfd):
     out, file = tmp_path / "out.gguf", open_model(tiny)
     mib = caches.total_bits(3.6, 3.6, 32768) * file.cache_elements(32768) / 8 / 2**20
