@@ -223,7 +223,7 @@ def test_value_records_follow_the_tables(page):
             sums = [a + f32(b) for a, b in zip(sums, x[t], strict=True)]
         means = np.clip(slow_rotate([a / f32(max(valid.sum(), 1)) for a in sums], block), -65504, 65504).astype(np.float16)
         squares = np.sum(x[valid].astype(float) ** 2)
-        least = math.sqrt(squares / max(valid.sum(), 1) / fmt.head_size) / 32
+        least = math.sqrt(squares / max(valid.sum(), 1) / fmt.head_size) / 16
         for mean, got in zip(means, record.mean, strict=True):
             assert got == nearest(MEANS, mean) if abs(mean) > 1.001 * least else got in (0, nearest(MEANS, mean))
     for t in range(CELLS):

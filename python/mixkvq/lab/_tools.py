@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -84,12 +85,17 @@ def _grid(low: Any, high: Any, bits: Any) -> tuple[Array, Array, Array]:
     return half(low), top, half((high - low) / top)
 
 
-def min_max(x: Array, bits: Any, axis: int, clip: float = 1.0) -> Array:
+def between_twice(x: Array, low: Any, high: Any, bits: Any) -> Array:
+    """As `between`, with the scale that what reads back has, too: see docs/format.md, "Packing again"."""
+    return between(x, low, half(between(high, low, high, bits)), bits)
+
+
+def min_max(x: Array, bits: Any, axis: int, clip: float = 1.0, read: Callable[[Array, Any, Any, Any], Array] = between) -> Array:
     """x with a minimum and a scale for everything that lies along `axis`. clip: the quantile that the range ends at, on both sides."""
     if clip < 1:
         low, high = np.quantile(x, [1 - clip, clip], axis=axis, keepdims=True)
-        return between(x, low, high, bits)
-    return between(x, x.min(axis=axis, keepdims=True), x.max(axis=axis, keepdims=True), bits)
+        return read(x, low, high, bits)
+    return read(x, x.min(axis=axis, keepdims=True), x.max(axis=axis, keepdims=True), bits)
 
 
 def min_max_tokens(x: Array, bits: Any, group: int) -> Array:
@@ -97,12 +103,12 @@ def min_max_tokens(x: Array, bits: Any, group: int) -> Array:
     return min_max(by_tokens(x, group), bits, axis=-2).reshape(x.shape)
 
 
-def min_max_dims(x: Array, bits: int, group: int, clip: float = 1.0) -> Array:
+def min_max_dims(x: Array, bits: int, group: int, clip: float = 1.0, read: Callable[[Array, Any, Any, Any], Array] = between) -> Array:
     """Rows [..., D] with a minimum and a scale per `group` dimensions; the last group may be shorter."""
     size = x.shape[-1]
     if size % group == 0:
-        return min_max(x.reshape(*x.shape[:-1], -1, group), bits, -1, clip).reshape(x.shape)
-    return np.concatenate([min_max(x[..., d : d + group], bits, -1, clip) for d in range(0, size, group)], axis=-1)
+        return min_max(x.reshape(*x.shape[:-1], -1, group), bits, -1, clip, read).reshape(x.shape)
+    return np.concatenate([min_max(x[..., d : d + group], bits, -1, clip, read) for d in range(0, size, group)], axis=-1)
 
 
 def by_tokens(x: Array, group: int) -> Array:

@@ -24,6 +24,7 @@ from ._tools import (
     UNIFORM_STEP,
     Array,
     between,
+    between_twice,
     by_tokens,
     code_on,
     gaussian_levels,
@@ -216,7 +217,7 @@ class Keys:
         if o.search_bits:
             low, high = _least_error(x, low, high, b, b <= o.search_bits)
         if not o.refit:
-            return between(x, low, high, b)
+            return between_twice(x, low, high, b)
         low, top = half(low), np.exp2(b) - 1
         code = code_on(x, low, half((high - low) / top), top)
         # Least squares: the best scale and minimum for the codes as they are.
@@ -297,7 +298,7 @@ def values(o: ValueOptions) -> Callable[[Page], tuple[Rows, float]]:
         if o.bits == 16:
             return x, 16.0 * x.size
         if o.group:
-            y = min_max_dims(x, o.bits, o.group, o.clip)
+            y = min_max_dims(x, o.bits, o.group, o.clip, between_twice)
             bits = n_tokens * (size * o.bits + -(-size // o.group) * 2 * HALF)
         else:
             block = power_of_two(size)
@@ -310,7 +311,13 @@ def values(o: ValueOptions) -> Callable[[Page], tuple[Rows, float]]:
 
             # Token by token, as docs/format.md says.
             total = np.cumsum(np.where(page.valid[:, None], x, np.float32(0)), axis=1, dtype=np.float32)[:, -1:]
-            mean = _stored_mean(rotated(np.asarray(total / max(int(page.valid.sum()), 1), np.float32)), o.mean_bits)
+            count = max(int(page.valid.sum()), 1)
+            exact = rotated(np.asarray(total / count, np.float32))
+            mean = _stored_mean(exact, o.mean_bits)
+            if o.mean_bits == 8:
+                squares = np.cumsum(np.where(page.valid[:, None], x * x, np.float32(0)), axis=1, dtype=np.float32)[:, -1]
+                rms = np.sqrt(reference._sum_of_lanes(squares) / np.float32(count * size))[..., None]
+                mean = np.where(np.abs(exact) < rms * reference.LEAST_MEAN, np.float32(0), mean)
             y = reference.rotate(mean + _coded(rotated(x) - mean, o), block)
             for i, sign in enumerate(signs):
                 y = (reference.rotate(y, block) if i else y) * sign
