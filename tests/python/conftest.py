@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A shell ignores Ctrl-C for what it runs in the background, and so would the tests and the programs that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# So does nohup for a terminal that is closed. A handler that does nothing is not inherited; deafness is.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 os.environ["MIXKVQ_CONFIG"] = ""  # no settings file of the user's
 

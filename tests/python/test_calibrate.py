@@ -329,10 +329,10 @@ def test_what_was_measured_is_not_lost_where_it_can_no_longer_be_written(tiny, t
     out, written = tmp_path / "gone" / "out.gguf", calibrate.write_profile
     out.parent.mkdir()
 
-    def write(path, profile):
+    def write(path, profile, **options):
         if Path(path) == out:
             raise OSError(28, "No space left on device", str(path))
-        written(path, profile)
+        written(path, profile, **options)
 
     monkeypatch.setattr(calibrate, "write_profile", write)
     assert main(tiny, "--bits", 3, "--minutes", 2, "-o", out) == 2
