@@ -557,7 +557,7 @@ __device__ uint8_t rotated_scale(int bits, int n, const float (&x)[slots]) {
 template <int slots>
 struct ValueShared {
     uint32_t codes[kPageCells / 4 * 32 * slots];  // [token quad][dimension], a byte per token; before that phases, [token][dimension]
-    float mean[32 * slots], square[32 * slots];
+    float mean[32 * slots], exact[32 * slots], square[32 * slots];
     float inv[kPageCells];  // of the scales that tokens seem to have had, or 0
     uint8_t near[32 * slots];
     float least;
@@ -624,7 +624,7 @@ __device__ int off_with(const int8_t * phase, const float * inv, int n, int d, f
     return sum;
 }
 
-__device__ uint8_t kept_mean(const int8_t * phase, const float * inv, int n, int d, float least, uint8_t near) {
+__device__ uint8_t kept_mean(const int8_t * phase, const float * inv, int n, int d, float least, float exact, uint8_t near) {
     const float was = mean_of(near);
     float total = 0, weight = 0;  // least squares
     int count = 0;
@@ -636,12 +636,13 @@ __device__ uint8_t kept_mean(const int8_t * phase, const float * inv, int n, int
     }
     uint8_t best = large_mean_byte(was + (weight > 0 ? total / (weight * float(kPhases)) : 0.0f), least * 0.5f);
     int fewest = off_with(phase, inv, n, d, mean_of(best), was);
-    if (fewest <= kPhases / 16 * count) return best;
+    if (fewest <= kPhases / 16 * count && (best == near || best == 0)) return best;
     const int sign = near & 0x80, magnitude = near & 0x7f;
     const int others[3] = {sign | min(magnitude + 1, 0x7b), sign | max(magnitude - 1, 0), 0};
     for (int byte : others) {
         const int off = off_with(phase, inv, n, d, mean_of(uint8_t(byte)), was);
-        if (off < fewest) fewest = off, best = uint8_t(byte);
+        const bool nearer = fabsf(mean_of(uint8_t(byte)) - exact) < fabsf(mean_of(best) - exact);
+        if (off < fewest - count || (nearer && off <= fewest + count)) fewest = off, best = uint8_t(byte);
     }
     return best;
 }
@@ -686,6 +687,7 @@ __device__ bool rotated_means(ValueShared<slots> & s, const half * rows, int row
         for (int i = 0; i < slots; ++i) {
             const int d = lane() + 32 * i;
             if (d >= n) continue;
+            s.exact[d] = x[i];
             s.near[d] = mean_byte(x[i]);
             record[d] = large_mean_byte(x[i], least);
             s.mean[d] = mean_of(s.near[d]);
@@ -724,7 +726,7 @@ __device__ bool rotated_means(ValueShared<slots> & s, const half * rows, int row
         }
         __syncthreads();
         if (d < n) {
-            record[d] = s.near[d] = kept_mean(phase, s.inv, n, d, s.least, s.near[d]);
+            record[d] = s.near[d] = kept_mean(phase, s.inv, n, d, s.least, s.exact[d], s.near[d]);
             s.mean[d] = mean_of(record[d]);
         }
         __syncthreads();

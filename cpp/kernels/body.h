@@ -683,22 +683,22 @@ void off_with(const Phases & p, int d, const uint8_t * bytes, F was, float * off
     store(off, total);
 }
 
-void kept_means(const ValueFormat & f, const Phases & p, float least, const uint8_t * near, uint8_t * means) {
+void kept_means(const ValueFormat & f, const Phases & p, float least, const float * exact, const uint8_t * near, uint8_t * means) {
     float weight = 0;
     for (int i = 0; i < p.n; ++i) weight += p.inv[i] * p.inv[i];
     for (int d = 0; d < f.head_size; d += kLanes) {
         const F was = load_byte_halves<kMeanShift>(near + d);
         F total = splat(0.0f);
         for (int i = 0; i < p.n; ++i) total = add(total, mul(add(load_half(p.phase[i] + d), splat(0.5f)), splat(p.inv[i])));
-        const F exact = weight > 0 ? add(was, div(total, splat(weight * float(kPhases)))) : was;
+        const F fitted = weight > 0 ? add(was, div(total, splat(weight * float(kPhases)))) : was;
         float x[kLanes], fewest[kLanes], off[kLanes];
         half h[kLanes];
-        store(x, exact);
-        store_half(h, exact);
+        store(x, fitted);
+        store_half(h, fitted);
         for (int i = 0; i < kLanes; ++i) means[d + i] = large_mean_byte(x[i], h[i], least * 0.5f);
         off_with(p, d, means + d, was, fewest);
         bool settled[kLanes], all = true;
-        for (int i = 0; i < kLanes; ++i) all &= settled[i] = fewest[i] <= float(kPhases / 16 * p.n);
+        for (int i = 0; i < kLanes; ++i) all &= settled[i] = fewest[i] <= float(kPhases / 16 * p.n) && (means[d + i] == near[d + i] || means[d + i] == 0);
         for (int other = 0; other < 3 && !all; ++other) {
             uint8_t bytes[kLanes] = {};
             for (int i = 0; i < kLanes && other < 2; ++i) {
@@ -706,8 +706,12 @@ void kept_means(const ValueFormat & f, const Phases & p, float least, const uint
                 bytes[i] = uint8_t(sign | (magnitude < 0 ? 0 : magnitude > 0x7b ? 0x7b : magnitude));
             }
             off_with(p, d, bytes, was, off);
+            float away[kLanes], best[kLanes];
+            store(away, abs(sub(load_byte_halves<kMeanShift>(bytes), load(exact + d))));
+            store(best, abs(sub(load_byte_halves<kMeanShift>(means + d), load(exact + d))));
             for (int i = 0; i < kLanes; ++i) {
-                if (!settled[i] && off[i] < fewest[i]) fewest[i] = off[i], means[d + i] = bytes[i];
+                const bool better = off[i] < fewest[i] - float(p.n) || (away[i] < best[i] && off[i] <= fewest[i] + float(p.n));
+                if (!settled[i] && better) fewest[i] = off[i], means[d + i] = bytes[i];
             }
         }
     }
@@ -761,7 +765,8 @@ void rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
     rotate(means, n, f.rotation_block());
     half h[kMaxHeadSize];
     uint8_t near[kMaxHeadSize];
-    for (int d = 0; d < n; d += kLanes) store_half(h + d, load(means + d));
+    float exact[kMaxHeadSize];
+    for (int d = 0; d < n; d += kLanes) store_half(h + d, load(means + d)), store(exact + d, load(means + d));
     for (int d = 0; d < n; ++d) near[d] = mean_byte(h[d]), bytes[d] = large_mean_byte(means[d], h[d], least);
 
     float z[kMaxHeadSize];
@@ -788,7 +793,7 @@ void rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
             for (int d = 0; d < n; d += kLanes) store_half(p.phase[p.n] + d, phases_of(load(z + d), splat(p.inv[p.n])));
             ++p.n;
         }
-        kept_means(f, p, least, near, bytes);
+        kept_means(f, p, least, exact, near, bytes);
         m.has_scales = std::memcmp(near, bytes, n) == 0;  // nothing would change in another round
         std::memcpy(near, bytes, n);
         for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(near + d));

@@ -455,9 +455,9 @@ int off_with(const Phases & p, int d, float mean, float near) {
     return sum;
 }
 
-// The means that put the rows on the middles of their steps: what the phases say, or, where that leaves them far off, 0 or a neighbour of `near` in the
-// list of bytes.
-void kept_means(const ValueFormat & f, const Phases & p, float least, const uint8_t * near, uint8_t * means) {
+// The means that put the rows on the middles of their steps: what the phases say, or, where that leaves them far off or is another byte, 0 or a neighbour
+// of `near` in the list of bytes. Where several do, because they are whole steps apart, it is the one next to the rows' mean, `exact`.
+void kept_means(const ValueFormat & f, const Phases & p, float least, const float * exact, const uint8_t * near, uint8_t * means) {
     for (int d = 0; d < f.head_size; ++d) {
         const float was = mean_of(near[d]);
         float total = 0, weight = 0;  // least squares
@@ -468,11 +468,12 @@ void kept_means(const ValueFormat & f, const Phases & p, float least, const uint
         }
         means[d] = large_mean_byte(was + (weight > 0 ? total / (weight * float(kPhases)) : 0.0f), least * 0.5f);
         int fewest = off_with(p, d, mean_of(means[d]), was);
-        if (fewest <= kPhases / 16 * p.n) continue;
+        if (fewest <= kPhases / 16 * p.n && (means[d] == near[d] || means[d] == 0)) continue;
         const int sign = near[d] & 0x80, magnitude = near[d] & 0x7f;
         for (int byte : {sign | std::min(magnitude + 1, 0x7b), sign | std::max(magnitude - 1, 0), 0}) {
             const int off = off_with(p, d, mean_of(uint8_t(byte)), was);
-            if (off < fewest) fewest = off, means[d] = uint8_t(byte);
+            const bool nearer = std::fabs(mean_of(uint8_t(byte)) - exact[d]) < std::fabs(mean_of(means[d]) - exact[d]);
+            if (off < fewest - p.n || (nearer && off <= fewest + p.n)) fewest = off, means[d] = uint8_t(byte);
         }
     }
 }
@@ -528,7 +529,7 @@ bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
             for (int d = 0; d < n; ++d) p.phase[p.n][d] = int8_t(phase_of(z[d], 1.0f / p.scale[p.n]));
             ++p.n;
         }
-        kept_means(f, p, least, near, means);
+        kept_means(f, p, least, sum, near, means);
         std::memcpy(near, means, n);
     }
     return true;

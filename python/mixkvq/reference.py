@@ -472,14 +472,17 @@ def _rotated_mean(fmt: ValueFormat, x: NDArray[np.float32], y: NDArray[np.float3
         return _no_small_means(exact, near, least), False
     for _ in range(2):  # with better means, more rows find their scale
         z = y[valid] - unpack_mean(near)
-        near = _kept_mean(near, z, _kept_scale(z, fmt.bits, fmt.head_size), least)
+        near = _kept_mean(exact, near, z, _kept_scale(z, fmt.bits, fmt.head_size), least)
     return near, True
 
 
-def _kept_mean(near: NDArray[np.uint8], z: NDArray[np.float32], scale: NDArray[np.uint8], least: np.float32) -> NDArray[np.uint8]:
+def _kept_mean(
+    mean: NDArray[np.float32], near: NDArray[np.uint8], z: NDArray[np.float32], scale: NDArray[np.uint8], least: np.float32
+) -> NDArray[np.uint8]:
     """The means that put rows z [n, Dv], which are rid of the means `near`, on the middles of their steps; only rows with a scale count.
 
-    It is what the rows' distances from the middles say, or, where that leaves them far off, 0 or a neighbour of `near` in the list of bytes.
+    It is what the rows' distances from the middles say, or, where that leaves them far off or is another byte, 0 or a neighbour of `near` in the list
+    of bytes. Where several do, because they are whole steps apart, it is the one next to the `mean` of the rows.
     """
     z, step = z[scale > 0], unpack_scale(scale[scale > 0])
     inverse = _inverse(step)
@@ -498,11 +501,12 @@ def _kept_mean(near: NDArray[np.uint8], z: NDArray[np.float32], scale: NDArray[n
         return np.asarray(np.abs(((phase - moved + PHASES // 2) & (PHASES - 1)) - PHASES // 2).sum(axis=0))
 
     fewest = off(best)
-    settled = fewest <= PHASES // 16 * len(z)
+    settled = (fewest <= PHASES // 16 * len(z)) & ((best == near) | (best == 0))
     magnitude = (near & 0x7F).astype(np.int32)
     sign = near & np.uint8(0x80)
     for byte in [*(sign | np.clip(magnitude + by, 0, 0x7B).astype(np.uint8) for by in (1, -1)), np.zeros_like(near)]:
-        better = ~settled & (off(byte) < fewest)
+        nearer = np.abs(unpack_mean(byte) - mean) < np.abs(unpack_mean(best) - mean)
+        better = ~settled & ((off(byte) < fewest - len(z)) | (nearer & (off(byte) <= fewest + len(z))))
         best, fewest = np.where(better, byte, best), np.where(better, off(byte), fewest)
     return best
 
