@@ -21,6 +21,7 @@ from .errors import (
     ModelFileError,
     ProfileError,
     SettingsError,
+    StateError,
     VersionError,
 )
 from .library import llama
@@ -43,6 +44,7 @@ __all__ = [
     "Page",
     "ProfileError",
     "SettingsError",
+    "StateError",
     "VersionError",
     "attach",
 ]

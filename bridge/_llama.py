@@ -24,7 +24,7 @@ from llama_cpp import llama_chat_format, llama_tokenizer
 from llama_cpp import llama_cpp as C
 
 from . import session as reports
-from . import streams
+from . import states, streams
 from .devices import Gpu, Placement, check_device, choose, place
 from .dry_run import CELL_BYTES, DryRun, Need
 from .errors import (
@@ -35,6 +35,7 @@ from .errors import (
     GeometryError,
     ModelFileError,
     SettingsError,
+    StateError,
     VersionError,
     check_text,
 )
@@ -690,7 +691,7 @@ class Llama(llama_cpp.Llama):
         """Logits of the last evaluated token, float32 [vocabulary]. Raises ContextError if there is none."""
         self._check_ready()
         with self._evaluating:
-            if self.n_tokens == 0 or not self._has_logits(-1):
+            if self.n_tokens == 0 or self._requires_eval or not self._has_logits(-1):
                 raise ContextError("There are no logits yet; evaluate a token first.")
             return np.ctypeslib.as_array(C.llama_get_logits_ith(self._ctx.ctx, -1), shape=(self.n_vocab(),)).copy()
 
@@ -824,10 +825,64 @@ class Llama(llama_cpp.Llama):
                 failure = self._failure(e, self._batch.n_tokens())
                 raise failure from failure.__cause__
 
-    def load_state(self, state: Any) -> None:
-        """As in `llama_cpp.Llama`."""
+    def save_state(self, packed: bool = True) -> Any:
+        """As in `llama_cpp.Llama`, but small: records in place of F16 rows, for contexts of the same model and settings.
+
+        packed: False for llama.cpp's own state, whose rows are F16, which any context of the model takes. llama.cpp's own caches have no other.
+        """
         self._check_ready()
-        super().load_state(state)
+        with self._evaluating:
+            if self._session is None or not packed:
+                return super().save_state()
+            state, tokens = states.to_bytes(self, self._read_tokens()), self.input_ids[: self.n_tokens].copy()
+            scores = self.scores[: self.n_tokens if self._logits_all else 0].copy()
+        return llama_cpp.LlamaState(tokens, scores, len(tokens), state, len(state), self._seed)
+
+    def load_state(self, state: Any) -> None:
+        """As in `llama_cpp.Llama`, for states of both kinds. Raises StateError if a packed one does not fit; the context is then as it was."""
+        self._check_ready()
+        with self._evaluating:
+            if not states.is_state(state.llama_state):
+                super().load_state(state)
+                return
+            try:
+                self._now_holds(states.from_bytes(state.llama_state, self))
+            except StateError as e:
+                raise StateError(f"The state cannot be loaded: {e}.") from None
+            if len(state.scores) == self.n_tokens == len(self.scores[: self.n_tokens]):
+                self.scores[: self.n_tokens] = state.scores
+            self._seed = state.seed
+
+    def save_file(self, path: str | os.PathLike[str]) -> int:
+        """Write all that the context holds into a file, which appears whole or not at all; how many bytes it has.
+
+        `load_file` puts it into a context of the same model and settings, in this program or another: what is evaluated then gives the same logits,
+        bit for bit, as if there had been no file. Raises OSError that names the file, ContextError if llama.cpp does not give its state.
+        """
+        self._check_ready()
+        with self._evaluating:
+            return states.to_file(path, self, self._read_tokens())
+
+    def load_file(self, path: str | os.PathLike[str]) -> int:
+        """Go on from what `save_file` has written, in place of what the context holds; how many tokens that are. Evaluate the next one before logits are
+        asked for. Raises StateError with one sentence if the file is damaged or does not fit; the context is then as it was.
+        """
+        self._check_ready()
+        with self._evaluating:
+            self._now_holds(states.from_file(path, self))
+            return self.n_tokens
+
+    def _read_tokens(self) -> list[int]:
+        return [int(token) for token in self.input_ids[: self.n_tokens]]
+
+    def _now_holds(self, tokens: Any) -> None:
+        self.input_ids[: len(tokens)] = tokens
+        self.n_tokens = len(tokens)
+        self.scores[:] = 0
+        self._requires_eval = True
+
+    def _state_port(self, sequence: int | None = None) -> StatePort:
+        return StatePort(self._ctx.ctx, sequence)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer. It keeps the model, and ends with it."""
@@ -899,6 +954,31 @@ class Llama(llama_cpp.Llama):
         if self.codec is not None:
             state["codec"] = self.codec
         return state
+
+
+class StatePort:
+    """llama.cpp's own functions for the state of a context, or of one sequence, whose cells nobody else's are among. Sizes in bytes, 0 where it fails."""
+
+    def __init__(self, context: Any, sequence: int | None) -> None:
+        self._context, self._sequence = context, sequence
+        self.flags = 0 if sequence is None else native().STATE_SEQUENCE
+
+    def size(self) -> int:
+        if self._sequence is None:
+            return int(C.llama_state_get_size(self._context))
+        return int(C.llama_state_seq_get_size_ext(self._context, self._sequence, 0))
+
+    def get(self, address: int, size: int) -> int:
+        data = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
+        if self._sequence is None:
+            return int(C.llama_state_get_data(self._context, data, size))
+        return int(C.llama_state_seq_get_data_ext(self._context, data, size, self._sequence, 0))
+
+    def set(self, address: int, size: int) -> int:
+        data = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
+        if self._sequence is None:
+            return int(C.llama_state_set_data(self._context, data, size))
+        return int(C.llama_state_seq_set_data_ext(self._context, data, size, self._sequence, 0))
 
 
 _CLOSED = "The model is closed."

@@ -33,7 +33,7 @@ struct Described {
 
 // Rows of one tensor and stream, consecutive in llama.cpp's state.
 struct Span {
-    uint32_t tensor = 0, stream = 0, runs = 0, n_cells = 0;
+    uint32_t tensor = 0, stream = 0, n_streams = 1, runs = 0, n_cells = 0;
     uint64_t at = 0;
 
     CellRuns cells;     // loading
@@ -161,7 +161,8 @@ bool State::write(const StateWriter::Write & to, uint64_t * n_bytes) {
         CacheTensor * const cache = accesses[i].cache;
         span.tensor = uint32_t(std::find(caches.begin(), caches.end(), cache) - caches.begin());
         if (span.tensor == caches.size()) caches.push_back(cache);
-        span.stream = accesses[i].stream, span.n_cells = cache->store->shape().n_cells, span.at = accesses[i].at;
+        span.stream = accesses[i].stream, span.at = accesses[i].at;
+        span.n_streams = cache->store->shape().n_streams, span.n_cells = cache->store->shape().n_cells;
         CellRuns runs;
         for (size_t j = i; j < end; ++j) runs.push_back({accesses[j].first, accesses[j].n});
         const auto same = [&](const CellRuns & list) {
@@ -187,7 +188,10 @@ bool State::write(const StateWriter::Write & to, uint64_t * n_bytes) {
             out.add(uint32_t(list.size()));
             for (const CellRun & run : list) out.add(int32_t(run.first)), out.add(int32_t(run.n));
         }
-        for (const Span & span : rows) out.add(span.tensor), out.add(span.stream), out.add(span.runs), out.add(span.n_cells), out.add(span.at);
+        for (const Span & span : rows) {
+            for (uint32_t x : {span.tensor, span.stream, span.n_streams, span.runs, span.n_cells, uint32_t(0)}) out.add(x);
+            out.add(span.at);
+        }
         uint64_t at = 0;
         for (const Access & a : accesses) {
             out.add(region.data() + at, a.at - at);
@@ -263,9 +267,10 @@ std::string State::parse(StateReader & in) {
     uint64_t at = 0, holes = 0;
     for (uint32_t i = 0; i < n_spans && in.ok(); ++i) {
         Span span;
-        span.tensor = in.get<uint32_t>(), span.stream = in.get<uint32_t>(), span.runs = in.get<uint32_t>(), span.n_cells = in.get<uint32_t>();
+        for (uint32_t * x : {&span.tensor, &span.stream, &span.n_streams, &span.runs, &span.n_cells}) *x = in.get<uint32_t>();
+        in.get<uint32_t>();
         span.at = in.get<uint64_t>();
-        if (!in.ok() || span.tensor >= n_tensors || span.runs >= n_lists || lists[span.runs].empty() || span.at < at) return damaged;
+        if (!in.ok() || span.stream >= span.n_streams || span.tensor >= n_tensors || span.runs >= n_lists || lists[span.runs].empty() || span.at < at) return damaged;
         const CellRun & end = lists[span.runs].back();
         if (uint64_t(end.first) + end.n > span.n_cells) return damaged;
         const uint64_t bytes = counts[span.runs] * tensors[span.tensor].row_bytes;
@@ -274,8 +279,9 @@ std::string State::parse(StateReader & in) {
         span.cells = lists[span.runs];
         const std::string why = fits(tensors[span.tensor], counts[span.runs]);
         if (!why.empty()) return why;
-        if (!(flags & MIXKVQ_STATE_SEQUENCE) && int(span.stream) >= find(tensors[span.tensor])->store->shape().n_streams) {
-            return "it holds more streams than this context has";
+        const uint32_t n_streams = find(tensors[span.tensor])->store->shape().n_streams;
+        if (span.n_streams != n_streams) {  // llama.cpp takes no others, not even of one sequence
+            return "it was saved in a context of " + std::to_string(span.n_streams) + " streams, and this one has " + std::to_string(n_streams);
         }
         spans.push_back(std::move(span));
     }
