@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import signal
+import struct
 import sys
 import threading
 import weakref
@@ -956,10 +957,13 @@ class Llama(llama_cpp.Llama):
         return state
 
 
-class StatePort:
-    """llama.cpp's own functions for the state of a context, or of one sequence, whose cells nobody else's are among. Sizes in bytes, 0 where it fails."""
+_SEQUENCE_MAGIC = 0xAF143CD8  # before a sequence's state, and a number; a context's begins with the length and name of its architecture
 
-    def __init__(self, context: Any, sequence: int | None) -> None:
+
+class StatePort:
+    """llama.cpp's own functions for the state of a context, or of one sequence. Sizes are in bytes, 0 where it fails."""
+
+    def __init__(self, context: Any, sequence: int | None = None) -> None:
         self._context, self._sequence = context, sequence
         self.flags = 0 if sequence is None else native().STATE_SEQUENCE
 
@@ -974,11 +978,27 @@ class StatePort:
             return int(C.llama_state_get_data(self._context, data, size))
         return int(C.llama_state_seq_get_data_ext(self._context, data, size, self._sequence, 0))
 
-    def set(self, address: int, size: int) -> int:
+    def set(self, address: int, size: int, *, may_write: bool = False) -> int:
+        """may_write: whether the bytes may be changed on the way. Then a context of one sequence goes on in the cell where it would have, which matters
+        where tokens leave a sliding window: after the state of a whole context llama.cpp looks for free cells from the first one on, after that of a
+        sequence from its last one on, and the two differ in their first bytes."""
+        skipped = self._before_cells(address, size) if may_write and self._sequence is None else 0
+        sequence = self._sequence
+        if skipped:
+            address, size, sequence = address + skipped, size - skipped, 0
+            ctypes.memmove(address, struct.pack("<Ii", _SEQUENCE_MAGIC, 0), 8)
+            C.llama_memory_clear(C.llama_get_memory(self._context), True)
         data = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
-        if self._sequence is None:
+        if sequence is None:
             return int(C.llama_state_set_data(self._context, data, size))
-        return int(C.llama_state_seq_set_data_ext(self._context, data, size, self._sequence, 0))
+        return int(C.llama_state_seq_set_data_ext(self._context, data, size, sequence, 0))
+
+    def _before_cells(self, address: int, size: int) -> int:
+        """How many bytes of a context's state come before what that of its only sequence begins with; 0 if it has several, or recurrent states."""
+        model = C.llama_get_model(self._context)
+        if C.llama_n_seq_max(self._context) != 1 or C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model) or size < 4:
+            return 0
+        return max(0, 4 + ctypes.c_uint32.from_address(address).value - 8)
 
 
 _CLOSED = "The model is closed."

@@ -316,10 +316,10 @@ def from_bytes(data: Any, llama: Llama, sequence: int | None = None) -> npt.NDAr
 
 
 def _load_plain(body: memoryview, port: Any) -> None:
-    own = np.frombuffer(body, np.uint8)[: -_SUM.size]
-    if len(body) < _SUM.size or native().checksum(own) != _SUM.unpack(body[-_SUM.size :])[0]:
+    n = len(body) - _SUM.size
+    if n < 0 or native().checksum(body[:n]) != _SUM.unpack(body[n:])[0]:
         raise StateError("it is damaged: its checksum is another one")
-    if port.set(own.ctypes.data, len(own)) == 0:
+    if port.set(np.frombuffer(body, np.uint8).ctypes.data, n) == 0:
         raise ContextError("llama.cpp did not take the state; the context is empty now.")
 
 
@@ -330,7 +330,7 @@ def _load_packed(body: memoryview, port: Any, llama: Llama) -> None:
         raise StateError(str(e)) from None
     try:
         address, size = state.data()
-        state.finish(port.set(address, size))
+        state.finish(port.set(address, size, may_write=True))
     except RuntimeError as e:
         raise ContextError(f"The state was not loaded: {e}; the context is empty now.") from None
     finally:

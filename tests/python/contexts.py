@@ -244,13 +244,10 @@ class Context:
 
     def pack(self, seq: int | None = None) -> bytes:
         """The packed state of the whole context, or of one sequence."""
-        size = C.llama_state_get_size(self.ptr) if seq is None else C.llama_state_seq_get_size_ext(self.ptr, seq, 0)
-        state = self._session.save_state(size, self._flags(seq))
+        port = adapter.StatePort(self.ptr, seq)
+        state = self._session.save_state(port.size(), self._flags(seq))
         try:
-            address, size = state.data()
-            data = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
-            n = C.llama_state_get_data(self.ptr, data, size) if seq is None else C.llama_state_seq_get_data_ext(self.ptr, data, size, seq, 0)
-            return state.to_bytes(n)
+            return state.to_bytes(port.get(*state.data()))
         finally:
             state.close()
 
@@ -258,10 +255,7 @@ class Context:
         """Raises ValueError, before anything has changed, if the state is none for this context."""
         state = self._session.load_state(packed, self._flags(seq))
         try:
-            address, size = state.data()
-            data = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
-            n = C.llama_state_set_data(self.ptr, data, size) if seq is None else C.llama_state_seq_set_data_ext(self.ptr, data, size, seq, 0)
-            state.finish(n)
+            state.finish(adapter.StatePort(self.ptr, seq).set(*state.data(), may_write=True))
         finally:
             state.close()
 
