@@ -1,4 +1,4 @@
-"""llama-cpp-python with a MixKVQ cache. The only module that imports llama_cpp."""
+"""llama-cpp-python with a MixKVQ cache. The only module that imports llama_cpp, but for `state_caches`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ from .memory import CELLS, Free, check_fits
 from .model_file import ModelFile, open_model
 from .page import Codec, Page
 from .settings import Kv, KvLike, check_geometry, least_bits, resolve_kv, stock_type, with_profile
+from .state_caches import StateCache
 
 # What the backend was built and tested against. ggml's backend interface is not stable between releases, so a
 # version outside these is refused: a mismatch would crash instead of failing.
@@ -853,6 +854,18 @@ class Llama(llama_cpp.Llama):
             if len(state.scores) == self.n_tokens == len(self.scores[: self.n_tokens]):
                 self.scores[: self.n_tokens] = state.scores
             self._seed = state.seed
+
+    def set_cache(self, cache: Any) -> None:
+        """As in `llama_cpp.Llama`. `bridge.RamCache` and `bridge.DiskCache` hold packed states."""
+        if isinstance(cache, StateCache):
+            self._check_open()
+            cache = cache.serving(states.identity(self), self._can_go_back())
+        super().set_cache(cache)
+
+    def _can_go_back(self) -> bool:
+        """Whether tokens can be taken back one by one: recurrent states have no past."""
+        model = self._model.model
+        return not (C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
 
     def save_file(self, path: str | os.PathLike[str]) -> int:
         """Write all that the context holds into a file, which appears whole or not at all; how many bytes it has.

@@ -198,6 +198,17 @@ def parse_head(data: Any) -> Head:
     return Head(fields, tokens, start, start + n_body)
 
 
+def is_whole(data: Any) -> bool:
+    """Whether bytes are a state of this version, head and body as they were written."""
+    try:
+        head = parse_head(data)
+    except StateError:
+        return False
+    with memoryview(data) as view, view[head.start : head.end] as body:
+        n = len(body) - _SUM.size
+        return n >= 0 and native().checksum(body[:n]) == _SUM.unpack(body[n:])[0]
+
+
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[mmap.mmap]:
     """The bytes of a file, as they are needed. Raises StateError that names it if it cannot be read or is empty."""

@@ -639,3 +639,131 @@ def test_logits_of_all_tokens_come_along():
     llama.load_state(state)
     np.testing.assert_array_equal(llama.scores[:300], scores)
     llama.close()
+
+
+# --- caches ---------------------------------------------------------------------------------------------------------------------
+
+STORY = "Once upon a time there was a little dog who lived in a house by the sea, and every morning " * 8
+ANSWER = {"max_tokens": 6, "temperature": 0.0}
+
+
+def answer(llama, prompt):
+    """The text, and how many tokens were read for it (0 or 1 is none)."""
+    read = [0]
+    llama.on_read = lambda done, total: read.append(total)
+    text = llama.create_completion(prompt, **ANSWER)["choices"][0]["text"]
+    return text, max(read)
+
+
+@pytest.fixture(params=["ram", "disk"])
+def cache(request, tmp_path):
+    return bridge.RamCache() if request.param == "ram" else bridge.DiskCache(tmp_path / "cache")
+
+
+def test_a_cache_resumes_a_prompt_without_loss(cache):
+    llama = load(kv="mix2.4")
+    llama.set_cache(cache)
+    first, read = answer(llama, STORY)
+    assert read > 150
+    assert answer(llama, "def main():")[1] > 0
+    for _ in range(3):
+        assert answer(llama, STORY) == (first, 0)
+        answer(llama, "def main():")
+    more, read = answer(llama, STORY + " he went for a walk.")
+    assert 0 < read < 12  # goes on from the entry
+    plain = load(kv="mix2.4")
+    assert answer(plain, STORY)[0] == first
+    assert 0 < cache.cache_size < 3 * 1.05 * plain.kv_stats()["bytes_used"]
+    for each in (llama, plain):
+        each.close()
+
+
+def test_entries_belong_to_a_model_and_its_settings(cache):
+    one, two = load(), load(kv="mix2.4")
+    for llama in (one, two):
+        llama.set_cache(cache)
+    answer(one, STORY)
+    assert answer(two, STORY)[1] > 150
+    one.reset()
+    assert answer(one, STORY)[1] == 0
+    stock = load(stock="f16")
+    stock.set_cache(cache)
+    with pytest.raises(bridge.SettingsError, match="holds packed states"):
+        answer(stock, "x")
+    for llama in (one, two, stock):
+        llama.close()
+
+
+def test_the_least_recently_used_entries_go(cache):
+    llama = load()
+    llama.set_cache(cache)
+    prompts = [f"{i} " + STORY for i in range(4)]
+    answer(llama, prompts[0])
+    cache.capacity_bytes = llama.cache.capacity_bytes = int(3.5 * cache.cache_size)
+    for prompt in prompts[1:3]:
+        answer(llama, prompt)
+    assert answer(llama, prompts[0])[1] == 0  # used again
+    answer(llama, prompts[3])
+    assert cache.cache_size <= cache.capacity_bytes
+    llama.reset()
+    assert [answer(llama, prompt)[1] for prompt in (prompts[3], prompts[0], prompts[2])] == [0, 0, 0]
+    assert answer(llama, prompts[1])[1] > 150
+    llama.reset()
+    cache.capacity_bytes = llama.cache.capacity_bytes = 10
+    assert answer(llama, "something else")[0] and cache.cache_size > 10  # an entry that never fits throws nothing out
+    llama.close()
+
+
+def test_an_entry_that_is_continued_is_dropped(cache):
+    llama = load()
+    llama.set_cache(cache)
+    answer(llama, STORY)
+    size, (tokens,) = cache.cache_size, llama.cache._keys()
+    answer(llama, [*tokens, *llama.tokenize(b" and then the sun came out", add_bos=False)])
+    assert cache.cache_size < 1.5 * size and len(list(llama.cache._keys())) == 1
+    llama.reset()
+    assert answer(llama, STORY)[1] == 0
+    llama.close()
+
+
+def test_files_of_a_disk_cache_serve_the_next_program_and_damage_costs_a_read(tmp_path):
+    folder = tmp_path / "cache"
+    llama = load()
+    llama.set_cache(bridge.DiskCache(folder))
+    first = answer(llama, STORY)[0]
+    llama.close()
+    (path,) = folder.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600
+    again = load()
+    assert again.load_file(path) > 150
+    again.reset()
+    again.set_cache(bridge.DiskCache(folder))
+    assert answer(again, STORY) == (first, 0)
+    again.reset()
+    (path,) = folder.iterdir()
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+    assert answer(again, STORY)[1] > 150  # deleted, read and kept anew
+    again.reset()
+    assert answer(again, STORY) == (first, 0)
+    again.close()
+    (folder / "junk.mixkvq-state").write_bytes(b"junk")
+    assert bridge.DiskCache(folder).cache_size > 4
+    with pytest.raises(bridge.SettingsError, match="cannot be a cache"):
+        bridge.DiskCache(path)
+
+
+def test_a_hybrid_goes_on_from_whole_entries_only(models, cache):
+    """Its recurrent states have no past: an entry cannot be cut."""
+    llama = bridge.Llama(models("lfm2").path, n_ctx=512, n_threads=1, device="cpu", verbose=False)
+    llama.set_cache(cache)
+    prompt = random_tokens(100)
+    answer(llama, prompt)
+    (whole,) = llama.cache._keys()
+    llama.reset()
+    assert answer(llama, [*whole, 5, 6])[1] == 2
+    llama.reset()
+    assert answer(llama, [*prompt, 5, 6, 7])[1] == 103
+    assert len(list(llama.cache._keys())) == 3
+    llama.close()
