@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -21,6 +22,7 @@ from .errors import (
     ModelFileError,
     ProfileError,
     SettingsError,
+    StateError,
     VersionError,
 )
 from .library import llama
@@ -29,6 +31,7 @@ from .settings import Kv
 
 if TYPE_CHECKING:
     from ._llama import Attachment, Llama, attach
+    from .state_caches import DiskCache, RamCache
 
 __all__ = [
     "Attachment",
@@ -36,13 +39,16 @@ __all__ = [
     "CacheNotUsedError",
     "ContextError",
     "ContextTooLargeError",
+    "DiskCache",
     "GeometryError",
     "Kv",
     "Llama",
     "ModelFileError",
     "Page",
     "ProfileError",
+    "RamCache",
     "SettingsError",
+    "StateError",
     "VersionError",
     "attach",
 ]
@@ -51,6 +57,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("Attachment", "Llama", "attach"):
         return getattr(llama(), name)
+    if name in ("DiskCache", "RamCache"):
+        llama()  # says what is missing
+        return getattr(importlib.import_module(".state_caches", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""llama-cpp-python with a MixKVQ cache. The only module that imports llama_cpp."""
+"""llama-cpp-python with a MixKVQ cache. The only module that imports llama_cpp, but for `state_caches`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import signal
+import struct
 import sys
 import threading
 import weakref
@@ -24,7 +25,7 @@ from llama_cpp import llama_chat_format, llama_tokenizer
 from llama_cpp import llama_cpp as C
 
 from . import session as reports
-from . import streams
+from . import states, streams
 from .devices import Gpu, Placement, check_device, choose, place
 from .dry_run import CELL_BYTES, DryRun, Need
 from .errors import (
@@ -35,6 +36,7 @@ from .errors import (
     GeometryError,
     ModelFileError,
     SettingsError,
+    StateError,
     VersionError,
     check_text,
 )
@@ -44,6 +46,7 @@ from .memory import CELLS, Free, check_fits
 from .model_file import ModelFile, open_model
 from .page import Codec, Page
 from .settings import Kv, KvLike, check_geometry, least_bits, resolve_kv, stock_type, with_profile
+from .state_caches import StateCache
 
 # What the backend was built and tested against. ggml's backend interface is not stable between releases, so a
 # version outside these is refused: a mismatch would crash instead of failing.
@@ -690,7 +693,7 @@ class Llama(llama_cpp.Llama):
         """Logits of the last evaluated token, float32 [vocabulary]. Raises ContextError if there is none."""
         self._check_ready()
         with self._evaluating:
-            if self.n_tokens == 0 or not self._has_logits(-1):
+            if self.n_tokens == 0 or self._requires_eval or not self._has_logits(-1):
                 raise ContextError("There are no logits yet; evaluate a token first.")
             return np.ctypeslib.as_array(C.llama_get_logits_ith(self._ctx.ctx, -1), shape=(self.n_vocab(),)).copy()
 
@@ -824,10 +827,76 @@ class Llama(llama_cpp.Llama):
                 failure = self._failure(e, self._batch.n_tokens())
                 raise failure from failure.__cause__
 
-    def load_state(self, state: Any) -> None:
-        """As in `llama_cpp.Llama`."""
+    def save_state(self, packed: bool = True) -> Any:
+        """As in `llama_cpp.Llama`, but small: records in place of F16 rows, for contexts of the same model and settings.
+
+        packed: False for llama.cpp's own state, whose rows are F16, which any context of the model takes. llama.cpp's own caches have no other.
+        """
         self._check_ready()
-        super().load_state(state)
+        with self._evaluating:
+            if self._session is None or not packed:
+                return super().save_state()
+            state, tokens = states.to_bytes(self, self._read_tokens()), self.input_ids[: self.n_tokens].copy()
+            scores = self.scores[: self.n_tokens if self._logits_all else 0].copy()
+        return llama_cpp.LlamaState(tokens, scores, len(tokens), state, len(state), self._seed)
+
+    def load_state(self, state: Any) -> None:
+        """As in `llama_cpp.Llama`, for states of both kinds. Raises StateError if a packed one does not fit; the context is then as it was."""
+        self._check_ready()
+        with self._evaluating:
+            if not states.is_state(state.llama_state):
+                super().load_state(state)
+                return
+            try:
+                self._now_holds(states.from_bytes(state.llama_state, self))
+            except StateError as e:
+                raise StateError(f"The state cannot be loaded: {e}.") from None
+            if len(state.scores) == self.n_tokens == len(self.scores[: self.n_tokens]):
+                self.scores[: self.n_tokens] = state.scores
+            self._seed = state.seed
+
+    def set_cache(self, cache: Any) -> None:
+        """As in `llama_cpp.Llama`. `bridge.RamCache` and `bridge.DiskCache` hold packed states."""
+        if isinstance(cache, StateCache):
+            self._check_open()
+            cache = cache.serving(states.identity(self), self._can_go_back())
+        super().set_cache(cache)
+
+    def _can_go_back(self) -> bool:
+        """Whether tokens can be taken back one by one: recurrent states have no past."""
+        model = self._model.model
+        return not (C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model))
+
+    def save_file(self, path: str | os.PathLike[str]) -> int:
+        """Write all that the context holds into a file, which appears whole or not at all; how many bytes it has.
+
+        `load_file` puts it into a context of the same model and settings, in this program or another: what is evaluated then gives the same logits,
+        bit for bit, as if there had been no file. Raises OSError that names the file, ContextError if llama.cpp does not give its state.
+        """
+        self._check_ready()
+        with self._evaluating:
+            return states.to_file(path, self, self._read_tokens())
+
+    def load_file(self, path: str | os.PathLike[str]) -> int:
+        """Go on from what `save_file` has written, in place of what the context holds; how many tokens that are. Evaluate the next one before logits are
+        asked for. Raises StateError with one sentence if the file is damaged or does not fit; the context is then as it was.
+        """
+        self._check_ready()
+        with self._evaluating:
+            self._now_holds(states.from_file(path, self))
+            return self.n_tokens
+
+    def _read_tokens(self) -> list[int]:
+        return [int(token) for token in self.input_ids[: self.n_tokens]]
+
+    def _now_holds(self, tokens: Any) -> None:
+        self.input_ids[: len(tokens)] = tokens
+        self.n_tokens = len(tokens)
+        self.scores[:] = 0
+        self._requires_eval = True
+
+    def _state_port(self, sequence: int | None = None) -> StatePort:
+        return StatePort(self._ctx.ctx, sequence)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer. It keeps the model, and ends with it."""
@@ -899,6 +968,50 @@ class Llama(llama_cpp.Llama):
         if self.codec is not None:
             state["codec"] = self.codec
         return state
+
+
+_SEQUENCE_MAGIC = 0xAF143CD8  # before a sequence's state, and a number; a context's begins with the length and name of its architecture
+
+
+class StatePort:
+    """llama.cpp's own functions for the state of a context, or of one sequence. Sizes are in bytes, 0 where it fails."""
+
+    def __init__(self, context: Any, sequence: int | None = None) -> None:
+        self._context, self._sequence = context, sequence
+        self.flags = 0 if sequence is None else native().STATE_SEQUENCE
+
+    def size(self) -> int:
+        if self._sequence is None:
+            return int(C.llama_state_get_size(self._context))
+        return int(C.llama_state_seq_get_size_ext(self._context, self._sequence, 0))
+
+    def get(self, address: int, size: int) -> int:
+        data = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
+        if self._sequence is None:
+            return int(C.llama_state_get_data(self._context, data, size))
+        return int(C.llama_state_seq_get_data_ext(self._context, data, size, self._sequence, 0))
+
+    def set(self, address: int, size: int, *, may_write: bool = False) -> int:
+        """may_write: whether the bytes may be changed on the way. Then a context of one sequence goes on in the cell where it would have, which matters
+        where tokens leave a sliding window: after the state of a whole context llama.cpp looks for free cells from the first one on, after that of a
+        sequence from its last one on, and the two differ in their first bytes."""
+        skipped = self._before_cells(address, size) if may_write and self._sequence is None else 0
+        sequence = self._sequence
+        if skipped:
+            address, size, sequence = address + skipped, size - skipped, 0
+            ctypes.memmove(address, struct.pack("<Ii", _SEQUENCE_MAGIC, 0), 8)
+            C.llama_memory_clear(C.llama_get_memory(self._context), True)
+        data = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
+        if sequence is None:
+            return int(C.llama_state_set_data(self._context, data, size))
+        return int(C.llama_state_seq_set_data_ext(self._context, data, size, sequence, 0))
+
+    def _before_cells(self, address: int, size: int) -> int:
+        """How many bytes of a context's state come before what that of its only sequence begins with; 0 if it has several, or recurrent states."""
+        model = C.llama_get_model(self._context)
+        if C.llama_n_seq_max(self._context) != 1 or C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model) or size < 4:
+            return 0
+        return max(0, 4 + ctypes.c_uint32.from_address(address).value - 8)
 
 
 _CLOSED = "The model is closed."

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from . import session as reports
 from .answer import LARGEST_SEED, Answer, Message, Sampling, stream_answer
-from .conversations import Autosave, folder, kept, parse_conversation, read_conversation, to_text
+from .conversations import Autosave, cache_of, folder, kept, load_cache, parse_conversation, read_conversation, save_cache, to_text
 from .errors import BridgeError, SettingsError, check_text, for_command
 from .files import check_target, write_atomically
 from .memory import format_bytes
@@ -29,7 +29,7 @@ HELP = """\
 /help        this list
 /reset       forget the conversation
 /memory      what the cache takes
-/save FILE   write the conversation to a JSON file
+/save FILE   write the conversation to a JSON file, and the cache beside it
 /load FILE   go on with a saved conversation
 /chats       list the conversations that were kept
 /resume [N]  go on with the last of them, or with number N of the list
@@ -70,8 +70,9 @@ class Chat:
         write: Callable[[str], None],
         ask: Callable[[str], str],
         autosave: bool = False,
+        on_read: Callable[[], None] | None = None,
     ) -> None:
-        self.llama, self.sampling, self.console, self.write, self.ask = llama, sampling, console, write, ask
+        self.llama, self.sampling, self.console, self.write, self.ask, self.on_read = llama, sampling, console, write, ask, on_read
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.autosave = Autosave(self.say, autosave)
         self.last: Answer | None = None
@@ -98,7 +99,7 @@ class Chat:
             self.write(piece)
 
         try:
-            answer = stream_answer(self.llama, fitted, self.sampling, write, self.console)
+            answer = stream_answer(self.llama, fitted, self.sampling, write, self.console, self.on_read)
         except BaseException:  # the terminal may be gone
             self.autosave.save([*self.transcript, question, {"role": "assistant", "content": "".join(pieces)}])
             raise
@@ -169,6 +170,7 @@ class Chat:
     def save(self, path: str) -> None:
         exists = os.path.isfile(path)
         check_target(path, force=True, what="JSON", inputs=[self.llama.model_path])
+        check_target(cache_of(path), force=True, what="state")
         if exists and os.path.getsize(path):
             try:
                 read_conversation(path)
@@ -179,9 +181,10 @@ class Chat:
             return
         try:
             write_atomically(path, to_text(self.transcript), overwrite=exists)
+            size = save_cache(path, self.llama)
         except OSError as e:
-            raise SettingsError(f"{path} cannot be written: {e.strerror or e}.") from None
-        self.say(f"{len(self.transcript)} messages saved to {path}.")
+            raise SettingsError(f"{e.filename or path} cannot be written: {e.strerror or e}.") from None
+        self.say(f"{len(self.transcript)} messages saved to {path}" + (f", and the cache ({format_bytes(size)}) beside it." if size else "."))
 
     def load(self, path: str) -> None:
         messages = read_conversation(path)
@@ -190,8 +193,9 @@ class Chat:
                 self.llama.chat_tokens(messages)  # the template may refuse it
             except SettingsError as e:
                 raise SettingsError(f"{path} cannot be loaded: {e}") from None
+        why = load_cache(path, self.llama)
         self.begin(messages)
-        self.say(f"{len(messages)} messages loaded from {path}.")
+        self.say(f"{len(messages)} messages loaded from {path}{'' if why is None else f'; they are read anew: {why}'}.")
 
     def list_kept(self) -> None:
         for i, each in enumerate(found := kept(self.autosave.path), 1):
@@ -253,8 +257,12 @@ def chat(options: Options, console: Console) -> int:
         )
         if options.autosave and kept(most=1):
             console.print("Earlier conversations are kept: /resume goes on with the last, /chats lists them.", markup=False)
-        conversation = Chat(llama, options.sampling, options.system, console, writer(), _reader(), options.autosave)
+        conversation = Chat(llama, options.sampling, options.system, console, writer(), _reader(), options.autosave, options.on_read(llama))
+        if options.prompt_cache is not None:
+            options.prompt_cache.begin(llama)
         conversation.loop()
+        if options.prompt_cache is not None:
+            options.prompt_cache.end(llama)
         if conversation.last is not None:
             print_report(llama, conversation.last, options, console)
         return 0

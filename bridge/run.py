@@ -28,6 +28,7 @@ from .files import check_target, write_atomically
 from .library import native
 from .machine import physical_cores
 from .model_file import built_in_model, open_model
+from .prompt_cache import PromptCache
 from .settings import STOCK_TYPES, Kv, check_geometry, resolve_kv, with_profile
 
 if TYPE_CHECKING:
@@ -60,6 +61,12 @@ class Options:
     force: bool
     autosave: bool
     verbose: bool
+    prompt_cache: PromptCache | None = None
+
+    def on_read(self, llama: Llama) -> Callable[[], None] | None:
+        """What to do once a prompt has been read."""
+        cache = self.prompt_cache
+        return None if cache is None else lambda: cache.has_read(llama)
 
 
 def load(options: Options, console: Console) -> Llama:
@@ -189,13 +196,17 @@ def answer_once(options: Options, console: Console) -> int:
             prompt = [{"role": "system", "content": options.system}] if options.system else []
             prompt.append({"role": "user", "content": options.prompt})
         write = writer()
-        answer = stream_answer(llama, prompt, options.sampling, write, console)
+        if options.prompt_cache is not None:
+            options.prompt_cache.begin(llama)
+        answer = stream_answer(llama, prompt, options.sampling, write, console, options.on_read(llama))
         if options.sampling.max_tokens != 0:
             write("\n")
         ended = why_it_ended(answer, options.sampling.max_tokens)
         if ended and options.report != "json":  # which says it as finish_reason
             console.print(ended, markup=False, highlight=False)
         print_report(llama, answer, options, console)
+        if options.prompt_cache is not None:
+            options.prompt_cache.end(llama)
         return exit_code(answer, options.sampling.max_tokens)
     finally:
         llama.close()
@@ -282,6 +293,9 @@ class Number(click.ParamType):
 @click.option("--report", type=click.Choice(["text", "json", "none"]), default="text", show_default=True, help="Report at the end, on stderr.")
 @click.option("--report-file", shell_complete=files, help="Write the report as JSON to this file as well.")
 @click.option("--force", is_flag=True, help="Replace the file of --report-file if there is one already.")
+@click.option("--prompt-cache", shell_complete=files, help="Go on from this file, if it is there, and keep in it what has been read of the prompt.")
+@click.option("--prompt-cache-all", is_flag=True, help="Keep the answers in it as well, at the end.")
+@click.option("--prompt-cache-ro", is_flag=True, help="Use it and leave it as it is.")
 @click.option("--no-autosave", is_flag=True, help="Do not keep this chat for /resume.")
 @click.option("--list-presets", "presets", is_flag=True, help="List the presets and exit.")
 @click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's own log.")
@@ -339,6 +353,12 @@ def check(given: dict[str, Any]) -> Options:
     if given["report_file"] is not None:
         inputs = [path for path in (model, given["prompt_file"], kv.profile) if path is not None]
         check_target(given["report_file"], force=given["force"], what="JSON", inputs=inputs)
+    prompt_cache = None
+    if given["prompt_cache"] is not None:
+        prompt_cache = PromptCache(given["prompt_cache"], given["prompt_cache_all"], given["prompt_cache_ro"])
+        prompt_cache.check(model)
+    elif given["prompt_cache_all"] or given["prompt_cache_ro"]:
+        raise SettingsError("--prompt-cache-all and --prompt-cache-ro go together with --prompt-cache FILE.")
     system = None if given["system"] is None else from_command_line(given["system"], "--system")
     prompt = read_prompt(given)
     if prompt is None and given["raw"]:
@@ -367,6 +387,7 @@ def check(given: dict[str, Any]) -> Options:
         force=given["force"],
         autosave=not given["no_autosave"],
         verbose=given["verbose"],
+        prompt_cache=prompt_cache,
     )
 
 
