@@ -23,7 +23,7 @@ from rich.console import Console
 import bridge
 from bridge import conversations, defaults, states
 from bridge.library import native
-from mixkvq import evaluate, inspect, profile
+from mixkvq import evaluate, inspect, problems, profile
 from mixkvq.profile import LayerProfile, Profile
 
 _FRESH = {"bench": "mixkvq.evaluate", "model": {"name": "m"}, "settings": {"ctx": 512}, "files": {"p.gguf": "0"}, "date": "d", "command": "c", "commit": "0", "machine": {}, "versions": {}}
@@ -79,6 +79,11 @@ def results_json(data: bytes) -> None:
     evaluate.load_or_start(_file(data), _FRESH, restart=False)
 
 
+def problems_jsonl(data: bytes) -> None:
+    """A file of problems, a line of JSON each."""
+    assert problems.NumberFile(_file(data)).draw(1, None)
+
+
 def state_head(data: bytes) -> None:
     """The head of a state, its checksum set right where there is room for it."""
     data = bytes(data)
@@ -92,7 +97,7 @@ def state_head(data: bytes) -> None:
     states.difference(head.fields, _FIELDS)
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {f.__name__: f for f in (profile_gguf, profile_json, chat_json, settings_toml, results_json, state_head)}
+TARGETS: dict[str, Callable[[bytes], None]] = {f.__name__: f for f in (profile_gguf, profile_json, chat_json, settings_toml, results_json, problems_jsonl, state_head)}
 
 
 def accepts(target: Callable[[bytes], None], data: bytes) -> bool:
@@ -134,6 +139,7 @@ def make() -> None:
         "chat_json": {"chat": conversations.to_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße"}]).encode(), "list": b"[]"},
         "settings_toml": {"settings": b'[all]\nthreads = 8\nwindow = 128\n[run]\nctx = 16384\nkv = "quality"\nseed = 1\n'},
         "results_json": {"results": json.dumps(_FRESH).encode()},
+        "problems_jsonl": {"problems": b'{"question": "1 + 1?", "answer": "It is two.\\n#### 2"}\n{"question": "2 + 2?", "answer": "#### 4"}\n'},
         "state_head": {"state": head + bytes(-len(head) % 64) + bytes(16)},
     }
     for target, files in good.items():
@@ -150,7 +156,7 @@ def main() -> None:
 
     target = TARGETS[sys.argv.pop(1)]
     counts = [0, 0]
-    for module in (bridge, conversations, defaults, states, evaluate, inspect, profile):
+    for module in (bridge, conversations, defaults, states, evaluate, inspect, problems, profile):
         for name, value in list(vars(module).items()):
             if getattr(value, "__module__", None) == module.__name__ and callable(value) and not isinstance(value, type):
                 setattr(module, name, atheris.instrument_func(value))
