@@ -94,7 +94,7 @@ std::vector<std::vector<uint8_t>> good_inputs() {
         decode(0, n);
         if (n > 128) llama_memory_seq_rm(llama_get_memory(context), 0, 20, -1);
         for (int flags : {0, int(MIXKVQ_STATE_SEQUENCE), int(MIXKVQ_STATE_SEQUENCE | MIXKVQ_STATE_SHARED)}) {
-            if (n > 128 && flags == 0) continue;
+            if (n > 128 && flags != int(MIXKVQ_STATE_SEQUENCE | MIXKVQ_STATE_SHARED)) continue;  // large
             std::vector<uint8_t> bytes = saved(flags);
             bytes.insert(bytes.begin(), uint8_t(flags));
             inputs.push_back(std::move(bytes));
