@@ -89,14 +89,14 @@ sanitize: .venv/.tools
 	@ctest --test-dir $(SANITIZE) --output-on-failure --no-tests=error --parallel $(CORES)
 
 # Nine tenths of the operations on the CPU, the rest on the emulated GPU, which is slower; with MINUTES half of them each.
-soak: $(NATIVE)/.built
+soak: .venv/.installed $(NATIVE)/.built
 	@cd $(NATIVE); for soak in soak:950000 soak_emulated:50000 soak_cuda:1000000; do \
 	    name=$${soak%:*}; [ -x "$$name" ] || continue; \
 	    echo "== $$name"; \
 	    ./$$name --seed $(SEED) $(if $(MINUTES),--minutes $$(( ($(MINUTES) + 1) / 2 )),--operations $${soak#*:}) || [ $$? -eq 77 ] || exit 1; \
 	done
 	@echo "== A thousand contexts made and freed"
-	@$(PY) tests/python/memory_probe.py contexts_made_and_freed '["models/cot-tiny-34m-q8_0.gguf", 50, 1000]'
+	@MIXKVQ_TEST_CONTEXTS=1000 MIXKVQ_TEST_DEVICE=MIXKVQ-CPU $(PY) -m pytest -q -s tests/python/test_operations.py -k contexts_created_and_freed 2>/dev/null | grep -E 'bytes|passed|failed|Error'
 
 # Inputs that are new stay in build/fuzz/corpus; one that fails is named, and is run alone by giving it to the program.
 fuzz: .venv/.installed

@@ -594,7 +594,7 @@ class Soak {
 #else
         const double of_values = 1e-5;  // sums in F32
 #endif
-        const double tolerance = std::sqrt(noise) + linear + of_values * std::sqrt(square) + 1e-30, ratio = std::sqrt(error) / tolerance;
+        const double tolerance = std::sqrt(noise) + linear + of_values * std::sqrt(square) + 1e-12, ratio = std::sqrt(error) / tolerance;
         EXPECT(ratio <= 1, "attention of stream %d, head %d over %d cells is off by %g, and %g is what the steps give", s, head, call.n_kv, std::sqrt(error), tolerance);
         totals.worst.attention = std::max(totals.worst.attention, ratio);
     }
