@@ -26,9 +26,16 @@ from bridge.library import native
 from mixkvq import evaluate, inspect, problems, profile
 from mixkvq.profile import LayerProfile, Profile
 
-_FRESH = {"bench": "mixkvq.evaluate", "model": {"name": "m"}, "settings": {"ctx": 512}, "files": {"p.gguf": "0"}, "date": "d", "command": "c", "commit": "0", "machine": {}, "versions": {}}
-_FIELDS = {"model": {"name": "m", "fingerprint": "0" * 32, "weights": "0"}, "cache": {"type": "mixkvq", "preset": "balanced", "profile": None, "window": 128, "sinks": 128},
-           "rope": {"rope_freq_base": 1e4, "yarn_ext_factor": -1.0}, "adapters": []}  # fmt: skip
+_FRESH = {
+    **{"bench": "mixkvq.evaluate", "model": {"name": "m"}, "settings": {"ctx": 512}, "files": {"p.gguf": "0"}},
+    **{"date": "d", "command": "c", "commit": "0", "machine": {}, "versions": {}},
+}
+_FIELDS = {
+    "model": {"name": "m", "fingerprint": "0" * 32, "weights": "0"},
+    "cache": {"type": "mixkvq", "preset": "balanced", "profile": None, "window": 128, "sinks": 128},
+    "rope": {"rope_freq_base": 1e4, "yarn_ext_factor": -1.0},
+    "adapters": [],
+}
 CORPUS = Path(__file__).parent / "corpus"
 _FOLDER = Path(tempfile.mkdtemp(prefix="mixkvq-fuzz-"))
 
@@ -97,7 +104,8 @@ def state_head(data: bytes) -> None:
     states.difference(head.fields, _FIELDS)
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {f.__name__: f for f in (profile_gguf, profile_json, chat_json, settings_toml, results_json, problems_jsonl, state_head)}
+_ALL = (profile_gguf, profile_json, chat_json, settings_toml, results_json, problems_jsonl, state_head)
+TARGETS: dict[str, Callable[[bytes], None]] = {f.__name__: f for f in _ALL}
 
 
 def accepts(target: Callable[[bytes], None], data: bytes) -> bool:
@@ -136,7 +144,10 @@ def make() -> None:
     good = {
         "profile_gguf": {name: profiles[name] for name in ("side-car", "embedded")},
         "profile_json": {"profile": profiles["json"]},
-        "chat_json": {"chat": conversations.to_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße"}]).encode(), "list": b"[]"},
+        "chat_json": {
+            "chat": conversations.to_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße"}]).encode(),
+            "list": b"[]",
+        },
         "settings_toml": {"settings": b'[all]\nthreads = 8\nwindow = 128\n[run]\nctx = 16384\nkv = "quality"\nseed = 1\n'},
         "results_json": {"results": json.dumps(_FRESH).encode()},
         "problems_jsonl": {"problems": b'{"question": "1 + 1?", "answer": "It is two.\\n#### 2"}\n{"question": "2 + 2?", "answer": "#### 4"}\n'},

@@ -1,4 +1,7 @@
-"""Damaged profiles, JSON, settings and states: the corpora of tests/fuzz and some thousand mutations of them, the same in every run. `make fuzz` is the long form."""
+"""Damaged profiles, JSON, settings and states: the corpora of tests/fuzz and some thousand mutations of them, the same in every run.
+
+`make fuzz` is the long form.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
 import targets
 
 MUTATIONS = 1500
-_PIECES = [b"null", b"-1", b"1e999", b"NaN", b"[]", b"{}", b'""', b"[" * 5000, b"9" * 5000, b"\xff", b"\x00" * 8, b"\xff\xff\xff\x7f", b"\xff" * 4, b"true", b'"\\ud800"']
+_TEXTS = (b"null", b"true", b"-1", b"1e999", b"NaN", b"[]", b"{}", b'""', b"[" * 5000, b"9" * 5000, b'"\\ud800"')
+_PIECES = (*_TEXTS, b"\xff", b"\x00" * 8, b"\xff\xff\xff\x7f", b"\xff" * 4)
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
