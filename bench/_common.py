@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bridge import Llama
-from mixkvq.caches import CACHE_HELP, split_names
-from mixkvq.caches import open_cache as open_model
-from mixkvq.command import COUNT, COUNT_OR_ZERO, SEED, THREADS, Model, force_option, run, tool
-from mixkvq.record import available_cores, check_result, describe_run, save_json
+from mixkvq.study.caches import CACHE_HELP, split_names
+from mixkvq.study.caches import open_cache as open_model
+from mixkvq.cli.options import COUNT, COUNT_OR_ZERO, SEED, THREADS, Model, force_option, run, tool
+from mixkvq.study.record import available_cores, check_result, describe_run, save_json
 
 __all__ = [
     "CACHE_HELP",

@@ -23,7 +23,7 @@ import click
 import tables
 from _common import describe_run, save_json, split_names
 
-from mixkvq.profile import read_profile
+from mixkvq.core.profile import read_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "figures"

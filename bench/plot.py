@@ -13,7 +13,7 @@ from typing import Any
 import click
 from _common import force_option, run, tool
 
-from mixkvq import plots
+from mixkvq.study import plots
 
 
 def heading(result: dict[str, Any]) -> str:

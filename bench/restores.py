@@ -37,7 +37,7 @@ from _common import (
 from rich.table import Table
 
 from bridge.library import native
-from mixkvq.compare import draw_windows, feed, tokenize_text
+from mixkvq.study.compare import draw_windows, feed, tokenize_text
 
 TEXT = Path(__file__).parents[1] / "python" / "mixkvq" / "calibration.txt"
 BATCH = 512

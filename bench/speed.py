@@ -51,11 +51,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bridge import Llama
-from bridge._llama import C
-from bridge.model_file import ModelFile
-from bridge.model_file import open_model as read_geometry
-from mixkvq.outputs import check_different
-from mixkvq.plots import check_path
+from bridge.llama import C
+from mixkvq.core.model_file import ModelFile
+from mixkvq.core.model_file import open_model as read_geometry
+from mixkvq.core.outputs import check_different
+from mixkvq.study.plots import check_path
 
 BATCH = 512  # tokens
 PREFILL_DEPTH = 8192

@@ -408,7 +408,7 @@ def out_of_date(documents: Iterable[Path] = DOCUMENTS) -> dict[Path, str]:
 
 def write_pictures() -> None:
     """docs/speed.svg and docs/codecs.svg."""
-    from mixkvq.plots import draw_evaluation
+    from mixkvq.study.plots import draw_evaluation
 
     plot.draw([result(name) for name in ("speed-8b-2layers", "speed-builtin")], ROOT / "docs" / "speed.svg")
     if (RESULTS / "codecs.json").exists():

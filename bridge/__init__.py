@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import (
+from mixkvq.core.errors import (
     BridgeError,
     CacheNotUsedError,
     ContextError,
@@ -23,12 +23,12 @@ from .errors import (
     SettingsError,
     VersionError,
 )
-from .library import llama
-from .page import Page
-from .settings import Kv
+from mixkvq.core.page import Page
+from mixkvq.core.settings import Kv
 
 if TYPE_CHECKING:
-    from ._llama import Attachment, Llama, attach
+    from .attachment import Attachment, attach
+    from .llama import Llama
 
 __all__ = [
     "Attachment",
@@ -50,7 +50,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("Attachment", "Llama", "attach"):
-        return getattr(llama(), name)
+        from .installed import require_llama
+
+        require_llama()
+        from . import attachment, llama
+
+        return getattr(llama if name == "Llama" else attachment, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .memory import format_bytes
-from .settings import STOCK_TYPES, Kv
+from mixkvq.core.memory import format_bytes
+from mixkvq.core.settings import STOCK_TYPES, Kv
 
 
 def mixkvq_stats(kv: Kv, stats: dict[str, Any], layers: Sequence[dict[str, Any]], codec: Any = None) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from bridge import Kv
-from bridge import _llama as adapter
-from bridge._llama import C
+from bridge import llama as adapter
+from bridge.llama import C
 from bridge.library import native
-from bridge.model_file import open_model
-from bridge.page import Codec
+from mixkvq.core.model_file import open_model
+from mixkvq.core.page import Codec
 
 CPU, GPU = "MIXKVQ-CPU", "MIXKVQ-CUDA0"  # ours; without the first part of the name, ggml's own below
 FLASH_AUTO, FLASH_OFF, FLASH_ON = -1, 0, 1

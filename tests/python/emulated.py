@@ -18,7 +18,7 @@ LIBRARY = ROOT / "build" / "native" / "libggml-mixkvq-emulated.so"
 
 def load() -> ctypes.CDLL:
     """Register the emulated GPUs with llama.cpp and then the backend, in this process. Before anything asks for a device."""
-    from bridge import _llama as adapter
+    from bridge import llama as adapter
 
     library = ctypes.CDLL(str(LIBRARY))
     library.emulated_cuda.restype, library.emulated_cuda.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

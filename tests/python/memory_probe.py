@@ -90,7 +90,7 @@ def bytes_read_of_a_profile(path: str) -> dict[str, int]:
     """Bytes read from files, and memory taken at most, while a session with the profile begins."""
     import resource
 
-    from bridge._llama import _backend
+    from bridge.llama import _backend
 
     def read() -> int:
         return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])

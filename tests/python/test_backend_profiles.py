@@ -20,8 +20,8 @@ from profiles import GOLDEN, GOLDEN_LAYERS, profiles, write_gguf
 
 import bridge
 from bridge import Kv
-from bridge import _llama as adapter
-from mixkvq.profile import LayerProfile, Profile, read_profile, write_keys, write_profile
+from bridge import llama as adapter
+from mixkvq.core.profile import LayerProfile, Profile, read_profile, write_keys, write_profile
 
 T = GGUFValueType
 FORMS = {"side-car": write_profile, "in keys": write_keys}

@@ -17,8 +17,8 @@ import tiny_models
 from contexts import BALANCED, Context, Model, random_tokens
 from test_abi import COMPILER
 
-from bridge import _llama as adapter
-from mixkvq.profile import LayerProfile, Profile, write_profile
+from bridge import llama as adapter
+from mixkvq.core.profile import LayerProfile, Profile, write_profile
 
 P = ctypes.c_void_p
 f = adapter._function

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from cffi import FFI
 
-from bridge import _native
-from mixkvq import reference
+from mixkvq.core import _native
+from mixkvq.core import reference
 
 # ------------------------------------------------------------------------------------------------ formats and presets
 

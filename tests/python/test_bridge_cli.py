@@ -17,10 +17,10 @@ import tiny_models
 from rich.console import Console
 
 import bridge
-from bridge.answer import Answer, Sampling, stream_answer
-from bridge.chat import Chat, drop_oldest, parse_conversation
-from bridge.model_file import built_in_model
-from bridge.run import exit_code, why_it_ended
+from mixkvq.cli.answer import Answer, Sampling, stream_answer
+from mixkvq.cli.chat import Chat, drop_oldest, parse_conversation
+from mixkvq.core.model_file import built_in_model
+from mixkvq.cli.run import exit_code, why_it_ended
 
 MODEL = str(built_in_model())
 PROBLEM, SOLUTION = "Compute 48291 * 73.", "#### 3525243"
@@ -475,7 +475,7 @@ def test_ctrl_c_while_a_prompt_is_read(tmp_path):
 def test_ctrl_c_while_a_model_is_loaded_on_a_terminal(monkeypatch, tmp_path):
     from rich.progress import Progress
 
-    from bridge import run as command_line
+    from mixkvq.cli import run as command_line
 
     updates = []
 

@@ -18,8 +18,8 @@ from memory_probe import LINUX, measure
 
 import bridge
 from bridge import Kv, Llama
-from bridge.model_file import built_in_model, open_model, read_header
-from mixkvq.profile import LayerProfile, fingerprint, uniform_profile, write_profile
+from mixkvq.core.model_file import built_in_model, open_model, read_header
+from mixkvq.core.profile import LayerProfile, fingerprint, uniform_profile, write_profile
 
 MODEL = str(built_in_model())
 PROBLEM = [{"role": "user", "content": "Compute 48291 * 73."}]
@@ -599,7 +599,7 @@ def test_geometry_that_is_not_served(tmp_path, values, words):
 
 @pytest.mark.parametrize("version", ["0.2.90", "0.3.35", "0.3.37", "1.0.0"])
 def test_llama_cpp_python_of_another_version(monkeypatch, version):
-    from bridge import _llama
+    from bridge import llama as _llama
 
     monkeypatch.setattr(llama_cpp, "__version__", version)
     with pytest.raises(bridge.VersionError, match="pip install 'llama-cpp-python>=0.3.36,<0.3.37'") as e:

@@ -21,8 +21,8 @@ from rich.console import Console
 
 import bridge
 from bridge import Llama
-from bridge.answer import LARGEST_SEED, Sampling, stream_answer
-from bridge.model_file import built_in_model
+from mixkvq.cli.answer import LARGEST_SEED, Sampling, stream_answer
+from mixkvq.core.model_file import built_in_model
 
 MODEL = str(built_in_model())
 ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
@@ -328,7 +328,7 @@ def test_ctrl_c_stops_a_load(on_load):
 @pytest.mark.parametrize("stock", [None, "f16"])
 def test_ctrl_c_stops_the_look_at_devices_and_memory(stock, monkeypatch):
     """There the only Python that runs is the function for llama.cpp's log, and ctypes drops what is raised in it."""
-    from bridge import _llama
+    from bridge import llama as _llama
 
     place, loads = _llama.Llama._place, []
 
@@ -345,7 +345,7 @@ def test_ctrl_c_stops_the_look_at_devices_and_memory(stock, monkeypatch):
 
 def with_signal_at_the_first_callback():
     """As Ctrl-C does that arrives while llama.cpp loads: Python sees the signal when the next callback begins."""
-    from bridge import _llama
+    from bridge import llama as _llama
 
     class Loading(_llama._Loading):
         def __call__(self, share, _):

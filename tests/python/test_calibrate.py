@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bridge
-from bridge.model_file import open_model
-from mixkvq import allocate, budget, caches, calibrate, sensitivity
-from mixkvq.allocate import CODED_BITS, VALUE_BITS, Tables
-from mixkvq.compare import Passage
-from mixkvq.profile import read_profile, uniform_profile
-from mixkvq.reference import KeyFormat, ValueFormat, pack_keys, pack_values, unpack_keys, unpack_values
-from mixkvq.sensitivity import SHORT
-from mixkvq.texts import DEFAULT_TEXT
+from mixkvq.core.model_file import open_model
+from mixkvq.study import allocate, budget, caches, calibrate, sensitivity
+from mixkvq.study.allocate import CODED_BITS, VALUE_BITS, Tables
+from mixkvq.study.compare import Passage
+from mixkvq.core.profile import read_profile, uniform_profile
+from mixkvq.core.reference import KeyFormat, ValueFormat, pack_keys, pack_values, unpack_keys, unpack_values
+from mixkvq.study.sensitivity import SHORT
+from mixkvq.study.texts import DEFAULT_TEXT
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "cot-tiny-34m-q8_0.gguf"

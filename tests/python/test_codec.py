@@ -21,10 +21,11 @@ from gguf import GGUFReader
 from test_bindings import declarations
 
 import bridge
-from bridge import Kv, _native
-from bridge import _llama as adapter
-from bridge.model_file import built_in_model
-from mixkvq import reference
+from bridge import Kv
+from mixkvq.core import _native
+from bridge import llama as adapter
+from mixkvq.core.model_file import built_in_model
+from mixkvq.core import reference
 
 MODEL = str(built_in_model())
 TEXT = ("It was a dark evening in the early spring, and the old clerk walked slowly to the harbour without saying a word. " * 40).encode()

@@ -18,12 +18,13 @@ import random_model
 import speed
 
 import bridge
-import bridge.model_file
-import mixkvq.cli
-import mixkvq.lab.__main__
-from bridge.command import command_line
-from mixkvq import calibrate, convert, evaluate, inspect
-from mixkvq.command import Number, run, tool
+import mixkvq.core.model_file
+import mixkvq.cli.main
+import mixkvq.cli.lab
+from mixkvq.cli.command import command_line
+from mixkvq.study import calibrate, evaluate
+from mixkvq.cli import convert, inspect
+from mixkvq.cli.options import Number, run, tool
 
 ROOT = Path(__file__).parents[2]
 TOOLS = {
@@ -245,8 +246,8 @@ def test_the_command_line_is_known_while_it_runs():
 
 IN_THE_MIDDLE = """
 import signal, sys
-from bridge.files import replacing
-from mixkvq.command import run, tool
+from mixkvq.core.files import replacing
+from mixkvq.cli.options import run, tool
 
 signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "deaf" else signal.default_int_handler)
 

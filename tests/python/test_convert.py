@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from profiles import GOLDEN, GOLDEN_LAYERS, is_sentence, profiles, refused, same, write_gguf
 
 import bridge
-from bridge.model_file import built_in_model, open_model
-from mixkvq import convert
-from mixkvq.command import run
-from mixkvq.profile import Profile, read_profile, to_json, uniform_profile, write_profile
+from mixkvq.core.model_file import built_in_model, open_model
+from mixkvq.cli import convert
+from mixkvq.cli.options import run
+from mixkvq.core.profile import Profile, read_profile, to_json, uniform_profile, write_profile
 
 MODEL = str(built_in_model())
 

@@ -35,9 +35,9 @@ from test_operations import random_operation
 
 import mixkvq
 from bridge import Kv
-from bridge.model_file import built_in_model
-from mixkvq.caches import open_cache
-from mixkvq.compare import Comparison, cut, feed, summarise, tokenize_text
+from mixkvq.core.model_file import built_in_model
+from mixkvq.study.caches import open_cache
+from mixkvq.study.compare import Comparison, cut, feed, summarise, tokenize_text
 
 PAPER = Kv(preset="paper", window=0, sinks=0)
 WINDOW = Kv(preset="balanced", window=40, sinks=1)

@@ -10,8 +10,8 @@ import tiny_models
 
 from bridge import ContextError
 from bridge.library import native
-from mixkvq import compare, sensitivity
-from mixkvq.compare import Comparison, Passage, add_predictions, feed
+from mixkvq.study import compare, sensitivity
+from mixkvq.study.compare import Comparison, Passage, add_predictions, feed
 
 INF = math.inf
 

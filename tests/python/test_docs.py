@@ -16,7 +16,7 @@ import pytest
 import tables
 
 from bridge.library import native
-from mixkvq import caches
+from mixkvq.study import caches
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "models/README.md")] + sorted((ROOT / "docs").glob("*.md"))

@@ -33,8 +33,8 @@ def tiny(tmp_path_factory) -> str:
 # --- which GPUs ---
 
 DEVICES = """
-from bridge import _llama as adapter
-from bridge.errors import SettingsError
+from bridge import llama as adapter
+from mixkvq.core.errors import SettingsError
 backend = adapter._backend()
 gpus, missing = adapter._our_gpus(backend)
 def refused(device):
@@ -69,7 +69,7 @@ def test_the_lists_for_weights_do_not_change():
     """llama.cpp asks for them in every load, in whatever thread; what it got before stays what it is."""
     code = """
 import ctypes, threading
-from bridge import _llama as adapter
+from bridge import llama as adapter
 f, P = adapter._function, ctypes.c_void_p
 registry = f("ggml_backend_reg_by_name", P, ctypes.c_char_p)(b"MIXKVQ")
 get = f("ggml_backend_reg_dev_get", P, P, ctypes.c_size_t)
@@ -166,7 +166,7 @@ def test_no_backend_of_ggml_is_freed_during_a_recording(tiny):
     """Destroying a handle of cuBLAS ends a recording in CUDA and the process in ggml, which knows only of recordings of its own."""
     code = MODELS + """
 import ctypes, threading
-from bridge import _llama as adapter
+from bridge import llama as adapter
 f, P = adapter._function, ctypes.c_void_p
 stock = f("ggml_backend_dev_init", P, P, P)(f("ggml_backend_dev_by_name", P, ctypes.c_char_p)(b"CUDA0"), None)
 free = f("ggml_backend_free", None, P)

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 from bridge import ContextError, GeometryError, Kv, Llama, SettingsError
 from bridge.library import native
-from bridge.model_file import built_in_model
-from mixkvq import caches, calibrate, compare, evaluate, plots, problems, record
-from mixkvq.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed
-from mixkvq.profile import uniform_profile, write_profile
-from mixkvq.texts import default_text
+from mixkvq.core.model_file import built_in_model
+from mixkvq.study import caches, calibrate, compare, evaluate, plots, problems, record
+from mixkvq.study.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed
+from mixkvq.core.profile import uniform_profile, write_profile
+from mixkvq.study.texts import default_text
 
 MODEL = str(built_in_model())
 PROSE = Path(evaluate.__file__).with_name("calibration.txt")
@@ -657,7 +657,7 @@ def test_numbers():
 
 
 CHECKER = """
-from mixkvq import tasks
+from mixkvq.study import tasks
 
 def problems(rng, n):
     for _ in range(n):

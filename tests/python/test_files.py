@@ -12,7 +12,7 @@ import pytest
 from gguf import GGUFWriter
 
 from bridge import SettingsError
-from bridge.files import check_target, kind_of, replacing, write_atomically
+from mixkvq.core.files import check_target, kind_of, replacing, write_atomically
 
 UNWRITABLE = "/proc/result"  # not even the administrator can make a file there
 

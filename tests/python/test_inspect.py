@@ -15,10 +15,10 @@ import tiny_models
 from profiles import GOLDEN_LAYERS, refused
 
 import bridge
-from mixkvq import convert, inspect
-from mixkvq.command import run
-from mixkvq.profile import LayerProfile, Profile, to_json, uniform_profile, write_profile
-from mixkvq.reference import KeyFormat, ValueFormat
+from mixkvq.cli import convert, inspect
+from mixkvq.cli.options import run
+from mixkvq.core.profile import LayerProfile, Profile, to_json, uniform_profile, write_profile
+from mixkvq.core.reference import KeyFormat, ValueFormat
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import sys
 import pytest
 import tiny_models
 
-from bridge import _native as native
+from mixkvq.core import _native as native
 from bridge.library import library_path
 
 PROGRAM = """
 import json, sys
 import bridge
-from bridge import _native
+from mixkvq.core import _native
 llama = bridge.Llama(sys.argv[1], kv={"preset": "balanced", "window": 0, "sinks": 0}, n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
 tokens = [3 + i * 37 % 256 for i in range(400)]
 llama.eval(tokens[:390])

@@ -15,13 +15,14 @@ from strategies import key_formats, rows, seeds, valid_cells
 
 import bridge
 from bridge.library import native
-from bridge.model_file import built_in_model
-from mixkvq import lab, reference
-from mixkvq.command import run
-from mixkvq.lab import _tools, kvarn, mixed, paper, stock, turbo
-from mixkvq.lab.__main__ import main
-from mixkvq.profile import LayerProfile, Profile, write_profile
-from mixkvq.reference import KeyFormat, ValueFormat
+from mixkvq.core.model_file import built_in_model
+from mixkvq.study import lab
+from mixkvq.core import reference
+from mixkvq.cli.options import run
+from mixkvq.study.lab import _tools, kvarn, mixed, paper, stock, turbo
+from mixkvq.cli.lab import main
+from mixkvq.core.profile import LayerProfile, Profile, write_profile
+from mixkvq.core.reference import KeyFormat, ValueFormat
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = [

@@ -7,8 +7,8 @@ import os
 import psutil
 import pytest
 
-from bridge.machine import free_memory, physical_cores
-from bridge.memory import Free, check_fits, format_bytes, largest_that_fits
+from mixkvq.core.machine import free_memory, physical_cores
+from mixkvq.core.memory import Free, check_fits, format_bytes, largest_that_fits
 
 MIB = 1 << 20
 V2_MOUNT = "30 20 0:27 {root} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw"
@@ -108,9 +108,9 @@ def test_quota_of_processors(tmp_path, monkeypatch, quota, cores):
 
 
 def test_commands_take_their_threads_from_here():
-    import bridge.run
-    import mixkvq.calibrate
-    from bridge import machine
+    import mixkvq.cli.run
+    import mixkvq.study.calibrate
+    from mixkvq.core import machine
 
     assert bridge.run.physical_cores is machine.physical_cores
     assert mixkvq.calibrate.physical_cores is machine.physical_cores

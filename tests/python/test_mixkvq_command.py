@@ -12,12 +12,12 @@ from pathlib import Path
 import commands
 import pytest
 
-from bridge.defaults import COMMANDS as TABLES
-from bridge.defaults import SHARED, Defaults
-from bridge.errors import ProfileError
-from bridge.model_file import built_in_model, open_model
-from mixkvq.cli import COMMANDS, SHELLS, command, main
-from mixkvq.command import run
+from mixkvq.cli.defaults import COMMANDS as TABLES
+from mixkvq.cli.defaults import SHARED, Defaults
+from mixkvq.core.errors import ProfileError
+from mixkvq.core.model_file import built_in_model, open_model
+from mixkvq.cli.main import COMMANDS, SHELLS, command, main
+from mixkvq.cli.options import run
 
 MODEL = str(built_in_model())
 SCRIPT = [str(Path(sys.executable).parent / "mixkvq")]

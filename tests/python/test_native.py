@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import golden, key_formats, key_pages, value_formats, value_pages
 
-from bridge import _native as native
-from mixkvq import reference
-from mixkvq.reference import KeyFormat, ValueFormat
+from mixkvq.core import _native as native
+from mixkvq.core import reference
+from mixkvq.core.reference import KeyFormat, ValueFormat
 
 SINGLE = 1e-5
 SIGMAS = 3

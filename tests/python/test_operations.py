@@ -40,7 +40,7 @@ from contexts import (
 from memory_probe import LINUX, measure
 
 from bridge import Kv
-from bridge._llama import C
+from bridge.llama import C
 
 EXACT_BATCH, EXACT_TOKEN = 1e-2, 5e-2
 EIGHT_BIT = 1e-3
@@ -665,7 +665,7 @@ def test_flash_attention_off_copies_what_it_reads_exactly(models):
 
 @pytest.mark.parametrize("type_name", ["q8_0", "q4_0", "f32"])
 def test_another_type_on_our_device_is_plain(models, type_name):
-    from bridge.settings import STOCK_TYPES
+    from mixkvq.core.settings import STOCK_TYPES
 
     number = STOCK_TYPES[type_name][0]
     with Pair(*models, BALANCED, type_k=number, type_v=number) as pair:

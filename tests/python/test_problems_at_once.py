@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from bridge.model_file import built_in_model
-from mixkvq import caches, evaluate, problems
+from mixkvq.core.model_file import built_in_model
+from mixkvq.study import caches, evaluate, problems
 
 MODEL = str(built_in_model())
 OPTIONS = {"n_batch": 512, "n_threads": 1, "n_threads_batch": 1, "device": "cpu"}

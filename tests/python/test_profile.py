@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from profiles import GOLDEN, GOLDEN_LAYERS, is_sentence, profiles, refused, same, same_layer, write_gguf
 
 import bridge
-from bridge.model_file import built_in_model, open_model
-from mixkvq.profile import LayerProfile, Profile, from_json, read_profile, to_json, uniform_profile, write_keys, write_profile
+from mixkvq.core.model_file import built_in_model, open_model
+from mixkvq.core.profile import LayerProfile, Profile, from_json, read_profile, to_json, uniform_profile, write_keys, write_profile
 
 MODEL = str(built_in_model())
 FORMS = {"side-car": write_profile, "embedded": write_keys}

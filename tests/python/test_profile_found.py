@@ -15,10 +15,10 @@ from profiles import GOLDEN_LAYERS, refused
 
 import bridge
 from bridge import Kv
-from bridge.model_file import open_model
-from bridge.settings import resolve_kv, side_car, with_profile
-from mixkvq import convert
-from mixkvq.profile import Profile, uniform_profile, write_profile
+from mixkvq.core.model_file import open_model
+from mixkvq.core.settings import resolve_kv, side_car, with_profile
+from mixkvq.cli import convert
+from mixkvq.core.profile import Profile, uniform_profile, write_profile
 
 
 @pytest.fixture(scope="module")

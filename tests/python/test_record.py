@@ -12,8 +12,8 @@ import click
 import pytest
 
 from bridge import SettingsError
-from mixkvq import record
-from mixkvq.command import run, tool
+from mixkvq.study import record
+from mixkvq.cli.options import run, tool
 
 GIT = ["git", "-c", "user.name=A", "-c", "user.email=a@example.com", "-c", "init.defaultBranch=main"]
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import golden, key_pages, rows, seeds, value_pages
 
-from mixkvq import reference
-from mixkvq.reference import (
+from mixkvq.core import reference
+from mixkvq.core.reference import (
     KEY_BITS,
     KeyFormat,
     ValueFormat,

@@ -9,9 +9,10 @@ import pytest
 import tiny_models
 
 import bridge
-from bridge import ContextError, ContextTooLargeError, Llama, SettingsError, _llama
+from bridge import ContextError, ContextTooLargeError, Llama, SettingsError
+from bridge import llama as _llama
 from bridge.dry_run import DryRun
-from bridge.memory import SEQUENCES, Free
+from mixkvq.core.memory import SEQUENCES, Free
 from bridge.sequences import Sequences
 
 SPARE = {"n_threads": 1, "n_threads_batch": 1, "device": "cpu", "verbose": False}

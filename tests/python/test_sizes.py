@@ -19,9 +19,10 @@ from contexts import BALANCED, EXACT, PACKED, Context, Model, devices, library_n
 from test_architectures import PLAIN, SERVED
 
 import bridge
-from bridge import Kv, _llama
+from bridge import Kv
+from bridge import llama as _llama
 from bridge.dry_run import DryRun, Need
-from bridge.settings import STOCK_TYPES
+from mixkvq.core.settings import STOCK_TYPES
 
 SPARE = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
 ARCHITECTURES = {**SERVED, "gemma4": tiny_models.gemma4, "two layers of eight heads": lambda path: tiny_models.llama(path, 128, 8, 1)}
@@ -207,7 +208,7 @@ def in_a_process(code: str, *arguments: str, group: str = "") -> dict:
 FILL = """
     import ctypes, gc, json, os, sys
     import bridge
-    from bridge import _llama
+    from bridge import llama as _llama
     options = {"n_threads": 1, "n_threads_batch": 1, "verbose": False, "n_batch": 128, "n_ubatch": 128, "device": "cpu", **json.loads(sys.argv[2])}
     check, needs, taken, stats = _llama.check_fits, [], [], {}
     def note(n, free, least, measure):
@@ -294,7 +295,7 @@ def test_under_the_limit_of_a_control_group(paths, memory_group):
 
 
 def test_what_cannot_fit_is_refused_before_weights_are_read(paths, monkeypatch):
-    from bridge.memory import Free
+    from mixkvq.core.memory import Free
 
     path = paths("two layers of eight heads")
     free = Free(64 << 20, 70 << 20)
@@ -312,7 +313,7 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(paths, monkeypatch):
 
 
 def test_a_window_lets_a_larger_context_fit(paths, monkeypatch):
-    from bridge.memory import Free
+    from mixkvq.core.memory import Free
 
     monkeypatch.setattr(_llama, "free_memory", lambda: Free(64 << 20))
     fits = []
@@ -325,7 +326,7 @@ def test_a_window_lets_a_larger_context_fit(paths, monkeypatch):
 
 def test_what_a_program_asks_for_beside_the_cache_counts(paths, monkeypatch):
     """logits_all keeps a row of the vocabulary for every token."""
-    from bridge.memory import Free
+    from mixkvq.core.memory import Free
 
     monkeypatch.setattr(_llama, "free_memory", lambda: Free(56 << 20))
     path = paths("llama-64x2-gqa2")
@@ -393,8 +394,8 @@ def test_the_chat_forgets_and_gives_the_memory_back(paths, device):
 
     from rich.console import Console
 
-    from bridge.answer import Sampling
-    from bridge.chat import Chat
+    from mixkvq.cli.answer import Sampling
+    from mixkvq.cli.chat import Chat
 
     llama = bridge.Llama(paths("llama-64x2-gqa2"), n_ctx=4096, device=library_name(device), **SPARE)
     chat = Chat(llama, Sampling(max_tokens=2, temperature=0.0), None, Console(file=io.StringIO()), lambda s: None, lambda s: "")

@@ -24,8 +24,8 @@ import tiny_models
 from contexts import CPU, devices, stock_name
 from gguf import GGUFWriter
 
-from bridge.model_file import built_in_model
-from mixkvq.profile import LayerProfile, Profile, uniform_profile, write_profile
+from mixkvq.core.model_file import built_in_model
+from mixkvq.core.profile import LayerProfile, Profile, uniform_profile, write_profile
 
 PROGRAM = """
 import json, sys

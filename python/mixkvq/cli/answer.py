@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .errors import SettingsError, check_text
+from ..core.errors import SettingsError, check_text
 
 if TYPE_CHECKING:
-    from ._llama import Llama
+    from bridge.llama import Llama
 
 Message = dict[str, str]
 LARGEST_SEED = (1 << 32) - 2  # the next one makes llama.cpp choose a seed of its own

@@ -14,16 +14,18 @@ from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 from rich.console import Console
 
-from . import session as reports
+from bridge import report as reports
+
+from ..core.errors import BridgeError, SettingsError, check_text
+from ..core.files import check_target, write_atomically
+from ..core.memory import format_bytes
 from .answer import LARGEST_SEED, Answer, Message, Sampling, stream_answer
+from .command import for_command
 from .conversations import Autosave, folder, kept, parse_conversation, read_conversation, to_text
-from .errors import BridgeError, SettingsError, check_text, for_command
-from .files import check_target, write_atomically
-from .memory import format_bytes
-from .run import Options, load, note_missing_template, print_report, why_it_ended, writer
+from .running import Options, load, note_missing_template, print_report, why_it_ended, writer
 
 if TYPE_CHECKING:
-    from ._llama import Llama
+    from bridge.llama import Llama
 
 HELP = """\
 /help        this list

@@ -13,13 +13,24 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from ..core.errors import BridgeError, ContextError
 from . import streams
 from .defaults import Defaults, Tables, defaults_of, taken
-from .errors import BridgeError, ContextError, for_command
+
+_OPTIONS = {"n_ctx": "--ctx", "n_batch": "--batch", "n_gpu_layers": "--gpu-layers"}
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 DEBUG = "MIXKVQ_DEBUG"  # variable of the environment
 _ALONE = re.compile(r"python -m (?:bridge|mixkvq)\.(?=[a-z])")  # a command under its module's name
+
+
+def for_command(e: BridgeError) -> str:
+    """The text of an error as a command line says it: `--stock f16` for `stock='f16'`."""
+    if e.command is not None:
+        return e.command
+    text = re.sub(r"\b(kv|stock|device|profile)='([^']*)'", r"--\1 \2", str(e))
+    text = re.sub(r"^(kv|device|window|sinks) is ", r"--\1 is ", text)
+    return re.sub(r"\b(n_ctx|n_batch|n_gpu_layers)\b", lambda m: _OPTIONS[m[1]], text)
 
 
 def run(command: click.Command, module: str, arguments: Sequence[str] | None = None, *, program: str = "") -> int:

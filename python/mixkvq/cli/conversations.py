@@ -11,9 +11,9 @@ from pathlib import Path
 
 import platformdirs
 
+from ..core.errors import SettingsError, check_text
+from ..core.files import write_atomically
 from .answer import Message
-from .errors import SettingsError, check_text
-from .files import write_atomically
 
 FORMAT, VERSION = "mixkvq-chat", 1
 ROLES = ("system", "user", "assistant")

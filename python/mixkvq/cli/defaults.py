@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from .errors import SettingsError
+from ..core.errors import SettingsError
 
 CONFIG = "MIXKVQ_CONFIG"  # variable of the environment: the file to read, or nothing for none
 COMMANDS = {"run": "bridge.run", "calibrate": "mixkvq.calibrate", "evaluate": "mixkvq.evaluate", "inspect": "mixkvq.inspect", "lab": "mixkvq.lab"}

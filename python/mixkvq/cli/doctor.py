@@ -18,13 +18,13 @@ from typing import Any
 
 import click
 
-from bridge.command import files
-from bridge.defaults import COMMANDS, Defaults, read_settings, settings_path
 from bridge.devices import NO_GPU
-from bridge.errors import BridgeError, for_command
-from bridge.memory import CELLS, format_bytes
 
-from .command import tool
+from ..core.errors import BridgeError
+from ..core.memory import CELLS, format_bytes
+from .command import files, for_command
+from .defaults import COMMANDS, Defaults, read_settings, settings_path
+from .options import tool
 
 SECONDS = 120  # a GPU's driver may take its time
 CONTEXT = 8192  # tokens, where neither -c nor the model says
@@ -46,7 +46,7 @@ def _version() -> str:
 
 
 def _commit() -> str:
-    from .record import commit
+    from ..study.record import commit
 
     found = commit()
     if " " in found:
@@ -61,26 +61,25 @@ def _numpy() -> str:
 
 
 def _llama_cpp_python() -> Found:
-    try:
-        import llama_cpp
-    except ModuleNotFoundError as e:
-        if e.name == "llama_cpp":
-            from bridge.library import llama
+    from bridge.installed import require_llama
 
-            llama()  # says what to install
-        raise
-    return {"version": llama_cpp.__version__, "folder": str(Path(llama_cpp.__file__).parent)}
+    require_llama()
+    from bridge.backend import llama_cpp_python
+
+    return llama_cpp_python()
 
 
 def _ggml() -> str:
-    from bridge.library import llama
+    from bridge.installed import require_llama
 
-    version: str = llama().ggml_version()
-    return version
+    require_llama()
+    from bridge.backend import ggml_version
+
+    return ggml_version()
 
 
 def _native() -> Found:
-    from bridge.library import native
+    from ..core.native import native
 
     module = native()
     return {"file": module.__file__, "version": module.__version__, "format": module.FORMAT_VERSION, "cuda": module.HAS_CUDA}
@@ -93,13 +92,13 @@ def _library() -> str:
 
 
 def _isas() -> list[str]:
-    from bridge.library import native
+    from ..core.native import native
 
     return list(native().isas())
 
 
 def _isa() -> str:
-    from bridge.library import native
+    from ..core.native import native
 
     try:
         return str(native().isa())
@@ -108,14 +107,16 @@ def _isa() -> str:
 
 
 def _backend() -> Found:
-    from bridge.library import llama
+    from bridge.installed import require_llama
 
-    found: Found = llama().examine_backend()
-    return found
+    require_llama()
+    from bridge.backend import examine_backend
+
+    return examine_backend()
 
 
 def _machine() -> Found:
-    from .record import machine
+    from ..study.record import machine
 
     return machine()
 
@@ -123,20 +124,20 @@ def _machine() -> Found:
 def _memory() -> Found:
     import psutil
 
-    from bridge.machine import free_memory
+    from ..core.machine import free_memory
 
     free = free_memory()
     return {"free": free.bytes, "limit": free.limit, "total": psutil.virtual_memory().total}
 
 
 def _threads() -> int:
-    from bridge.machine import physical_cores
+    from ..core.machine import physical_cores
 
     return physical_cores()
 
 
 def _settings() -> Found:
-    from .cli import command
+    from .main import command
 
     path = settings_path()
     tables = read_settings(path)
@@ -147,7 +148,7 @@ def _settings() -> Found:
 
 
 def _model(path: str) -> Found:
-    from bridge.model_file import open_model
+    from ..core.model_file import open_model
 
     model = open_model(path)
     sizes = sorted({f"{k}/{v}" for k, v in zip(model.head_size_k, model.head_size_v) if k})
@@ -163,8 +164,8 @@ def _model(path: str) -> Found:
 
 
 def _cache(path: str) -> Found:
-    from bridge.model_file import open_model
-    from bridge.settings import Kv, check_geometry, with_profile
+    from ..core.model_file import check_geometry, open_model
+    from ..core.settings import Kv, with_profile
 
     model = open_model(path)
     check_geometry(model)
@@ -173,15 +174,19 @@ def _cache(path: str) -> Found:
 
 
 def _sizes(path: str, ctx: int) -> Found:
-    from bridge.library import llama
-    from bridge.model_file import open_model
-    from bridge.settings import Kv, with_profile
+    from bridge.installed import require_llama
+
+    from ..core.model_file import open_model
+    from ..core.settings import Kv, with_profile
 
     model = open_model(path)
     n_ctx = ctx or min(model.n_ctx_train or CONTEXT, CONTEXT)
     n_ctx = (n_ctx + CELLS - 1) // CELLS * CELLS
-    need = llama().measure_context(model, with_profile(Kv(), model), n_ctx)
-    plain = llama().measure_context(model, None, n_ctx)
+    require_llama()
+    from bridge.dry_run import measure_context
+
+    need = measure_context(model, with_profile(Kv(), model), n_ctx)
+    plain = measure_context(model, None, n_ctx)
     if need is None:
         raise Unknown(f"llama.cpp creates no context of {n_ctx} tokens for this model")
     return {"context": n_ctx, "cache": need.cache, "all": need.all, "cache_f16": None if plain is None else plain.cache}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from bridge import Page
-from bridge.model_file import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE
-
-from ..command import run, tool
-from . import CODECS, PageFunction, codec_function, get, sample_page
+from ..core.model_file import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE
+from ..core.page import Page
+from ..study.lab import CODECS, PageFunction, codec_function, get, sample_page
+from .options import run, tool
 
 ROUNDS = 20
 
@@ -32,7 +32,7 @@ def milliseconds(function: PageFunction, page: Page) -> float:
 @click.argument("names", nargs=-1)
 @click.option("--head-size", type=click.IntRange(MIN_HEAD_SIZE, MAX_HEAD_SIZE), default=128, show_default=True, help="Channels of a head.")
 @click.option("--time", "timed", is_flag=True, help="Also time a page of two heads.")
-def main(names: tuple[str, ...], head_size: int, timed: bool) -> None:
+def command(names: tuple[str, ...], head_size: int, timed: bool) -> None:
     """List the codecs, or NAMES, with the bits per element that a page takes: scales, minima, orders, norms and means included."""
     if head_size % HEAD_SIZE_STEP:
         raise click.BadParameter(f"{head_size} is not a multiple of {HEAD_SIZE_STEP}.", param_hint="--head-size")
@@ -53,5 +53,6 @@ def main(names: tuple[str, ...], head_size: int, timed: bool) -> None:
         console.print("The salience of a made-up page decides the bits of `paper`; on a model they differ from page to page.", style="dim")
 
 
-if __name__ == "__main__":
-    sys.exit(run(main, "mixkvq.lab"))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    return run(command, "mixkvq.lab", arguments)

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import click
 from click.shell_completion import get_completion_class, shell_complete
 
-from bridge.command import run
-
-from .command import SETTINGS, tool, version_option
+from .command import run
+from .options import SETTINGS, tool, version_option
 
 COMMANDS = {
-    "run": ("bridge.run", "command", "Chat with a model, or get one answer, on a quantised cache."),
-    "calibrate": ("mixkvq.calibrate", "cli", "Make a profile for a model: measured precision for every layer and head."),
-    "evaluate": ("mixkvq.evaluate", "command", "Measure what caches do to a model's predictions, and what they take."),
-    "inspect": ("mixkvq.inspect", "command", "Show what a profile says."),
-    "convert": ("mixkvq.convert", "command", "Put a profile into a model, take it out, to JSON and back."),
-    "lab": ("mixkvq.lab.__main__", "main", "List the cache codecs to compare with."),
-    "path": ("bridge.path", "command", "Print where the backend lies that other programs load."),
-    "doctor": ("mixkvq.doctor", "command", "Say what is installed and whether the cache can be used."),
-    "completion": ("mixkvq.cli", "completion", "Print what makes a shell complete this command."),
+    "run": "Chat with a model, or get one answer, on a quantised cache.",
+    "calibrate": "Make a profile for a model: measured precision for every layer and head.",
+    "evaluate": "Measure what caches do to a model's predictions, and what they take.",
+    "inspect": "Show what a profile says.",
+    "convert": "Put a profile into a model, take it out, to JSON and back.",
+    "lab": "List the cache codecs to compare with.",
+    "path": "Print where the backend lies that other programs load.",
+    "doctor": "Say what is installed and whether the cache can be used.",
+    "completion": "Print what makes a shell complete this command.",
 }
-"""Module, name in it, and what the command does, in the order of the help."""
+"""What each does, in the order of the help. Each is `command` in the module of its name, but for `completion`."""
 COMPLETION = "_MIXKVQ_COMPLETE"  # variable of the environment by which a shell asks
 SHELLS = ("bash", "zsh", "fish")
 
@@ -38,9 +36,10 @@ class _Lazy(MutableMapping[str, click.Command]):
         self._names = list(COMMANDS)
 
     def __getitem__(self, name: str) -> click.Command:
-        module, attribute, _ = COMMANDS[name]
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
+        if name not in COMMANDS:
+            raise KeyError(name)
+        found: click.Command = completion if name == "completion" else importlib.import_module(f"mixkvq.cli.{name}").command
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -70,7 +69,7 @@ class _Group(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, what) for name, (_, _, what) in COMMANDS.items()])
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.command(cls=_Group, invoke_without_command=True, subcommand_metavar="COMMAND [ARGS]...", context_settings=SETTINGS)
@@ -100,7 +99,3 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "mixkvq") -> 
     if asked := os.environ.get(COMPLETION):
         return shell_complete(command, {}, "mixkvq", COMPLETION, asked)
     return run(command, "mixkvq", arguments, program=program)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,10 +14,12 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-import bridge.command
-from bridge import streams
-from bridge.command import INTERRUPTED, files, typed_first
-from bridge.model_file import read_header
+from bridge.installed import require_llama
+
+from ..core.model_file import read_header
+from . import command as funnel
+from . import streams
+from .command import INTERRUPTED, files, typed_first
 
 __all__ = [
     "COUNT",
@@ -31,6 +33,7 @@ __all__ = [
     "files",
     "force_option",
     "interrupted",
+    "quiet_llama",
     "run",
     "tool",
     "typed_first",
@@ -56,9 +59,9 @@ def force_option(what: str = "the file of -o") -> Callable[[Any], Any]:
 
 
 def run(command: click.Command, module: str, arguments: Sequence[str] | None = None) -> int:
-    """As `bridge.command.run`; but SIGTERM and a closed terminal end a tool as Ctrl-C does, so that what was measured is kept and nothing else."""
+    """As `command.run`; but SIGTERM and a closed terminal end a tool as Ctrl-C does, so that what was measured is kept and nothing else."""
     with _like_ctrl_c():
-        return bridge.command.run(command, module, arguments)
+        return funnel.run(command, module, arguments)
 
 
 @contextlib.contextmanager
@@ -97,7 +100,7 @@ class Number(click.FloatRange):
 
 
 class Model(click.ParamType):
-    """The path of a model, as text. What is no file gets the sentence of `bridge.model_file`: advice where it is an address or a name on a hub."""
+    """The path of a model, as text. What is no file gets the sentence of `model_file`: advice where it is an address or a name on a hub."""
 
     name = "file"
 
@@ -108,6 +111,14 @@ class Model(click.ParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return files(ctx, param, incomplete)
+
+
+def quiet_llama() -> None:
+    """llama.cpp's errors are not printed from now on: what matters is in ours. Raises VersionError if llama-cpp-python is not what it must be."""
+    require_llama()
+    from bridge.log import quiet_log
+
+    quiet_log()
 
 
 SEED = click.IntRange(0, (1 << 32) - 1)

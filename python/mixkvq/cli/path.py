@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import click
 
+from bridge.library import library_path
+
 from .command import run
-from .library import library_path
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,7 +21,3 @@ def command() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns 0, or 2 for a mistake of the user."""
     return run(command, "bridge.path", arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

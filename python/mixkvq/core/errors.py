@@ -6,8 +6,6 @@ working. `exit_code` is what the command line returns: 2 where the request is at
 
 from __future__ import annotations
 
-import re
-
 
 class BridgeError(Exception):
     """Base of all errors of this package.
@@ -20,18 +18,6 @@ class BridgeError(Exception):
     def __init__(self, *args: object, command: str | None = None) -> None:
         super().__init__(*args)
         self.command = command
-
-
-_OPTIONS = {"n_ctx": "--ctx", "n_batch": "--batch", "n_gpu_layers": "--gpu-layers"}
-
-
-def for_command(e: BridgeError) -> str:
-    """The text of an error as a command line says it: `--stock f16` for `stock='f16'`."""
-    if e.command is not None:
-        return e.command
-    text = re.sub(r"\b(kv|stock|device|profile)='([^']*)'", r"--\1 \2", str(e))
-    text = re.sub(r"^(kv|device|window|sinks) is ", r"--\1 is ", text)
-    return re.sub(r"\b(n_ctx|n_batch|n_gpu_layers)\b", lambda m: _OPTIONS[m[1]], text)
 
 
 class SettingsError(BridgeError, ValueError):

@@ -1,67 +1,42 @@
-"""GGUF headers through ggml's own parser, which llama.cpp will use on the same file.
+"""GGUF headers: the key-value pairs and the tensor directory of a file, without llama.cpp.
 
-The reader of the `gguf` package takes 14 s on a vocabulary of 152k tokens, because it makes an array per string.
+The reader of the `gguf` package takes 14 s on a vocabulary of 152k tokens, because it makes an array per string; its tables of types serve here.
+What llama.cpp's parser refuses is refused here as well (test_gguf_header.py compares the two), but for types of tensors that `gguf` does not know.
 """
 
 from __future__ import annotations
 
-import ctypes
+import os
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from types import SimpleNamespace
+from math import prod
 from typing import Any, BinaryIO
 
-from .library import llama
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-_STRING, _ARRAY = 8, 9  # enum gguf_type
-_NUMBERS: dict[int, Any] = {
-    0: ctypes.c_uint8,
-    1: ctypes.c_int8,
-    2: ctypes.c_uint16,
-    3: ctypes.c_int16,
-    4: ctypes.c_uint32,
-    5: ctypes.c_int32,
-    6: ctypes.c_float,
-    7: ctypes.c_bool,
-    10: ctypes.c_uint64,
-    11: ctypes.c_int64,
-    12: ctypes.c_double,
+_NUMBERS: dict[int, str] = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
 }
-
-
-class _InitParams(ctypes.Structure):
-    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
-
-
-_HANDLE, _INDEX = ctypes.c_void_p, ctypes.c_int64
-_SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, arguments
-    "init_from_buffer": (_HANDLE, ctypes.c_char_p, ctypes.c_size_t, _InitParams),
-    "free": (None, _HANDLE),
-    "get_n_kv": (ctypes.c_int64, _HANDLE),
-    "get_key": (ctypes.c_char_p, _HANDLE, _INDEX),
-    "get_kv_type": (ctypes.c_int, _HANDLE, _INDEX),
-    "get_val_str": (ctypes.c_char_p, _HANDLE, _INDEX),
-    "get_val_data": (ctypes.c_void_p, _HANDLE, _INDEX),
-    "get_arr_type": (ctypes.c_int, _HANDLE, _INDEX),
-    "get_arr_n": (ctypes.c_size_t, _HANDLE, _INDEX),
-    "get_arr_str": (ctypes.c_char_p, _HANDLE, _INDEX, ctypes.c_size_t),
-    "get_arr_data": (ctypes.c_void_p, _HANDLE, _INDEX),
-    "get_n_tensors": (ctypes.c_int64, _HANDLE),
-    "get_tensor_name": (ctypes.c_char_p, _HANDLE, _INDEX),
-    "get_tensor_ne": (ctypes.POINTER(ctypes.c_int64), _HANDLE, _INDEX),
-    "get_tensor_type": (ctypes.c_int, _HANDLE, _INDEX),
-    "get_tensor_offset": (ctypes.c_size_t, _HANDLE, _INDEX),
-    "get_tensor_size": (ctypes.c_size_t, _HANDLE, _INDEX),
-    "get_data_offset": (ctypes.c_size_t, _HANDLE),
-}
-
-# The parser is given the start of the file, not the file: it allocates whatever a length or a count asks for that the rest of the file
-# could hold, which in a damaged file of many gigabytes is too much, and where memory runs out it ends the process.
-_FIRST_READ, _GROWTH, _LARGEST_READ = 1 << 21, 8, 1 << 27
+_SIZES = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+_ALIGNMENT = 32  # where general.alignment says nothing
+_MOST_DIMENSIONS, _LONGEST_NAME = 4, 63  # of a tensor
+_LARGEST = 1 << 63
 
 
 class ParseError(Exception):
-    """ggml refuses the header; the text is its reason, without a full stop."""
+    """The header is not valid; the text is the reason, without a full stop."""
 
 
 @dataclass(frozen=True)
@@ -75,79 +50,143 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """Key-value pairs and tensor directory of one GGUF file; `end` is where the last tensor ends. The strings of arrays stay bytes.
+    """Key-value pairs and tensor directory of one GGUF file. The strings of arrays stay bytes; all strings end at their first zero byte, as in ggml.
 
     types: ggml's number of every value's type, and for an array also that of its elements.
+    places: where in the file each pair begins and ends. directory: the same of the tensor directory. data: where the tensors' data begin.
+    end: where the last tensor ends.
     """
 
     path: str
     values: dict[str, Any]
     types: dict[str, tuple[int, ...]]
     tensors: dict[str, TensorInfo]
+    places: dict[str, tuple[int, int]]
+    directory: tuple[int, int]
+    data: int
     end: int
+
+    @property
+    def alignment(self) -> int:
+        """Of the data of tensors, in bytes."""
+        return int(self.values.get("general.alignment", _ALIGNMENT))
 
 
 def parse(file: BinaryIO) -> Header:
-    """The header of an open file. Raises ParseError, VersionError or OSError."""
-    size = _FIRST_READ
-    while True:
-        file.seek(0)
-        head = file.read(size)
-        try:
-            return _parse(file.name, head)
-        except ParseError:
-            if len(head) < size or size >= _LARGEST_READ:
-                raise
-        size *= _GROWTH
+    """The header of an open file of version 2 or 3, little-endian. Raises ParseError or OSError."""
+    return _Parser(file).header()
 
 
-@lru_cache(maxsize=1)
-def _functions() -> Any:
-    adapter = llama()
-    adapter.check_versions()  # signatures differ between versions
-    return SimpleNamespace(**{name: adapter._function(f"gguf_{name}", *signature) for name, signature in _SIGNATURES.items()})
+class _Parser:
+    """Reads forward; nothing is allocated that the rest of the file could not hold."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
 
-def _parse(path: str, head: bytes) -> Header:
-    gguf = _functions()
-    with llama()._log.kept() as reason:
-        handle = gguf.init_from_buffer(head, len(head), _InitParams(no_alloc=True, ctx=None))
-        if not handle:
-            raise ParseError(reason() or "its header is not valid")
-    try:
-        keys = [_text(gguf.get_key(handle, i)) for i in range(gguf.get_n_kv(handle))]
-        values = {key: _value(gguf, handle, i) for i, key in enumerate(keys)}
-        types = {key: _type(gguf, handle, i) for i, key in enumerate(keys)}
-        tensors, data = {}, gguf.get_data_offset(handle)
-        end = data
-        for i in range(gguf.get_n_tensors(handle)):
-            shape = gguf.get_tensor_ne(handle, i)[:4]
+    def take(self, n: int) -> bytes:
+        data = self.file.read(n) if n <= self.size else b""
+        if len(data) < n:
+            raise ParseError("it ends within its header")
+        return data
+
+    def numbers(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def string(self) -> bytes:
+        return self.take(*self.numbers("<Q")).partition(b"\0")[0]
+
+    def text(self) -> str:
+        return self.string().decode("utf-8", errors="replace")
+
+    def header(self) -> Header:
+        self.file.seek(8)
+        n_tensors, n_pairs = self.numbers("<QQ")
+        values: dict[str, Any] = {}
+        types: dict[str, tuple[int, ...]] = {}
+        places: dict[str, tuple[int, int]] = {}
+        at = self.file.tell()
+        for _ in range(n_pairs):
+            key = self.text()
+            if key in values:
+                raise ParseError(f"the key {key} is there twice")
+            values[key], types[key] = self.value(key)
+            places[key] = at, self.file.tell()
+            at = self.file.tell()
+        alignment = values.get("general.alignment", _ALIGNMENT)
+        if types.get("general.alignment", (GGUFValueType.UINT32,)) != (GGUFValueType.UINT32,) or alignment < 1 or alignment & (alignment - 1):
+            raise ParseError(f"general.alignment is {alignment!r}, which is not a power of 2")
+        infos = self.directory(n_tensors)
+        directory = at, self.file.tell()
+        data = padded(directory[1], alignment)
+        end, tensors = data, {}
+        for name, (shape, kind, offset) in infos.items():
+            tensors[name] = TensorInfo(shape, kind, data + offset)
+            end = max(end, data + offset + _bytes(name, shape, kind))
+        _check_offsets(infos, alignment)
+        return Header(self.file.name, values, types, tensors, places, directory, data, end)
+
+    def value(self, key: str) -> tuple[Any, tuple[int, ...]]:
+        (kind,) = self.numbers("<I")
+        if kind == GGUFValueType.STRING:
+            return self.text(), (kind,)
+        if kind in _NUMBERS:
+            return self.numbers("<" + _NUMBERS[kind])[0], (kind,)
+        if kind != GGUFValueType.ARRAY:
+            raise ParseError(f"the key {key} has the unknown type {kind}")
+        element, n = self.numbers("<IQ")
+        if element == GGUFValueType.STRING:
+            return self.strings(n), (kind, element)
+        if element not in _NUMBERS:
+            raise ParseError(f"the key {key} is an array of the unknown type {element}")
+        dtype = np.dtype("<" + _NUMBERS[element])
+        return np.frombuffer(self.take(n * dtype.itemsize), dtype).tolist(), (kind, element)
+
+    def strings(self, n: int) -> list[bytes]:
+        if 8 * n > self.size:
+            raise ParseError("it ends within its header")
+        read: Callable[[], bytes] = self.string
+        return [read() for _ in range(n)]
+
+    def directory(self, n: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
+        """Shape, type and offset from the start of the data, by name."""
+        infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        for _ in range(n):
+            name = self.text()
+            if name in infos:
+                raise ParseError(f"the tensor {name} is there twice")
+            if len(name.encode()) > _LONGEST_NAME:
+                raise ParseError(f"the name of the tensor {name[:20]}... is longer than {_LONGEST_NAME} bytes")
+            (n_dimensions,) = self.numbers("<I")
+            if n_dimensions > _MOST_DIMENSIONS:
+                raise ParseError(f"the tensor {name} has {n_dimensions} dimensions")
+            shape = list(self.numbers(f"<{n_dimensions}q")) or [1]
             while len(shape) > 1 and shape[-1] == 1:
                 shape.pop()
-            offset = data + gguf.get_tensor_offset(handle, i)
-            tensors[_text(gguf.get_tensor_name(handle, i))] = TensorInfo(tuple(shape), gguf.get_tensor_type(handle, i), offset)
-            end = max(end, offset + gguf.get_tensor_size(handle, i))
-        return Header(path, values, types, tensors, end)
-    finally:
-        gguf.free(handle)
+            kind, offset = self.numbers("<IQ")
+            if min(shape) < 0 or prod(shape) >= _LARGEST:
+                raise ParseError(f"the tensor {name} has the shape {shape}")
+            infos[name] = tuple(shape), kind, offset
+        return infos
 
 
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", errors="replace")
+def _bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
+    """What a tensor takes in the file; 0 for a type that is not known here."""
+    block, size = _SIZES.get(kind, (1, 0))
+    if shape[0] % block:
+        raise ParseError(f"the tensor {name} of type {GGMLQuantizationType(kind).name} has rows of {shape[0]}, which are not multiples of {block}")
+    return prod(shape) // block * size
 
 
-def _type(gguf: Any, handle: int, i: int) -> tuple[int, ...]:
-    kind = gguf.get_kv_type(handle, i)
-    return (kind, gguf.get_arr_type(handle, i)) if kind == _ARRAY else (kind,)
+def _check_offsets(infos: dict[str, tuple[tuple[int, ...], int, int]], alignment: int) -> None:
+    """Each tensor's data begin where those of the one before it end."""
+    expected: int | None = 0
+    for name, (shape, kind, offset) in infos.items():
+        if expected is not None and offset != expected:
+            raise ParseError(f"the data of the tensor {name} are not behind those of the one before it")
+        expected = padded(offset + _bytes(name, shape, kind), alignment) if kind in _SIZES else None
 
 
-def _value(gguf: Any, handle: int, i: int) -> Any:
-    kind = gguf.get_kv_type(handle, i)
-    if kind == _STRING:
-        return _text(gguf.get_val_str(handle, i))
-    if kind != _ARRAY:
-        return _NUMBERS[kind].from_address(gguf.get_val_data(handle, i)).value
-    kind, n = gguf.get_arr_type(handle, i), gguf.get_arr_n(handle, i)
-    if kind == _STRING:
-        return [gguf.get_arr_str(handle, i, j) for j in range(n)]
-    return (_NUMBERS[kind] * n).from_address(gguf.get_arr_data(handle, i))[:] if n else []
+def padded(n: int, alignment: int) -> int:
+    """The next multiple of the alignment."""
+    return -(-n // alignment) * alignment

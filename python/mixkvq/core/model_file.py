@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ._gguf import Header, ParseError, parse
-from .errors import ModelFileError
+from .errors import GeometryError, ModelFileError
+from .gguf_header import Header, ParseError, parse
 from .memory import CELLS
 
 MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_STEP = 32, 256, 8
@@ -267,14 +267,28 @@ def _other_parts(header: Header) -> tuple[str, ...]:
     return tuple(f"{match[1]}-{i:05d}-of-{count:05d}.gguf" for i in range(2, count + 1))
 
 
+def check_geometry(model: ModelFile) -> None:
+    """Raises GeometryError if no layer of the model could be packed."""
+    if model.served_layers():
+        return
+    if model.mla:
+        why = "its attention layers keep one latent vector for keys and values"
+    elif not any(model.n_head_kv):
+        why = "it has no attention layers"
+    else:
+        sizes = sorted({f"{k}/{v}" for k, v in zip(model.head_size_k, model.head_size_v) if k})
+        why = f"its key/value head sizes are {', '.join(sizes)}, and multiples of {HEAD_SIZE_STEP} from {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE} are served"
+    raise GeometryError(f"MixKVQ cannot pack the cache of {model.name} ({model.architecture}): {why}; stock='f16' runs it on llama.cpp's own cache.")
+
+
 def built_in_model() -> Path:
     """The path of the model that comes with the repository.
 
     Raises ModelFileError if this installation has none.
     """
     name = "cot-tiny-34m-q8_0.gguf"
-    here = Path(__file__).resolve().parent
-    for folder in (here / "models", here.parent / "models", Path.cwd() / "models"):
+    repository = Path(__file__).resolve().parents[3]
+    for folder in (repository / "models", Path.cwd() / "models"):
         if (folder / name).is_file():
             return folder / name
     raise ModelFileError(f"The built-in model models/{name} is not part of this installation; give the path of a GGUF model.")

@@ -1,7 +1,6 @@
 """What the tools write: profiles, models, pictures and figures as JSON.
 
-One rule, that of `bridge.files`: a file that exists is replaced only with --force, a file of another kind than the one that is written never, and
-nothing that is read either. The tools ask before they load or measure anything.
+The rule is that of `files`. The tools ask before they load or measure anything.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import SettingsError
-from bridge.files import PathLike, check_target, replacing
+from .errors import SettingsError
+from .files import PathLike, check_target, replacing
 
 
 def check_output(path: PathLike, what: str, *, force: bool, inputs: Iterable[PathLike] = ()) -> None:
-    """`bridge.files.check_target`, for what appears by a rename: a device or a pipe cannot be written that way. Raises SettingsError."""
+    """`files.check_target`, for what appears by a rename: a device or a pipe cannot be written that way. Raises SettingsError."""
     check_target(path, force=force, what=what, inputs=inputs)
     if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
         raise SettingsError(f"{os.fspath(path)} cannot be written: it is not a regular file.")
@@ -43,7 +42,7 @@ def check_different(first: PathLike | None, second: PathLike | None) -> None:
 
 @contextlib.contextmanager
 def writing(path: PathLike, *, overwrite: bool = True) -> Iterator[str]:
-    """`bridge.files.replacing`, whose errors name `path` also where the body fails to write, as on a full disk."""
+    """`files.replacing`, whose errors name `path` also where the body fails to write, as on a full disk."""
     with replacing(path, overwrite=overwrite) as temporary:
         try:
             yield temporary

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Union
 
-from .errors import GeometryError, ProfileError, SettingsError
-from .library import native
-from .model_file import HEAD_SIZE_STEP, MAX_HEAD_SIZE, MIN_HEAD_SIZE, ModelFile
+from .errors import ProfileError, SettingsError
+from .model_file import ModelFile
+from .native import native
+from .profile import read_profile, side_car
 
 DEFAULT_PRESET = "balanced"
 
@@ -114,11 +115,6 @@ def stock_type(name: str) -> int:
     return STOCK_TYPES[name][0]
 
 
-def side_car(model_path: str | os.PathLike[str]) -> str:
-    """The path where the profile of a model is looked for first: `model.mixkvq.gguf` beside `model.gguf`."""
-    return os.fspath(model_path).removesuffix(".gguf") + ".mixkvq.gguf"
-
-
 def with_profile(kv: Kv, model: ModelFile) -> Kv:
     """`kv` with its profile checked. If it names neither preset nor profile, one that lies with the model: beside it, or embedded in it.
 
@@ -131,8 +127,6 @@ def with_profile(kv: Kv, model: ModelFile) -> Kv:
         kv = replace(kv, profile=model.path, found="in the model")
     if kv.profile is None:
         return kv
-    from mixkvq.profile import read_profile  # the only place where run time needs the offline package
-
     try:
         read_profile(kv.profile, model.path)
     except ProfileError as e:
@@ -141,20 +135,6 @@ def with_profile(kv: Kv, model: ModelFile) -> Kv:
         remedy = "delete it" if kv.found == "beside the model" else "take it out (python -m mixkvq.convert remove)"
         raise ProfileError(f"{str(e).rstrip('.')}; it was found {kv.found}: {remedy}, or ask for a preset: kv='balanced'.") from None
     return kv
-
-
-def check_geometry(model: ModelFile) -> None:
-    """Raises GeometryError if no layer of the model could be packed."""
-    if model.served_layers():
-        return
-    if model.mla:
-        why = "its attention layers keep one latent vector for keys and values"
-    elif not any(model.n_head_kv):
-        why = "it has no attention layers"
-    else:
-        sizes = sorted({f"{k}/{v}" for k, v in zip(model.head_size_k, model.head_size_v) if k})
-        why = f"its key/value head sizes are {', '.join(sizes)}, and multiples of {HEAD_SIZE_STEP} from {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE} are served"
-    raise GeometryError(f"MixKVQ cannot pack the cache of {model.name} ({model.architecture}): {why}; stock='f16' runs it on llama.cpp's own cache.")
 
 
 def least_bits(kv: Kv | None, stock: str | None) -> float:

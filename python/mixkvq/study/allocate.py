@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .profile import LayerProfile
-from .reference import KEY_BITS, PAGE_CELLS, QUAD, KeyFormat, ValueFormat
+from ..core.profile import LayerProfile
+from ..core.reference import KEY_BITS, PAGE_CELLS, QUAD, KeyFormat, ValueFormat
 
 CODED_BITS = (8, 4, 3, 2)
 """Tiers that an allocation uses. 16 bits are never worth their size: an 8-bit code's error is far below everything else."""

@@ -6,9 +6,8 @@ import math
 import time
 from dataclasses import dataclass
 
-from bridge.errors import SettingsError
-
-from .reference import PAGE_CELLS
+from ..core.errors import SettingsError
+from ..core.reference import PAGE_CELLS
 
 FEWEST_TOKENS = 1024  # of each kind of text, unless there is too little time for it
 OWN_TOKENS = 384  # of the model's own words

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bridge
-from bridge.errors import SettingsError
-from bridge.settings import STOCK_TYPES, Kv, preset_names, resolve_kv
 
-from .reference import PAGE_CELLS
+from ..core.errors import SettingsError
+from ..core.reference import PAGE_CELLS
+from ..core.settings import STOCK_TYPES, Kv, preset_names, resolve_kv
 
 if TYPE_CHECKING:
     from bridge import Llama
@@ -111,7 +111,7 @@ def f16_tokens(name: str, window: int | None = None, sinks: int | None = None) -
         if name.startswith(LAB):
             said = _codec(name)
         elif profile := resolve_kv(name).profile:
-            from .profile import read_profile
+            from ..core.profile import read_profile
 
             said = read_profile(profile)
         own_window, own_sinks = getattr(said, "window", None), getattr(said, "sinks", None)
@@ -166,7 +166,7 @@ def sizes(llm: Llama, name: str, lengths: Iterable[int] = LENGTHS, *, window: in
             "sinks": None,
         }
     window, sinks = f16_tokens(name, window, sinks)
-    layers = llm._session.layers()
+    layers = llm.kv_layers()
 
     def body_of(is_value: bool) -> float:
         packed = [(layer["n_heads"] * layer["head_size"], layer["body_bits"]) for layer in layers if _packs(layer) and layer["is_value"] == is_value]

@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bridge.errors import ContextError, ContextTooLargeError, SettingsError
-from bridge.library import native
-
+from ..core.errors import ContextError, ContextTooLargeError, SettingsError
+from ..core.native import native
+from ..core.reference import PAGE_CELLS
 from .caches import LENGTHS, f16_tokens, is_stock, open_cache, sizes
 from .record import available_cores
-from .reference import PAGE_CELLS
 
 if TYPE_CHECKING:
     from bridge import Llama

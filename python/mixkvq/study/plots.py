@@ -7,11 +7,10 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bridge.errors import SettingsError
-from bridge.files import PathLike
-
+from ..core.errors import SettingsError
+from ..core.files import PathLike
+from ..core.outputs import check_output, writing
 from .compare import NOISE_FLOOR
-from .outputs import check_output, writing
 
 FORMATS = (".png", ".svg")
 _TINY = 1e-7  # a divergence of 0 has no place on a logarithmic axis

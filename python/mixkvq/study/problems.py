@@ -25,8 +25,7 @@ from random import Random
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from bridge.errors import BridgeError, ContextTooLargeError, SettingsError
-
+from ..core.errors import BridgeError, ContextTooLargeError, SettingsError
 from . import tasks
 from .caches import open_cache, sizes
 from .compare import CELLS, Passage

@@ -18,25 +18,30 @@ from typing import Any
 
 import numpy as np
 
-from bridge.command import command_line
-from bridge.files import PathLike, write_atomically
-
-from .outputs import check_json, check_output
+from ..core.files import PathLike, write_atomically
+from ..core.outputs import check_json, check_output
 
 _BLOCK = 1 << 22
 
 
 def describe_run(
-    bench: str, model: Path, settings: dict[str, Any], *, hashed: bool, progress: Callable[[int], None] = lambda n: None
+    bench: str,
+    model: Path,
+    settings: dict[str, Any],
+    *,
+    hashed: bool,
+    words: Sequence[str] = (),
+    progress: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
     """The head of a result: which program (`bench`) ran, when, where, on which model, with which command line and settings.
 
-    hashed: whether the result is written to a file, which needs the model's SHA-256; that takes seconds per GiB. progress: see `describe_file`.
+    hashed: whether the result is written to a file, which needs the model's SHA-256; that takes seconds per GiB. words: the command
+    line. progress: see `describe_file`.
     """
     return {
         "bench": bench,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(_without_folders(word) for word in command_line()),
+        "command": shlex.join(_without_folders(word) for word in words),
         "commit": commit(),
         "machine": machine(),
         "versions": _versions(),

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge import Kv, Llama, Page
-from bridge.library import native
+from bridge import Llama
 
+from ..core.native import native
+from ..core.page import Page
+from ..core.profile import LayerProfile
+from ..core.reference import PAGE_CELLS, QUAD, KeyFormat, ValueFormat
+from ..core.settings import Kv
 from .allocate import CODED_BITS, VALUE_BITS, Tables, key_format, key_harm, value_harm
 from .compare import Passage, cut, feed
-from .profile import LayerProfile
-from .reference import PAGE_CELLS, QUAD, KeyFormat, ValueFormat
 
 POWER = 0.75
 SHORT = 6 * PAGE_CELLS  # tokens of a kind, at least

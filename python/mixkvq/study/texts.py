@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bridge.errors import SettingsError
+from ..core.errors import SettingsError
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 PIECE, HELD_OUT = "%%%%", "%%%% held out"

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-from bridge.errors import SettingsError
+from ..core.errors import SettingsError
 
 
 def load_module(path: Path) -> ModuleType:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bridge import SettingsError
-
+from ...core.errors import SettingsError
 from ..user_code import load_module, said
 from . import kitty, kivi, kvarn, mixed, packed, paper, plain, stock, turbo
 from ._base import Codec, Maker, Options, PageFunction, Rows, codec_function, fixed, sample_page

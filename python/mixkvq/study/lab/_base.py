@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge import Page, SettingsError
-
-from ..reference import PAGE_CELLS
+from ...core.errors import SettingsError
+from ...core.page import Page
+from ...core.reference import PAGE_CELLS
 
 Rows = NDArray[np.float32]
 PageFunction = Callable[[Page], tuple[Rows, float]]

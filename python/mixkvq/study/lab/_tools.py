@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..reference import GAUSSIAN_STEP, to_half
+from ...core.reference import GAUSSIAN_STEP, to_half
 
 Array = NDArray[np.float32]
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bridge import Page
-
+from ...core.page import Page
 from . import kivi
 from ._base import Codec, Maker, PageFunction, Rows, fixed
 from ._tools import HALF, min_max_tokens, top_channels

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bridge import Page
-
+from ...core.page import Page
 from ._base import Codec, Maker, PageFunction, Rows, fixed
 from ._tools import HALF, min_max_dims, min_max_tokens
 

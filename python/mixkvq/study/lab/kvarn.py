@@ -13,8 +13,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge import Page
-
+from ...core.page import Page
 from ._base import Codec, Maker, Options, PageFunction, Rows
 from ._tools import HALF, Array, hadamard, half, min_max
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge import Page, SettingsError
-
-from .. import reference
-from ..reference import PAGE_CELLS
+from ...core import reference
+from ...core.errors import SettingsError
+from ...core.page import Page
+from ...core.reference import PAGE_CELLS
 from . import kvarn
 from ._base import Codec, Maker, Options, Rows, per_head
 from ._tools import (
@@ -270,7 +270,7 @@ def _least_error(x: Array, low: Array, high: Array, bits: Array, where: NDArray[
 
 def _read_prior(path: str, ranges: bool = True) -> dict[int, Array]:
     """What a profile has seen by layer: mean |q|, times mean range if it has it and `ranges`."""
-    from ..profile import read_profile
+    from ...core.profile import read_profile
 
     prior = {}
     for i, layer in enumerate(read_profile(path).layers):
@@ -316,7 +316,7 @@ def values(o: ValueOptions) -> Callable[[Page], tuple[Rows, float]]:
             mean = _stored_mean(exact, o.mean_bits)
             if o.mean_bits == 8:
                 squares = np.cumsum(np.where(page.valid[:, None], x * x, np.float32(0)), axis=1, dtype=np.float32)[:, -1]
-                rms = np.sqrt(reference._sum_of_lanes(squares) / np.float32(count * size))[..., None]
+                rms = np.sqrt(reference.sum_of_lanes(squares) / np.float32(count * size))[..., None]
                 mean = np.where(np.abs(exact) < rms * reference.LEAST_MEAN, np.float32(0), mean)
             y = reference.rotate(mean + _coded(rotated(x) - mean, o), block)
             for i, sign in enumerate(signs):
@@ -358,7 +358,7 @@ def _coded(y: Array, o: ValueOptions) -> Array:
         return mid_rise(y, scale, 8) * scale
     n_heads, n_tokens, size = y.shape
     # In the order of additions that docs/format.md fixes.
-    mean_square = reference._sum_of_lanes(np.square(y.reshape(-1, size))).reshape(n_heads, n_tokens, 1) / np.float32(size)
+    mean_square = reference.sum_of_lanes(np.square(y.reshape(-1, size))).reshape(n_heads, n_tokens, 1) / np.float32(size)
     if o.shared > 1:
         mean_square = np.repeat(mean_square.reshape(n_heads, -1, o.shared).mean(axis=2), o.shared, axis=1)[..., None]
     sigma = np.sqrt(mean_square)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge import Page, SettingsError
-from bridge.library import native
-
-from ..profile import LayerProfile, read_profile
+from ...core.errors import SettingsError
+from ...core.native import native
+from ...core.page import Page
+from ...core.profile import LayerProfile, read_profile
 from ._base import Codec, Maker, Options, Rows
 
 

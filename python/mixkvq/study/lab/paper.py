@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bridge import Page
-
+from ...core.page import Page
 from . import kivi
 from ._base import Codec, Maker, Options, PageFunction, Rows
 from ._tools import HALF, Array, min_max_tokens

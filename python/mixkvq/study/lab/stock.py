@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bridge import Page, SettingsError
-
+from ...core.errors import SettingsError
+from ...core.page import Page
 from ._base import Codec, Maker, PageFunction, Rows, fixed
 from ._tools import HALF, Array, hadamard, half, inverse
 

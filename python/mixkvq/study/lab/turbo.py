@@ -13,8 +13,7 @@ import math
 
 import numpy as np
 
-from bridge import Page
-
+from ...core.page import Page
 from ._base import Codec, Maker, Options, PageFunction, Rows
 from ._tools import HALF, Array, gaussian_levels, half, inverse, nearest, random_rotation, top_channels
 
