@@ -95,7 +95,7 @@ bench: $(NATIVE)/.built .venv/.plot $(BENCH)/8b-2layers.gguf
 	@$(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --depths "$(DEPTHS)" --rounds 5 --force --out $(BENCH)/speed-builtin.json
 	@$(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --depths "$(DEPTHS)" --tokens 8 --rounds 5 --force --out $(BENCH)/speed-8b-2layers.json
 	@rm -f $(BENCH)/speed-*-cuda.json
-	@if $(PY) -c 'from bridge._llama import _backend; raise SystemExit("MIXKVQ-CUDA0" not in _backend().devices)' 2>/dev/null; then \
+	@if $(PY) -c 'from bridge.backend import backend; raise SystemExit("MIXKVQ-CUDA0" not in backend().devices)' 2>/dev/null; then \
 	    $(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --force --out $(BENCH)/speed-builtin-cuda.json && \
 	    $(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --force --out $(BENCH)/speed-8b-2layers-cuda.json; \
 	fi
@@ -117,7 +117,7 @@ $(BENCH)/8b-2layers.gguf: bench/random_model.py | .venv/.installed
 lint: .venv/.dev
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(PY) -m mypy.stubtest --allowlist tests/stubtest.txt bridge._native
+	@$(PY) -m mypy.stubtest --allowlist tests/stubtest.txt mixkvq.core._native
 
 clean:
 	rm -rf build .venv/.installed .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -36,16 +36,16 @@ from _common import (
 )
 from rich.table import Table
 
-from bridge.library import native
+from mixkvq.core.native import native
 from mixkvq.study.compare import draw_windows, feed, tokenize_text
 
-TEXT = Path(__file__).parents[1] / "python" / "mixkvq" / "calibration.txt"
+TEXT = Path(__file__).parents[1] / "python" / "mixkvq" / "study" / "calibration.txt"
 BATCH = 512
 
 
 def restore(llm: Any) -> None:
     """The state of a context as llama.cpp gives it, put back into the emptied context."""
-    context = llm._ctx.ctx
+    context = llm._context
     data = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(context))()
     size = llama_cpp.llama_state_get_data(context, data, len(data))
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
@@ -56,7 +56,7 @@ def restore(llm: Any) -> None:
 def predictions(llm: Any, tokens: list[int], read: int, rounds: int) -> npt.NDArray[np.float32]:
     """Logits of the tokens after the first `read`."""
     llm.reset()
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm._ctx.ctx), True)
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm._context), True)
     feed(llm, tokens[:read], BATCH, 0)
     for _ in range(rounds):
         restore(llm)

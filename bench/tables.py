@@ -331,7 +331,7 @@ def calibration_table() -> str:
 
 def presets_table() -> str:
     """From the library itself."""
-    from bridge.library import native
+    from mixkvq.core.native import native
 
     rows = []
     for p in native().presets():

@@ -7,7 +7,8 @@ from typing import Any
 
 from mixkvq.core.errors import CacheNotUsedError, SettingsError
 from mixkvq.core.model_file import check_geometry, open_model
-from mixkvq.core.settings import Kv, KvLike, resolve_kv, with_profile
+from mixkvq.core.profile import with_profile
+from mixkvq.core.settings import Kv, KvLike, resolve_kv
 
 from . import report, streams
 from .arguments import refuse_unknown

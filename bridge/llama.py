@@ -16,7 +16,8 @@ import numpy as np
 from mixkvq.core.errors import CacheNotUsedError, ContextError, GeometryError, SettingsError
 from mixkvq.core.model_file import check_geometry, open_model
 from mixkvq.core.page import Codec, Page
-from mixkvq.core.settings import Kv, KvLike, resolve_kv, stock_type, with_profile
+from mixkvq.core.profile import with_profile
+from mixkvq.core.settings import Kv, KvLike, resolve_kv, stock_type
 
 from . import report, streams
 from ._compat import ARGUMENTS, BUSY, CLOSED, Base, C, Tokenizer, decoding_failed

@@ -18,15 +18,16 @@ LIBRARY = ROOT / "build" / "native" / "libggml-mixkvq-emulated.so"
 
 def load() -> ctypes.CDLL:
     """Register the emulated GPUs with llama.cpp and then the backend, in this process. Before anything asks for a device."""
-    from bridge import llama as adapter
+    from bridge import backend as adapter
+    from bridge._compat import C
 
     library = ctypes.CDLL(str(LIBRARY))
     library.emulated_cuda.restype, library.emulated_cuda.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     library.emulated_cuda_waits.restype = ctypes.c_bool
-    adapter.C.llama_backend_init()
-    cpu = adapter._function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)(b"CPU")
-    adapter._function("ggml_backend_register", None, ctypes.c_void_p)(library.emulated_cuda(cpu))
-    assert adapter._function("ggml_backend_load", ctypes.c_void_p, ctypes.c_char_p)(os.fsencode(LIBRARY))
+    C.llama_backend_init()
+    cpu = adapter.function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)(b"CPU")
+    adapter.function("ggml_backend_register", None, ctypes.c_void_p)(library.emulated_cuda(cpu))
+    assert adapter.function("ggml_backend_load", ctypes.c_void_p, ctypes.c_char_p)(os.fsencode(LIBRARY))
     return library
 
 

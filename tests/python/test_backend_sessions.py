@@ -17,12 +17,12 @@ import tiny_models
 from contexts import BALANCED, Context, Model, random_tokens
 from test_abi import COMPILER
 
-from bridge import llama as adapter
+from bridge import backend as adapter
 from mixkvq.core.profile import LayerProfile, Profile, write_profile
 
 P = ctypes.c_void_p
-f = adapter._function
-NATIVE = adapter._backend().native
+f = adapter.function
+NATIVE = adapter.backend().native
 
 
 class InitParams(ctypes.Structure):
@@ -34,7 +34,7 @@ class Cache:
 
     def __init__(self, row: int = 256) -> None:
         name = f("ggml_set_name", P, P, ctypes.c_char_p)
-        self.type = f("ggml_backend_dev_buffer_type", P, P)(adapter._backend().cpu)
+        self.type = f("ggml_backend_dev_buffer_type", P, P)(adapter.backend().cpu)
         self.context = f("ggml_init", P, InitParams)(InitParams(1 << 20, None, True))
         self.tensors = [f("ggml_new_tensor_3d", P, P, ctypes.c_int, *[ctypes.c_int64] * 3)(self.context, 1, row, 1024, 1) for _ in range(2)]
         for tensor, letter in zip(self.tensors, "kv"):

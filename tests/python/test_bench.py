@@ -117,7 +117,7 @@ def test_filled_context_is_seen_whole(cache):
     def next_logits():
         llm.eval([7])
         logits = llm.last_logits().copy()
-        llm._ctx.kv_cache_seq_rm(speed.MEASURED, llm.n_tokens - 1, -1)
+        llm._remove_cells(speed.MEASURED, llm.n_tokens - 1, -1)
         llm.n_tokens -= 1
         return logits
 
@@ -134,7 +134,7 @@ def test_filled_context_is_seen_whole(cache):
     assert np.isfinite(before).all()
     np.testing.assert_array_equal(next_logits(), before)
     for start in (0, 256, 512):
-        llm._ctx.kv_cache_seq_rm(speed.MEASURED, start, start + 200)
+        llm._remove_cells(speed.MEASURED, start, start + 200)
         after = next_logits()
         assert np.abs(after - before).max() > 0.01
         before = after

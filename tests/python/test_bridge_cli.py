@@ -19,8 +19,8 @@ from rich.console import Console
 import bridge
 from mixkvq.cli.answer import Answer, Sampling, stream_answer
 from mixkvq.cli.chat import Chat, drop_oldest, parse_conversation
-from mixkvq.core.model_file import built_in_model
 from mixkvq.cli.run import exit_code, why_it_ended
+from mixkvq.core.model_file import built_in_model
 
 MODEL = str(built_in_model())
 PROBLEM, SOLUTION = "Compute 48291 * 73.", "#### 3525243"

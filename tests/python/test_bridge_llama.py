@@ -139,7 +139,7 @@ def test_layers_of_a_profile_are_used(tmp_path):
     write_profile(tmp_path / "p.gguf", profile)
     llama = load(kv=tmp_path / "p.gguf", n_ctx=512)
     llama.eval(llama.tokenize(NOVEL.encode())[:280])
-    by_name = {layer["name"]: layer for layer in llama._session.layers()}
+    by_name = {layer["name"]: layer for layer in llama.kv_layers()}
     assert by_name["cache_k_l3"]["tiers"][1] == 128 and by_name["cache_v_l3"]["value_bits"] == 8
     assert by_name["cache_k_l4"]["tiers"][1] == 4 and by_name["cache_v_l4"]["value_bits"] == 2
     llama.close()
@@ -599,11 +599,11 @@ def test_geometry_that_is_not_served(tmp_path, values, words):
 
 @pytest.mark.parametrize("version", ["0.2.90", "0.3.35", "0.3.37", "1.0.0"])
 def test_llama_cpp_python_of_another_version(monkeypatch, version):
-    from bridge import llama as _llama
+    from bridge import backend
 
     monkeypatch.setattr(llama_cpp, "__version__", version)
     with pytest.raises(bridge.VersionError, match="pip install 'llama-cpp-python>=0.3.36,<0.3.37'") as e:
-        _llama.check_versions()
+        backend.check_versions()
     assert is_sentence(e.value)
 
 

@@ -328,15 +328,13 @@ def test_ctrl_c_stops_a_load(on_load):
 @pytest.mark.parametrize("stock", [None, "f16"])
 def test_ctrl_c_stops_the_look_at_devices_and_memory(stock, monkeypatch):
     """There the only Python that runs is the function for llama.cpp's log, and ctypes drops what is raised in it."""
-    from bridge import llama as _llama
-
-    place, loads = _llama.Llama._place, []
+    place, loads = Llama._place, []
 
     def interrupted(*arguments):
         ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(signal.SIGINT))()
         place(*arguments)
 
-    monkeypatch.setattr(_llama.Llama, "_place", interrupted)
+    monkeypatch.setattr(Llama, "_place", interrupted)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         load(on_load=loads.append, **({} if stock is None else {"stock": stock}))
@@ -345,16 +343,16 @@ def test_ctrl_c_stops_the_look_at_devices_and_memory(stock, monkeypatch):
 
 def with_signal_at_the_first_callback():
     """As Ctrl-C does that arrives while llama.cpp loads: Python sees the signal when the next callback begins."""
-    from bridge import llama as _llama
+    from bridge import llama, loading
 
-    class Loading(_llama._Loading):
+    class Loading(loading.Loading):
         def __call__(self, share, _):
             if share > 0:
                 os.kill(os.getpid(), signal.SIGINT)
             return super().__call__(share, _)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_llama, "_Loading", Loading)
+        patch.setattr(llama, "Loading", Loading)
         load()
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from cffi import FFI
 
-from mixkvq.core import _native
-from mixkvq.core import reference
+from mixkvq.core import _native, reference
 
 HEADER = Path(__file__).parents[2] / "cpp" / "include" / "mixkvq" / "c_api.h"
 LIBRARY = Path(_native.__file__).parent / "lib" / "libmixkvq.so"

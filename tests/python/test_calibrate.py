@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -19,12 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bridge
+from mixkvq.cli import calibrate as command_line
 from mixkvq.core.model_file import open_model
-from mixkvq.study import allocate, budget, caches, calibrate, sensitivity
+from mixkvq.core.profile import LayerProfile, read_profile, uniform_profile
+from mixkvq.core.reference import KeyFormat, ValueFormat, pack_keys, pack_values, unpack_keys, unpack_values
+from mixkvq.study import allocate, budget, caches, calibrate, material, measure, search, sensitivity
+from mixkvq.study import sizes as budgets
 from mixkvq.study.allocate import CODED_BITS, VALUE_BITS, Tables
 from mixkvq.study.compare import Passage
-from mixkvq.core.profile import read_profile, uniform_profile
-from mixkvq.core.reference import KeyFormat, ValueFormat, pack_keys, pack_values, unpack_keys, unpack_values
 from mixkvq.study.sensitivity import SHORT
 from mixkvq.study.texts import DEFAULT_TEXT
 
@@ -57,7 +60,7 @@ def test_allocation_keeps_the_budget_and_is_no_worse_than_uniform_formats(seed, 
     splits = [(0, 0, 8, 8, 16), (0, 0, 0, 32, 0), (0, 4, 8, 0, 20), (0, 0, 32, 0, 0), (0, 32, 0, 0, 0)]
     for counts, value_bits in itertools.product(splits, VALUE_BITS):
         tiers, values = np.array([(*counts, 128)] * 2, np.int32), np.array([(value_bits, 0)] * 2, np.int32)
-        uniform = [None if t is None else calibrate.LayerProfile(tiers, values) for t in layers]
+        uniform = [None if t is None else LayerProfile(tiers, values) for t in layers]
         # A record is a multiple of 64 bytes, so tenths of a bit of these short heads cannot be had.
         if allocate.body_bits(layers, uniform) <= size - 0.15:
             assert harm <= allocate.harm(layers, uniform)
@@ -109,11 +112,11 @@ def test_search_of_the_paper_keeps_the_budget():
             return 1 / self.seen[-1]
 
     calibration = Fake()
-    found = calibrate.best_thresholds(calibration, 5.0, 20, seed=1)
+    found = search.best_thresholds(calibration, 5.0, 20, seed=1)
     size = allocate.body_bits([tables], found)
     assert len(calibration.seen) == 20 and size == max(bits for bits in calibration.seen if bits <= 5)
     with pytest.raises(bridge.SettingsError, match="None of 20 trials"):
-        calibrate.best_thresholds(calibration, 2.0, 20, seed=1)
+        search.best_thresholds(calibration, 2.0, 20, seed=1)
 
 
 def test_every_kind_of_text_counts_whatever_its_scale_and_a_head_that_decides_one_gets_its_bits():
@@ -215,10 +218,10 @@ def test_a_sample_cuts_long_passages_but_not_before_their_predictions(reader):
 
 def test_half_of_the_problems_are_long_lookups():
     llm = bridge.Llama(str(MODEL), stock="f16", n_ctx=4096, vocab_only=True, verbose=False)
-    found = calibrate._derivations(llm, 8192, 4096, calibrate.Random(1))
+    found = material._derivations(llm, 8192, 4096, Random(1))
     hard = [p for p in found if len(p.tokens) > 2000 and b"Trace:" in llm.detokenize(p.tokens[p.first :])]
     assert 2 * sum(len(p.tokens) for p in hard) >= 8192 and len(found) > len(hard)
-    few = calibrate._derivations(llm, 1100, 1100, calibrate.Random(1))  # too few tokens for one of them
+    few = material._derivations(llm, 1100, 1100, Random(1))  # too few tokens for one of them
     assert few and sum(len(p.tokens) for p in few) <= 1100
     llm.close()
 
@@ -232,7 +235,7 @@ class Pace:
     def __init__(self, speed, monkeypatch):
         self.speed, self.now, self.tokens = speed, 0.0, 0
         self.when = {}  # what is done once so many tokens are read
-        for module in (calibrate, budget):
+        for module in (measure, budget):
             monkeypatch.setattr(module, "time", self)
         forward = bridge.Llama.forward
 
@@ -259,7 +262,7 @@ def tiny(tmp_path_factory):
 
 
 def main(*arguments):
-    return calibrate.main([*map(str, arguments), "--threads", "1"])
+    return command_line.main([*map(str, arguments), "--threads", "1"])
 
 
 def run(*arguments):
@@ -326,7 +329,7 @@ def test_targets_are_checked_before_anything_is_read(tiny, tmp_path, monkeypatch
 
 def test_what_was_measured_is_not_lost_where_it_can_no_longer_be_written(tiny, tmp_path, monkeypatch, capfd):
     Pace(60, monkeypatch)
-    out, written = tmp_path / "gone" / "out.gguf", calibrate.write_profile
+    out, written = tmp_path / "gone" / "out.gguf", command_line.write_profile
     out.parent.mkdir()
 
     def write(path, profile, **options):
@@ -334,7 +337,7 @@ def test_what_was_measured_is_not_lost_where_it_can_no_longer_be_written(tiny, t
             raise OSError(28, "No space left on device", str(path))
         written(path, profile, **options)
 
-    monkeypatch.setattr(calibrate, "write_profile", write)
+    monkeypatch.setattr(command_line, "write_profile", write)
     assert main(tiny, "--bits", 3, "--minutes", 2, "-o", out) == 2
     said, err = capfd.readouterr()
     instead = re.search(r"the profile is in (\S+)\.$", err.strip())
@@ -417,20 +420,20 @@ def test_ctrl_c_keeps_what_there_is(tiny, tmp_path, monkeypatch, capfd, tokens, 
 
 def test_the_preset_to_compare_with_is_that_of_the_nearest_size():
     """Not the largest that is no larger, which may be far smaller."""
-    presets = calibrate.presets_of(open_model(MODEL))
+    presets = budgets.presets_of(open_model(MODEL))
     sizes = [preset.bits for preset in presets]
     assert sizes == sorted(sizes) and len(sizes) >= 6
     for bits in (2.25, 2.6, 3.0, 3.2, 3.6, 5.0, 8.0):
-        within, nearest = calibrate.preset_within(presets, bits), calibrate.nearest_preset(presets, bits)
+        within, nearest = budgets.preset_within(presets, bits), budgets.nearest_preset(presets, bits)
         assert within.bits <= max(bits + 0.005, sizes[0]) and abs(nearest.bits - bits) == min(abs(size - bits) for size in sizes)
-    assert calibrate.preset_within(presets, 3.0).name == "mix2.5" and calibrate.nearest_preset(presets, 3.0).name == "mix3.2"
+    assert budgets.preset_within(presets, 3.0).name == "mix2.5" and budgets.nearest_preset(presets, 3.0).name == "mix3.2"
 
 
 def test_budget_holds_for_the_whole_cache(tmp_path):
     file = open_model(MODEL)
     for mib, n_ctx, window in ((20, 8192, 128), (70, 32768, 256), (9, 2048, 128)):
-        bits = calibrate.bits_of_budget(file, mib, n_ctx, window, 128)
-        preset = calibrate.preset_within(calibrate.presets_of(file), bits)
+        bits = budgets.bits_of_budget(file, mib, n_ctx, window, 128)
+        preset = budgets.preset_within(budgets.presets_of(file), bits)
         assert preset.bits <= bits
         llm = bridge.Llama(str(MODEL), kv=bridge.Kv(preset=preset.name, window=window), n_ctx=n_ctx, verbose=False)
         llm.eval(llm.tokenize(b"A short text."))
@@ -440,13 +443,13 @@ def test_budget_holds_for_the_whole_cache(tmp_path):
 
 def test_a_larger_window_leaves_fewer_bits_and_only_fitting_ones_are_tried():
     file = open_model(MODEL)
-    sizes = calibrate.sizes_of_budget(file, 70, 32768, None, None)
+    sizes = budgets.sizes_of_budget(file, 70, 32768, None, None)
     assert list(sizes) == [128, 256, 512] and list(sizes.values()) == sorted(sizes.values(), reverse=True)
     for window, bits in sizes.items():
-        assert bits == calibrate.bits_of_budget(file, 70, 32768, window, 128)
-    assert list(calibrate.sizes_of_budget(file, 20, 1024, None, None)) == [128, 256]  # at most a quarter of the context
-    assert list(calibrate.sizes_of_budget(file, 16, 8192, None, None)) == [128, 256]  # more cannot be paid for
-    assert list(calibrate.sizes_of_budget(file, 70, 32768, 200, None)) == [200]
+        assert bits == budgets.bits_of_budget(file, 70, 32768, window, 128)
+    assert list(budgets.sizes_of_budget(file, 20, 1024, None, None)) == [128, 256]  # at most a quarter of the context
+    assert list(budgets.sizes_of_budget(file, 16, 8192, None, None)) == [128, 256]  # more cannot be paid for
+    assert list(budgets.sizes_of_budget(file, 70, 32768, 200, None)) == [200]
 
 
 @pytest.mark.parametrize("window", [0, 512])
@@ -457,14 +460,14 @@ def test_the_budget_counts_what_lies_beside_the_pages(tiny, n_ctx, window):
         own = caches.sizes(llm, "balanced", [n_ctx], window=window)
         pages = caches.total_bits(own["body_bits_k"], own["body_bits_v"], n_ctx, window) * open_model(model).cache_elements(n_ctx) / 8
         beside = own["bytes"] - pages
-        assert beside <= calibrate.table_bytes(open_model(model), n_ctx) <= 1.1 * beside
+        assert beside <= budgets.table_bytes(open_model(model), n_ctx) <= 1.1 * beside
         llm.close()
 
 
 def test_a_window_is_chosen_where_the_budget_is_bytes(tiny, tmp_path, monkeypatch, capfd):
     out, file = tmp_path / "out.gguf", open_model(tiny)
     mib = caches.total_bits(3.6, 3.6, 32768) * file.cache_elements(32768) / 8 / 2**20
-    assert len(calibrate.sizes_of_budget(file, mib, 32768, None, None)) == 3
+    assert len(budgets.sizes_of_budget(file, mib, 32768, None, None)) == 3
     Pace(200, monkeypatch)
     assert main(tiny, "--budget-mib", mib, "--ctx", 32768, "--minutes", 5, "--tokens", 1024, "-o", out) == 0
     said = " ".join(capfd.readouterr().out.split())
@@ -472,7 +475,7 @@ def test_a_window_is_chosen_where_the_budget_is_bytes(tiny, tmp_path, monkeypatc
     if "No allocation was better" in said:
         assert profile.window is None
     else:
-        assert profile.window in calibrate.WINDOWS and f"a window of {profile.window} tokens" in said
+        assert profile.window in budgets.WINDOWS and f"a window of {profile.window} tokens" in said
     llm = bridge.Llama(str(tiny), kv=out, n_ctx=32768, verbose=False)
     llm.eval(llm.tokenize(b"A short text."))
     assert llm.kv_stats()["bytes"] <= mib * 2**20

@@ -22,10 +22,9 @@ from test_bindings import declarations
 
 import bridge
 from bridge import Kv
-from mixkvq.core import _native
-from bridge import llama as adapter
+from bridge import backend as adapter
+from mixkvq.core import _native, reference
 from mixkvq.core.model_file import built_in_model
-from mixkvq.core import reference
 
 MODEL = str(built_in_model())
 TEXT = ("It was a dark evening in the early spring, and the old clerk walked slowly to the harbour without saying a word. " * 40).encode()
@@ -388,7 +387,7 @@ def test_bits_are_those_that_the_codec_counts():
     stats = llama.kv_stats()
     assert (stats["cache"], stats["codec"], stats["preset"], stats["body_bits"]) == ("codec", "by layer", None, 0)
     llama.eval(llama.tokenize(TEXT)[:900])
-    stats, layers = llama.kv_stats(), llama._session.layers()
+    stats, layers = llama.kv_stats(), llama.kv_layers()
     for layer in layers:
         assert layer["kind"] == "codec" and layer["tiers"] == (0,) * 5 and layer["pages_packed"] == 5
         assert layer["body_bits"] == pytest.approx(3.5 if layer["is_value"] else 2 + layer["layer"])
@@ -671,8 +670,8 @@ def test_a_codec_of_a_c_program(one_layer):
     """Through the struct of functions alone: what the codec returns is in the sentence, and NULL settings have none."""
     ffi = FFI()
     ffi.cdef(declarations())
-    registry = adapter._function("ggml_backend_dev_backend_reg", adapter.ctypes.c_void_p, adapter.ctypes.c_void_p)(one_layer.backend.cpu)
-    get = adapter._function("ggml_backend_reg_get_proc_address", *[adapter.ctypes.c_void_p] * 2, adapter.ctypes.c_char_p)
+    registry = adapter.function("ggml_backend_dev_backend_reg", adapter.ctypes.c_void_p, adapter.ctypes.c_void_p)(one_layer.backend.cpu)
+    get = adapter.function("ggml_backend_reg_get_proc_address", *[adapter.ctypes.c_void_p] * 2, adapter.ctypes.c_char_p)
     api = ffi.cast("mixkvq_backend_api *", get(registry, b"mixkvq_backend_api"))
     assert api.version == 3
     seen = []
@@ -688,7 +687,7 @@ def test_a_codec_of_a_c_program(one_layer):
     settings = ffi.new("mixkvq_settings *", [ffi.NULL, ffi.NULL, 0, 0, 0, ffi.NULL, ffi.NULL, codec, ffi.cast("void *", 42)])
 
     class Session:
-        """As much of bridge._native.Session as a Context needs."""
+        """As much of mixkvq.core._native.Session as a Context needs."""
 
         def __init__(self):
             self.handle = api.begin(settings)

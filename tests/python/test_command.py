@@ -18,22 +18,18 @@ import random_model
 import speed
 
 import bridge
-import mixkvq.core.model_file
-import mixkvq.cli.main
-import mixkvq.cli.lab
+from mixkvq.cli import calibrate, convert, evaluate, inspect, lab, main
 from mixkvq.cli.command import command_line
-from mixkvq.study import calibrate, evaluate
-from mixkvq.cli import convert, inspect
 from mixkvq.cli.options import Number, run, tool
 
 ROOT = Path(__file__).parents[2]
 TOOLS = {
-    "mixkvq": mixkvq.cli.command,
-    "mixkvq.calibrate": calibrate.cli,
+    "mixkvq": main.command,
+    "mixkvq.calibrate": calibrate.command,
     "mixkvq.evaluate": evaluate.command,
     "mixkvq.inspect": inspect.command,
     "mixkvq.convert": convert.command,
-    "mixkvq.lab": mixkvq.lab.__main__.main,
+    "mixkvq.lab": lab.command,
     "bench/speed.py": speed.main,
     "bench/memory.py": memory.main,
     "bench/llama_bench.py": llama_bench.main,

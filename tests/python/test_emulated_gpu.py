@@ -33,13 +33,14 @@ def tiny(tmp_path_factory) -> str:
 # --- which GPUs ---
 
 DEVICES = """
-from bridge import llama as adapter
+from bridge import backend as adapter
+from bridge.devices import place
 from mixkvq.core.errors import SettingsError
-backend = adapter._backend()
-gpus, missing = adapter._our_gpus(backend)
+backend = adapter.backend()
+gpus, missing = adapter.our_gpus(backend)
 def refused(device):
     try:
-        adapter.place(device, gpus, missing, n_gpu_layers=None, n_layers=2, weights=1, cache=1.0, workspace=0.0)
+        place(device, gpus, missing, n_gpu_layers=None, n_layers=2, weights=1, cache=1.0, workspace=0.0)
     except SettingsError as e:
         return str(e)
 print(json.dumps([sorted(backend.devices), [gpu.name for gpu in gpus], missing, [refused(f"CUDA{i}") for i in range(2)]]))
@@ -69,8 +70,8 @@ def test_the_lists_for_weights_do_not_change():
     """llama.cpp asks for them in every load, in whatever thread; what it got before stays what it is."""
     code = """
 import ctypes, threading
-from bridge import llama as adapter
-f, P = adapter._function, ctypes.c_void_p
+from bridge import backend as adapter
+f, P = adapter.function, ctypes.c_void_p
 registry = f("ggml_backend_reg_by_name", P, ctypes.c_char_p)(b"MIXKVQ")
 get = f("ggml_backend_reg_dev_get", P, P, ctypes.c_size_t)
 devices = [get(registry, i) for i in range(5)]
@@ -129,7 +130,7 @@ for skip in range(4):
         results.append(str(e))
     library.emulated_cuda_fail(b"{call}", 0, 0)
     gpu.n_tokens = 150
-    gpu._ctx.kv_cache_seq_rm(0, 150, -1)
+    gpu._remove_cells(0, 150, -1)
 gpu.eval(new), cpu.eval(new)
 print(json.dumps([apart(tokens[290:300]), results]))
 """
@@ -166,8 +167,8 @@ def test_no_backend_of_ggml_is_freed_during_a_recording(tiny):
     """Destroying a handle of cuBLAS ends a recording in CUDA and the process in ggml, which knows only of recordings of its own."""
     code = MODELS + """
 import ctypes, threading
-from bridge import llama as adapter
-f, P = adapter._function, ctypes.c_void_p
+from bridge import backend as adapter
+f, P = adapter.function, ctypes.c_void_p
 stock = f("ggml_backend_dev_init", P, P, P)(f("ggml_backend_dev_by_name", P, ctypes.c_char_p)(b"CUDA0"), None)
 free = f("ggml_backend_free", None, P)
 before = library.emulated_cuda_frees()
@@ -196,7 +197,7 @@ stop, asked, failures = threading.Event(), [0], []
 def work():
     while not stop.is_set():
         try:
-            for i, layer in enumerate(gpu._session.layers()):
+            for i, layer in enumerate(gpu.kv_layers()):
                 found = gpu._session.query_statistics(i)
                 assert found is None or np.isfinite(found).all()
             gpu._session.stats(), gpu._session.error()

@@ -21,11 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge import ContextError, GeometryError, Kv, Llama, SettingsError
-from bridge.library import native
+from mixkvq.cli.evaluate import main
 from mixkvq.core.model_file import built_in_model
+from mixkvq.core.native import native
+from mixkvq.core.profile import uniform_profile, write_profile
 from mixkvq.study import caches, calibrate, compare, evaluate, plots, problems, record
 from mixkvq.study.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed
-from mixkvq.core.profile import uniform_profile, write_profile
 from mixkvq.study.texts import default_text
 
 MODEL = str(built_in_model())
@@ -51,7 +52,7 @@ def random_tokens(n, seed=0):
 
 def run(capfd, *arguments):
     """The command line in this process: exit code, stdout, stderr."""
-    code = evaluate.main([str(a) for a in arguments])
+    code = main([str(a) for a in arguments])
     out, err = capfd.readouterr()
     assert "Traceback" not in err
     return code, out, err
@@ -155,7 +156,7 @@ def test_cuts_are_where_pages_are_packed(n, windows):
 
 
 def packed(llm):
-    return [layer["pages_packed"] for layer in llm._session.layers()]
+    return [layer["pages_packed"] for layer in llm.kv_layers()]
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(128, 128), (0, 0), (64, 128), (200, 128), (256, 0)])
@@ -287,7 +288,7 @@ def run_file(tmp_path_factory):
     write_profile(profile, uniform_profile(MODEL, "mix8.2", window=256))
     out = folder / "kld.json"
     arguments = [MODEL, "--kv", f"q4_0,balanced,{profile}", "--kv", "lab:kivi-2", "--ctx", "640", "--style", "decode,prefill", *THREADS]
-    assert evaluate.main([*arguments, "--out", str(out)]) == 0
+    assert main([*arguments, "--out", str(out)]) == 0
     return out, arguments, str(profile)
 
 

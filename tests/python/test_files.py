@@ -1,4 +1,4 @@
-"""bridge.files: what may be written, and that it appears whole or not at all."""
+"""core.files: what may be written, and that it appears whole or not at all."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ import sys
 import pytest
 import tiny_models
 
-from mixkvq.core import _native as native
 from bridge.library import library_path
+from mixkvq.core import _native as native
 
 PROGRAM = """
 import json, sys

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from strategies import key_formats, rows, seeds, valid_cells
 
 import bridge
-from bridge.library import native
-from mixkvq.core.model_file import built_in_model
-from mixkvq.study import lab
-from mixkvq.core import reference
+from mixkvq.cli.lab import command
 from mixkvq.cli.options import run
-from mixkvq.study.lab import _tools, kvarn, mixed, paper, stock, turbo
-from mixkvq.cli.lab import main
+from mixkvq.core import reference
+from mixkvq.core.model_file import built_in_model
+from mixkvq.core.native import native
 from mixkvq.core.profile import LayerProfile, Profile, write_profile
 from mixkvq.core.reference import KeyFormat, ValueFormat
+from mixkvq.core.reference.values import _rotated_mean
+from mixkvq.study import lab
+from mixkvq.study.lab import _tools, kvarn, mixed, paper, stock, turbo
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = [
@@ -387,7 +388,7 @@ def compare_with_reference(name, key_format, value_format, keys, values, importa
     x, bits = function(page)
     for head in range(2):
         rows = np.where(valid[:, None], page.rows[head], np.float32(0)).astype(np.float32)
-        if value_format.group == 0 and reference._rotated_mean(value_format, rows, reference.rotate(rows, value_format.rotation_block), valid)[1]:
+        if value_format.group == 0 and _rotated_mean(value_format, rows, reference.rotate(rows, value_format.rotation_block), valid)[1]:
             continue  # rows that come from a record keep it; the laboratory packs them as any others
         expected = reference.unpack_values(value_format, reference.pack_values(value_format, page.rows[head].astype(np.float16), valid))
         assert np.array_equal(x[head][valid], expected[valid].astype(np.float32))
@@ -679,11 +680,11 @@ def test_a_file_that_is_no_codec_is_one_sentence(tmp_path):
 
 
 def test_the_list_shows_the_bits(capfd):
-    assert run(main, "mixkvq.lab", []) == 0
+    assert run(command, "mixkvq.lab", []) == 0
     output = capfd.readouterr().out
     for name in lab.CODECS:
         assert re.search(rf"│ {re.escape(name)} +│", output), name
-    assert run(main, "mixkvq.lab", ["kivi-2", "--time", "--head-size", "64"]) == 0
+    assert run(command, "mixkvq.lab", ["kivi-2", "--time", "--head-size", "64"]) == 0
     assert re.search(r"kivi-2 +│ +3\.000 │ +3\.000 │ +3\.000 │ +\d+\.\d\d", capfd.readouterr().out)
 
 
@@ -692,7 +693,7 @@ def test_the_list_shows_the_bits(capfd):
     [("nix", "There is no codec"), ("--head-size 33", "multiple of 8"), ("q4_0 --head-size 40", "multiple of 32"), ("mixkvq:K=4@3", "K names 4")],
 )
 def test_a_wrong_request_for_the_list_is_one_line(arguments, says, capfd):
-    assert run(main, "mixkvq.lab", arguments.split()) == 2
+    assert run(command, "mixkvq.lab", arguments.split()) == 2
     assert says in (error := capfd.readouterr().err) and error.count("\n") == 1
 
 
@@ -738,7 +739,7 @@ def predictions(codec=None, stock=None, preset=None):
         options["kv"] = bridge.Kv(preset=preset, window=0, sinks=128)
     llm = bridge.Llama(str(built_in_model()), codec=codec and lab.codec_function(codec), stock=stock, **options)
     llm.eval(llm.tokenize(TEXT)[:512])
-    found = llm.scores[:512].copy(), llm.kv_stats(), None if stock else llm._session.layers()
+    found = llm.scores[:512].copy(), llm.kv_stats(), None if stock else llm.kv_layers()
     llm.close()
     return found
 

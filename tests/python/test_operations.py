@@ -40,7 +40,7 @@ from contexts import (
 from memory_probe import LINUX, measure
 
 from bridge import Kv
-from bridge.llama import C
+from bridge._compat import C
 
 EXACT_BATCH, EXACT_TOKEN = 1e-2, 5e-2
 EIGHT_BIT = 1e-3

@@ -11,8 +11,10 @@ import time
 
 import pytest
 
+from mixkvq.cli.evaluate import main
 from mixkvq.core.model_file import built_in_model
 from mixkvq.study import caches, evaluate, problems
+from mixkvq.study.steps import Steps
 
 MODEL = str(built_in_model())
 OPTIONS = {"n_batch": 512, "n_threads": 1, "n_threads_batch": 1, "device": "cpu"}
@@ -106,7 +108,7 @@ def test_a_killed_run_goes_on(tmp_path):
     running.wait()
     assert records and running.returncode == -signal.SIGKILL
     left = json.loads(out.read_text())["problems"]["records"]
-    assert evaluate.main([str(a) for a in command[3:]]) == 0
+    assert main([str(a) for a in command[3:]]) == 0
     part = json.loads(out.read_text())["problems"]
     assert len(part["records"]) == 8 and part["summary"]["tiny"]["problems"] == part["summary"]["f16"]["problems"] == 8
     for old in left:
@@ -142,8 +144,7 @@ def test_writing_a_long_result_does_not_take_over(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.problems, "summarise", lambda *_: {})
     vocabulary = caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
     result = {"settings": {"baseline": "f16", "seed": 1}, "model": {"name": "m"}}
-    bar = evaluate.Progress(disable=True)
-    run = evaluate.Evaluation(MODEL, result, tmp_path / "x.json", bar, set(), 1, 1, {})
+    run = evaluate.Evaluation(MODEL, result, tmp_path / "x.json", Steps(), set(), 1, 1, {})
     source = problems.BuiltIn(("add",), ("easy",))
     evaluate.answer_problems(run, vocabulary, source, 50, ["tiny"], max_tokens=5, first=1, workers=1, threads=1)
     assert saved == [1, 50] and len(result["problems"]["records"]) == 50

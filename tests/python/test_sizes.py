@@ -19,10 +19,12 @@ from contexts import BALANCED, EXACT, PACKED, Context, Model, devices, library_n
 from test_architectures import PLAIN, SERVED
 
 import bridge
-from bridge import Kv
-from bridge import llama as _llama
+from bridge import Kv, placement
+from bridge.backend import backend
 from bridge.dry_run import DryRun, Need
-from mixkvq.core.settings import STOCK_TYPES
+from mixkvq.core.model_file import open_model
+from mixkvq.core.profile import with_profile
+from mixkvq.core.settings import STOCK_TYPES, resolve_kv
 
 SPARE = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
 ARCHITECTURES = {**SERVED, "gemma4": tiny_models.gemma4, "two layers of eight heads": lambda path: tiny_models.llama(path, 128, 8, 1)}
@@ -48,12 +50,12 @@ def paths(tmp_path_factory):
 
 
 def estimate(path, device, n_ctx, kv="balanced", stock=None, codec=None, **options):
-    backend = _llama._backend()
+    loaded = backend()
     if stock:
         options.update(type_k=STOCK_TYPES[stock][0], type_v=STOCK_TYPES[stock][0])
-    settings = _llama.with_profile(_llama.resolve_kv(kv), _llama.open_model(path))
-    begin = None if stock else lambda: backend.begin(settings, _llama.open_model(path), codec)
-    with DryRun(path, [] if stock else [backend.devices[device]], options, begin, stock or "f16") as dry:
+    settings = with_profile(resolve_kv(kv), open_model(path))
+    begin = None if stock else lambda: loaded.begin(settings, open_model(path), codec)
+    with DryRun(path, [] if stock else [loaded.devices[device]], options, begin, stock or "f16") as dry:
         return dry.measure(n_ctx)
 
 
@@ -208,13 +210,13 @@ def in_a_process(code: str, *arguments: str, group: str = "") -> dict:
 FILL = """
     import ctypes, gc, json, os, sys
     import bridge
-    from bridge import llama as _llama
+    from bridge import placement
     options = {"n_threads": 1, "n_threads_batch": 1, "verbose": False, "n_batch": 128, "n_ubatch": 128, "device": "cpu", **json.loads(sys.argv[2])}
-    check, needs, taken, stats = _llama.check_fits, [], [], {}
+    check, needs, taken, stats = placement.check_fits, [], [], {}
     def note(n, free, least, measure):
         needs.append(measure(n))
         check(n, free, least, measure)
-    _llama.check_fits = note
+    placement.check_fits = note
     def resident():
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
@@ -299,7 +301,7 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(paths, monkeypatch):
 
     path = paths("two layers of eight heads")
     free = Free(64 << 20, 70 << 20)
-    monkeypatch.setattr(_llama, "free_memory", lambda: free)
+    monkeypatch.setattr(placement, "free_memory", lambda: free)
     loaded = []
     for swa_full in (True, False):
         with pytest.raises(bridge.ContextTooLargeError, match="A context of 65536 tokens needs at least .* MiB and 64.0 MiB of memory are free") as e:
@@ -315,7 +317,7 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(paths, monkeypatch):
 def test_a_window_lets_a_larger_context_fit(paths, monkeypatch):
     from mixkvq.core.memory import Free
 
-    monkeypatch.setattr(_llama, "free_memory", lambda: Free(64 << 20))
+    monkeypatch.setattr(placement, "free_memory", lambda: Free(64 << 20))
     fits = []
     for swa_full in (True, False):
         with pytest.raises(bridge.ContextTooLargeError) as e:
@@ -328,7 +330,7 @@ def test_what_a_program_asks_for_beside_the_cache_counts(paths, monkeypatch):
     """logits_all keeps a row of the vocabulary for every token."""
     from mixkvq.core.memory import Free
 
-    monkeypatch.setattr(_llama, "free_memory", lambda: Free(56 << 20))
+    monkeypatch.setattr(placement, "free_memory", lambda: Free(56 << 20))
     path = paths("llama-64x2-gqa2")
     bridge.Llama(path, n_ctx=32768, device="cpu", **SPARE).close()
     with pytest.raises(bridge.ContextTooLargeError):

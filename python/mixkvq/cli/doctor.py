@@ -29,7 +29,7 @@ from .options import tool
 SECONDS = 120  # a GPU's driver may take its time
 CONTEXT = 8192  # tokens, where neither -c nor the model says
 ENVIRONMENT = ("MIXKVQ_", "GGML_", "CUDA_VISIBLE_DEVICES", "OMP_")  # how the names of variables begin that matter here
-_CHILD = "import sys; n = int(sys.argv[1]); sys.path[:] = sys.argv[2 : 2 + n]; from mixkvq.doctor import probe; probe(sys.argv[2 + n :])"
+_CHILD = "import sys; n = int(sys.argv[1]); sys.path[:] = sys.argv[2 : 2 + n]; from mixkvq.cli.doctor import probe; probe(sys.argv[2 + n :])"
 
 Found = dict[str, Any]
 
@@ -165,7 +165,8 @@ def _model(path: str) -> Found:
 
 def _cache(path: str) -> Found:
     from ..core.model_file import check_geometry, open_model
-    from ..core.settings import Kv, with_profile
+    from ..core.profile import with_profile
+    from ..core.settings import Kv
 
     model = open_model(path)
     check_geometry(model)
@@ -177,7 +178,8 @@ def _sizes(path: str, ctx: int) -> Found:
     from bridge.installed import require_llama
 
     from ..core.model_file import open_model
-    from ..core.settings import Kv, with_profile
+    from ..core.profile import with_profile
+    from ..core.settings import Kv
 
     model = open_model(path)
     n_ctx = ctx or min(model.n_ctx_train or CONTEXT, CONTEXT)

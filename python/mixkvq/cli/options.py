@@ -16,7 +16,6 @@ from click.shell_completion import CompletionItem
 
 from bridge.installed import require_llama
 
-from ..core.model_file import read_header
 from . import command as funnel
 from . import streams
 from .command import INTERRUPTED, files, typed_first
@@ -106,6 +105,8 @@ class Model(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not os.path.isfile(value):
+            from ..core.model_file import read_header  # NumPy, which --help can do without
+
             read_header(value)
         return str(value)
 

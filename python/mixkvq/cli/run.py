@@ -20,7 +20,8 @@ from ..core.errors import SettingsError
 from ..core.files import check_target
 from ..core.model_file import built_in_model, check_geometry, open_model
 from ..core.native import native
-from ..core.settings import STOCK_TYPES, Kv, resolve_kv, with_profile
+from ..core.profile import with_profile
+from ..core.settings import STOCK_TYPES, Kv, resolve_kv
 from . import streams
 from .answer import LARGEST_SEED, Answer, Message, Sampling, stream_answer
 from .command import INTERRUPTED, files, run, typed_first

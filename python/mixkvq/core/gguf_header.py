@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, BinaryIO
@@ -119,7 +118,7 @@ class _Parser:
         infos = self.directory(n_tensors)
         directory = at, self.file.tell()
         data = padded(directory[1], alignment)
-        end, tensors = data, {}
+        end, tensors = (data if infos else directory[1]), {}
         for name, (shape, kind, offset) in infos.items():
             tensors[name] = TensorInfo(shape, kind, data + offset)
             end = max(end, data + offset + _bytes(name, shape, kind))
@@ -145,8 +144,7 @@ class _Parser:
     def strings(self, n: int) -> list[bytes]:
         if 8 * n > self.size:
             raise ParseError("it ends within its header")
-        read: Callable[[], bytes] = self.string
-        return [read() for _ in range(n)]
+        return [self.string() for _ in range(n)]
 
     def directory(self, n: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
         """Shape, type and offset from the start of the data, by name."""

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Union
 
 from .errors import ProfileError, SettingsError
-from .model_file import ModelFile
 from .native import native
-from .profile import read_profile, side_car
 
 DEFAULT_PRESET = "balanced"
 
@@ -113,28 +111,6 @@ def stock_type(name: str) -> int:
     if name not in STOCK_TYPES:
         raise SettingsError(f"llama.cpp has no cache type {name!r}; its types are {', '.join(STOCK_TYPES)}.")
     return STOCK_TYPES[name][0]
-
-
-def with_profile(kv: Kv, model: ModelFile) -> Kv:
-    """`kv` with its profile checked. If it names neither preset nor profile, one that lies with the model: beside it, or embedded in it.
-
-    Raises ProfileError unless the profile is of a version we read, whole, and made for this model.
-    """
-    beside = side_car(model.path)
-    if kv.preset is None and kv.profile is None and os.path.isfile(beside):
-        kv = replace(kv, profile=beside, found="beside the model")
-    elif kv.preset is None and kv.profile is None and model.has_profile:
-        kv = replace(kv, profile=model.path, found="in the model")
-    if kv.profile is None:
-        return kv
-    try:
-        read_profile(kv.profile, model.path)
-    except ProfileError as e:
-        if kv.found is None:
-            raise
-        remedy = "delete it" if kv.found == "beside the model" else "take it out (python -m mixkvq.convert remove)"
-        raise ProfileError(f"{str(e).rstrip('.')}; it was found {kv.found}: {remedy}, or ask for a preset: kv='balanced'.") from None
-    return kv
 
 
 def least_bits(kv: Kv | None, stock: str | None) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from ..errors import ProfileError
 from .data import PREFIX, PROFILE_VERSION, LayerProfile, Profile
 from .file import read_profile, side_car, write_keys, write_profile
+from .found import with_profile
 from .model import check_model, fingerprint, uniform_profile
 from .text import from_json, load_profile, read_json, to_json
 
@@ -30,6 +31,7 @@ __all__ = [
     "side_car",
     "to_json",
     "uniform_profile",
+    "with_profile",
     "write_keys",
     "write_profile",
 ]

@@ -17,13 +17,14 @@ from .attention import attend
 from .formats import KEY_BITS, KEY_LANES, PAGE_CELLS, QUAD, RECORD_ALIGN, KeyFormat, ValueFormat, body_bits
 from .keys import pack_keys, select_tiers, unpack_keys
 from .numbers import HALF_MAX, rotate, sum_of_lanes, to_half
-from .values import GAUSSIAN_STEP, pack_mean, pack_scale, pack_values, unpack_mean, unpack_scale, unpack_values
+from .values import GAUSSIAN_STEP, LEAST_MEAN, pack_mean, pack_scale, pack_values, unpack_mean, unpack_scale, unpack_values
 
 __all__ = [
     "GAUSSIAN_STEP",
     "HALF_MAX",
     "KEY_BITS",
     "KEY_LANES",
+    "LEAST_MEAN",
     "PAGE_CELLS",
     "QUAD",
     "RECORD_ALIGN",

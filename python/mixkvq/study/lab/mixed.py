@@ -1,6 +1,6 @@
 """Our own page format in NumPy, with every parameter that we want to try: docs/codec-laboratory.md lists the options of `mixkvq:...`.
 
-Without options it is the default preset, number for number what `mixkvq.reference` reads back from a record.
+Without options it is the default preset, number for number what `mixkvq.core.reference` reads back from a record.
 """
 
 from __future__ import annotations
