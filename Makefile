@@ -3,7 +3,7 @@
 #   make test     all tests            make bench    the benchmarks of speed [DEPTHS=0,2048,8192]
 #   make sanitize the native tests again, with the address and undefined-behaviour sanitizers
 #   make neon     the native tests again, built for 64-bit ARM and run in an emulator
-#   make lint     style and types      make clean    removes what was built (not .venv)
+#   make lint     style, layers, types     make clean    removes what was built (not .venv)
 #   make figures NOVEL=... WIKI=...    measures anew what the documents state   make tables   writes it into them, and docs/commands.md
 #   make repeat N=10                   all tests N times on a busy machine, up to the first failure
 # The first call sets everything up in .venv; later ones only rebuild what has changed.
@@ -116,6 +116,7 @@ $(BENCH)/8b-2layers.gguf: bench/random_model.py | .venv/.installed
 
 lint: .venv/.dev
 	@$(PY) -m ruff check .
+	@.venv/bin/lint-imports --quiet
 	@$(PY) -m mypy
 	@$(PY) -m mypy.stubtest --allowlist tests/stubtest.txt mixkvq.core._native
 

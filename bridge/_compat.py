@@ -21,6 +21,24 @@ from llama_cpp import llama_cpp as C
 
 from mixkvq.core.errors import ContextError
 
+__all__ = [
+    "ARGUMENTS",
+    "BUSY",
+    "CLOSED",
+    "Base",
+    "C",
+    "Closed",
+    "Tokenizer",
+    "context_failed",
+    "decoding_failed",
+    "folder",
+    "is_verbose",
+    "libraries",
+    "loading_failed",
+    "print_log",
+    "version",
+]
+
 ARGUMENTS = tuple(inspect.signature(llama_cpp.Llama.__init__).parameters)[2:-1]
 """The keywords of `llama_cpp.Llama`: without self, model_path and **kwargs, which it takes and does nothing with."""
 

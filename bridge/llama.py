@@ -291,7 +291,7 @@ class Llama(Base):
     def reset(self) -> None:
         """Forget all tokens and give their memory back. A prompt that begins like the one before needs none: `create_completion` sees to that."""
         self._check_ready()
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         if self._session is not None:  # clearing would only write to all of llama.cpp's own cache
             self._clear_cells()
 
@@ -416,7 +416,7 @@ class Llama(Base):
         if not decoding_failed(e):
             return e
         said = self._session.error() if self._session is not None else ""
-        cause = self._session.codec_failure() if self._session is not None else None
+        cause: BaseException | None = self._session.codec_failure() if self._session is not None else None
         if cause is not None and not isinstance(cause, Exception):
             return cause  # Ctrl-C in the codec
         if cause is not None:
@@ -447,7 +447,7 @@ class Llama(Base):
                 self._coding = False
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         for name in ("type_k", "type_v", "n_gpu_layers", "flash_attn", "offload_kqv", "tensor_split"):
             state.pop(name, None)
         state["device"] = self.device

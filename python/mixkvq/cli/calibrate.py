@@ -12,6 +12,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
     return t16, t4
 
 
-@tool(help=(__doc__ or "").split("\n\n")[0])
+@tool()
 @click.argument("model", type=Model())
 @click.option(
     "--text",
@@ -88,41 +89,46 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
 @click.option("--threads", type=THREADS, help="Threads.  [default: physical cores]")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
-def command(model, texts, bits, budget_mib, ctx, max_kld, out, force, policy, t16_t4, window, sinks, tokens, minutes, seed, device, threads, quiet):
-    goal = {"bits": bits, "budget_mib": budget_mib, "ctx": ctx, "max_kld": max_kld}
-    typed_first(goal, ("bits",), ("budget_mib", "ctx"), ("max_kld",))
-    bits, budget_mib, ctx, max_kld = goal.values()
-    if sum(option is not None for option in (bits, budget_mib, max_kld)) > 1:
+def command(**given: Any) -> int:
+    """Make a profile for a model: which precision each layer, head and kind of cache gets, measured on the model itself."""
+    typed_first(given, ("bits",), ("budget_mib", "ctx"), ("max_kld",))
+    goals = [given[key] for key in ("bits", "budget_mib", "max_kld")]
+    if sum(goal is not None for goal in goals) > 1:
         raise click.UsageError("--bits, --budget-mib and --max-kld say the same thing in three ways: give one of them.")
-    if (budget_mib is None) != (ctx is None):
+    if (given["budget_mib"] is None) != (given["ctx"] is None):
         raise click.UsageError("--budget-mib and --ctx go together: so many MiB for so many tokens.")
-    if max_kld is not None and policy != "gain":
+    if given["max_kld"] is not None and given["policy"] != "gain":
         raise click.UsageError("--max-kld goes with --policy gain.")
-    if t16_t4 is not None and policy != "paper":
+    if given["t16_t4"] is not None and given["policy"] != "paper":
         raise click.UsageError("--thresholds goes with --policy paper.")
-    out = Path(side_car(model)) if out is None else out
-    check_output(out, "profile", force=force, inputs=[model, *texts])
+    model: str = given["model"]
+    out = Path(side_car(model)) if given["out"] is None else given["out"]
+    check_output(out, "profile", force=given["force"], inputs=[model, *given["texts"]])
     quiet_llama()
-    request = Request(
-        bits=bits, budget=None if budget_mib is None else (budget_mib, ctx), max_kld=max_kld, texts=texts, tokens=tokens, policy=policy,
-        t16_t4=t16_t4, window=window, sinks=sinks, minutes=minutes, seed=seed, threads=threads, device=check_device(device),
-    )  # fmt: skip
-    with _stopped(out), Bars(quiet=quiet) as bars:
+    check_device(given["device"])
+    budget = None if given["budget_mib"] is None else (given["budget_mib"], given["ctx"])
+    request = Request(budget=budget, **{field.name: given[field.name] for field in fields(Request) if field.name != "budget"})
+    with _stopped(out), Bars(quiet=given["quiet"]) as bars:
         profile, found = calibrate(model, request, bars)
+    _write(profile, found, out, given)
+    if found["interrupted"]:
+        return interrupted(f"{out} has {found['interrupted']}. " + _how_to_use(out, model))
+    if not given["quiet"]:
+        _print_words(profile, found, out, model)
+    return 0
+
+
+def _write(profile: Profile, found: dict[str, Any], out: Path, given: dict[str, Any]) -> None:
+    """The profile, and the table in any case. Where it cannot be written any more it goes to a folder of its own, and a ProfileError says so."""
     try:
-        write_profile(out, profile, overwrite=force)  # it may have appeared meanwhile
+        write_profile(out, profile, overwrite=given["force"])  # it may have appeared meanwhile
     except (OSError, SettingsError) as e:
         instead = Path(tempfile.mkdtemp(prefix="mixkvq-")) / out.name
         write_profile(instead, profile)
         raise ProfileError(f"{out} cannot be written any more ({getattr(e, 'strerror', None) or e}); the profile is in {instead}.") from None
     finally:
-        if not quiet and found["held_out"]:
+        if not given["quiet"] and found["held_out"]:
             _print_table(Console(width=max(110, Console().width)), profile, found)
-    if found["interrupted"]:
-        return interrupted(f"{out} has {found['interrupted']}. " + _how_to_use(out, model))
-    if not quiet:
-        _print_words(profile, found, out, model)
-    return 0
 
 
 @contextlib.contextmanager

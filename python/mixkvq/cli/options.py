@@ -47,7 +47,8 @@ def tool(**settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
     """The decorator of a tool's function: a command with -h, --help and --version."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        return click.command(context_settings=SETTINGS, **settings)(version_option(function))
+        decorated: Callable[..., Any] = version_option(function)
+        return click.command(context_settings=SETTINGS, **settings)(decorated)
 
     return decorate
 
@@ -98,7 +99,7 @@ class Number(click.FloatRange):
         return number
 
 
-class Model(click.ParamType):
+class Model(click.ParamType):  # type: ignore[type-arg]  # older versions of click have no argument there
     """The path of a model, as text. What is no file gets the sentence of `model_file`: advice where it is an address or a name on a hub."""
 
     name = "file"

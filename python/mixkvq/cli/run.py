@@ -81,7 +81,7 @@ def complete_kv(context: click.Context, parameter: click.Parameter, incomplete: 
     return found or files(context, parameter, incomplete)
 
 
-class Number(click.ParamType):
+class Number(click.ParamType):  # type: ignore[type-arg]
     """A finite number from `low` to `high`."""
 
     name = "number"

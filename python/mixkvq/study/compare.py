@@ -73,7 +73,8 @@ def cut(n: int, style: str, windows: Iterable[int] = (PAGE_CELLS,)) -> list[int]
 def feed(llm: Llama, tokens: Sequence[int], batch: int, wanted: int) -> Rows:
     """Evaluate `tokens`, at most `batch` at a time; the logits of the last `wanted` ones, [wanted, vocabulary]."""
     if len(tokens) <= batch:
-        return llm.forward(tokens, wanted)
+        last: npt.NDArray[np.float32] = llm.forward(tokens, wanted)
+        return last
     rows = np.empty((wanted, llm.n_vocab()), np.float32)
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch]

@@ -106,11 +106,12 @@ class Evaluation:
 
     def section(self, description: dict[str, Any]) -> dict[str, Any]:
         """The part of the result with this description, new if there is none."""
-        for known in self.result["sections"]:
+        sections: list[dict[str, Any]] = self.result["sections"]
+        for known in sections:
             if all(known.get(key) == value for key, value in description.items()):
                 return known
-        self.result["sections"].append({**description, "caches": {}})
-        return self.result["sections"][-1]
+        sections.append({**description, "caches": {}})
+        return sections[-1]
 
     def measure(
         self, section: dict[str, Any], passages: Sequence[Passage], names: Sequence[str], note: Callable[[str, Measured], dict[str, Any]]

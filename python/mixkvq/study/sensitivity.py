@@ -273,7 +273,8 @@ class Reader:
 
 def divergences(reference: NDArray[np.float32], logits: NDArray[np.float32], threads: int = 1) -> NDArray[np.float64]:
     """KL divergence of each row of logits [n, vocabulary] from that of the reference, in nats, at least 0."""
-    return native().compare_predictions(reference, [logits], threads=threads)[0][0]
+    kld: NDArray[np.float64] = native().compare_predictions(reference, [logits], threads=threads)[0][0]
+    return kld
 
 
 def head_formats(profile: LayerProfile, size_v: int) -> tuple[list[KeyFormat], list[ValueFormat]]:

@@ -71,7 +71,7 @@ def table_bytes(model: ModelFile, n_ctx: int) -> int:
     was after 128, 512, 2048, ... tokens.
     """
     channels = sum(n * size for n, size in zip(model.n_head_kv, model.head_size_k))
-    n_marks = sum(PAGE_CELLS * 4**i <= n_ctx for i in range(16))
+    n_marks = sum(PAGE_CELLS << 2 * i <= n_ctx for i in range(16))
     return 2 * model.served_layers() * (TENSOR_BYTES + TABLE_BYTES * -(-n_ctx // PAGE_CELLS)) + 4 * channels * (3 + n_marks)
 
 

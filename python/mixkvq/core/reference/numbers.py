@@ -61,7 +61,8 @@ def quantise(
 def _codes(
     x: NDArray[np.float32], low: NDArray[np.float32], scale: NDArray[np.float16], top: NDArray[np.float32] | np.float32
 ) -> NDArray[np.float32]:
-    return np.clip(np.rint((x - low) * reciprocal(scale)), np.float32(0), top)
+    code: NDArray[np.float32] = np.clip(np.rint((x - low) * reciprocal(scale)), np.float32(0), top)
+    return code
 
 
 def reciprocal(scale: NDArray[Any]) -> NDArray[np.float32]:

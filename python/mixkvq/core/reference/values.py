@@ -143,7 +143,8 @@ def _kept_scale(z: NDArray[np.float32], bits: int, dims: int) -> NDArray[np.uint
 
 def _phase(z: NDArray[np.float32], step: NDArray[np.float32]) -> NDArray[np.int32]:
     """How far each number is from the middle of the step that it is in, in 256ths of a step: -128 to 127."""
-    return (np.floor(z * reciprocal(step)[:, None] * np.float32(PHASES)).astype(np.int32) & (PHASES - 1)) - PHASES // 2
+    steps: NDArray[np.int32] = np.floor(z * reciprocal(step)[:, None] * np.float32(PHASES)).astype(np.int32)
+    return (steps & (PHASES - 1)) - PHASES // 2
 
 
 def _no_small_means(exact: NDArray[np.float32], byte: NDArray[np.uint8], least: np.float32) -> NDArray[np.uint8]:
@@ -155,7 +156,8 @@ def pack_mean(mean: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Means as bytes: see `unpack_mean`. To the nearest, ties away from 0."""
     bits = to_half(mean).view(np.uint16).astype(np.int32)
     magnitude = np.minimum((bits & 0x7FFF) + 0x80 >> 8, 0x7B)
-    return ((bits & 0x8000) >> 8 | magnitude).astype(np.uint8)
+    byte: NDArray[np.uint8] = ((bits & 0x8000) >> 8 | magnitude).astype(np.uint8)
+    return byte
 
 
 def unpack_mean(byte: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -166,7 +168,8 @@ def unpack_mean(byte: NDArray[np.uint8]) -> NDArray[np.float32]:
 def pack_scale(scale: NDArray[np.float32], upwards: bool) -> NDArray[np.uint8]:
     """Scales, not negative, as bytes: see `unpack_scale`. To the nearest, ties away from 0, or upwards."""
     bits = to_half(scale).view(np.uint16).astype(np.int32)
-    return np.minimum(bits + (0x7F if upwards else 0x40) >> 7, 0xF7).astype(np.uint8)
+    byte: NDArray[np.uint8] = np.minimum(bits + (0x7F if upwards else 0x40) >> 7, 0xF7).astype(np.uint8)
+    return byte
 
 
 def unpack_scale(byte: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -185,7 +188,7 @@ def _rotated_scale(z: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
 def _quantise_rotated(z: NDArray[np.float32], scale: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Symmetric mid-rise codes of rotated rows [n, Dv] with the scales of the rows."""
     half_range = np.float32(2 ** (bits - 1))
-    code = np.floor(z * reciprocal(unpack_scale(scale))[:, None]) + half_range
+    code: NDArray[np.float32] = np.floor(z * reciprocal(unpack_scale(scale))[:, None]) + half_range
     return np.clip(code, np.float32(0), np.float32(2**bits - 1)).astype(np.uint8)
 
 

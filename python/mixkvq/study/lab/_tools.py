@@ -76,7 +76,8 @@ def between(x: Array, low: Any, high: Any, bits: Any) -> Array:
 
 
 def code_on(x: Array, low: Any, scale: Any, top: Any) -> Array:
-    return np.clip(np.rint((x - low) * inverse(scale)), np.float32(0), top)
+    code: Array = np.clip(np.rint((x - low) * inverse(scale)), np.float32(0), top)
+    return code
 
 
 def _grid(low: Any, high: Any, bits: Any) -> tuple[Array, Array, Array]:
@@ -119,7 +120,8 @@ def by_tokens(x: Array, group: int) -> Array:
 def mid_rise(y: Array, scale: Any, bits: int) -> Array:
     """Symmetric uniform codes without a zero, as whole steps and a half: multiply by the scale to read them back."""
     most = np.float32(2 ** (bits - 1))
-    return np.clip(np.floor(y * inverse(scale)), -most, most - 1) + np.float32(0.5)
+    middle: Array = np.clip(np.floor(y * inverse(scale)), -most, most - 1) + np.float32(0.5)
+    return middle
 
 
 @lru_cache

@@ -41,13 +41,15 @@ def balance(x: Array, floor: float = 0.0) -> tuple[Array, Array, Array]:
         own, other, product = (token, channel, "ntd,nd->nt") if axis == "token" else (channel, token, "ntd,nt->nd")
         mean = np.einsum(product, tile, 1 / other) / other.shape[1]
         mean_square = np.einsum(product, square, 1 / other**2) / other.shape[1]
-        return np.sqrt(np.maximum(mean_square - mean**2, 0)) / own
+        found: NDArray[np.float64] = np.sqrt(np.maximum(mean_square - mean**2, 0)) / own
+        return found
 
     def grown(scale: NDArray[np.float64], by: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.clip(scale * np.clip(by, 1e-3, 1e3), floor or 1e-3, math.exp(10))
 
     def imbalance(deviations: tuple[NDArray[np.float64], NDArray[np.float64]]) -> NDArray[np.float64]:
-        return np.sum([d.max(axis=1) / np.maximum(d.min(axis=1), 1e-8) for d in deviations], axis=0)
+        found: NDArray[np.float64] = np.sum([d.max(axis=1) / np.maximum(d.min(axis=1), 1e-8) for d in deviations], axis=0)
+        return found
 
     of_channel = deviation("channel")
     least, best = imbalance((deviation("token"), of_channel)), (token, channel)

@@ -204,7 +204,8 @@ class Keys:
         n_steps = round((tiers.mean - 2) * size)
         taken = np.zeros(gains.shape, dtype=np.float32)
         np.put_along_axis(taken, np.argsort(-gains, axis=1, kind="stable")[:, :n_steps], 1, axis=1)
-        return 2 + taken.reshape(n_heads, size, -1).sum(axis=2)
+        steps: Array = taken.reshape(n_heads, size, -1).sum(axis=2)
+        return 2 + steps
 
     def _per_channel(self, x: Array, low: Array, high: Array, bits: Array) -> Array:
         """x: [n_heads, groups, group, D]; low, high: [n_heads, groups, D]; bits: [n_heads, D]."""
@@ -339,7 +340,8 @@ def _stored_scale(scale: Array, bits: int, upwards: bool = False) -> Array:
 
 
 def _dot(a: Array, b: Array) -> Array:
-    return (a * b).sum(axis=2, keepdims=True)
+    product: Array = (a * b).sum(axis=2, keepdims=True)
+    return product
 
 
 # What the scale of rotated rows y may be once their codes c are known. Codes of least error are shorter than the row, and attention, which

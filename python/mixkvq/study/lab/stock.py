@@ -25,7 +25,8 @@ def signed_blocks(x: Array, bits: int) -> Array:
     d = loudest / np.float32(-half_range)
     # ggml adds 8.5 (16.5) and truncates; compilers fuse the product and the sum, so the sum is not rounded twice.
     code = np.trunc(x.astype(np.float64) * inverse(d) + (half_range + 0.5))
-    return ((np.clip(code, 0, 2 * half_range - 1) - half_range) * half(d)).astype(np.float32)
+    rows: Array = ((np.clip(code, 0, 2 * half_range - 1) - half_range) * half(d)).astype(np.float32)
+    return rows
 
 
 def byte_blocks(x: Array) -> Array:

@@ -19,7 +19,8 @@ from ._tools import HALF, Array, gaussian_levels, half, inverse, nearest, random
 
 
 def norm(x: Array) -> Array:
-    return np.sqrt(np.einsum("...d,...d->...", x, x))[..., None]
+    norm: Array = np.sqrt(np.einsum("...d,...d->...", x, x))[..., None]
+    return norm
 
 
 def coded(x: Array, bits: int, corrected: bool = False) -> Array:
