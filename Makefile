@@ -116,7 +116,7 @@ $(BENCH)/8b-2layers.gguf: bench/random_model.py | .venv/.installed
 
 lint: .venv/.dev
 	@$(PY) -m ruff check .
-	@.venv/bin/lint-imports --quiet
+	@.venv/bin/lint-imports --no-logo --no-cache
 	@$(PY) -m mypy
 	@$(PY) -m mypy.stubtest --allowlist tests/stubtest.txt mixkvq.core._native
 

@@ -198,9 +198,10 @@ def our_gpus(backend: Backend) -> tuple[list[Gpu], str]:
 
 
 def examine_backend() -> dict[str, Any]:
-    """What a report of a bug says of the loaded backend: api_version of MixKVQ and ggml_api_version, loaded_before (by GGML_BACKEND_PATH), gpus that
-    can hold a cache (name and free bytes), and missing: why other GPUs cannot, or "".
+    """What a report of a bug says of the loaded backend.
 
+    api_version: of MixKVQ. ggml_api_version. loaded_before: by GGML_BACKEND_PATH. gpus: those that can hold a cache, name and free bytes. missing:
+    why other GPUs cannot, or "".
     Raises VersionError, SettingsError for a MIXKVQ_ISA that cannot be had.
     """
     loaded = backend()

@@ -42,6 +42,7 @@ class Need:
 
     @property
     def all(self) -> int:
+        """Everything, wherever it lies."""
         return self.cache + self.recurrent + self.books + sum(self.work.values())
 
     def largest_work(self) -> int:
@@ -127,6 +128,7 @@ class DryRun:
         return Need(stats["bytes"], layers, stats["bytes_recurrent"], books, work)
 
     def close(self) -> None:
+        """Free the model; safe to call twice."""
         if self._model:
             C.llama_model_free(self._model)
             self._model = None

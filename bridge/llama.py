@@ -218,8 +218,10 @@ class Llama(Base):
         return report.format_report(self.kv_stats())
 
     def kv_layers(self) -> list[dict[str, Any]]:
-        """Figures of the keys and of the values of each layer, as the backend counts them: layer, is_value, kind, n_heads, head_size, n_cells,
-        body_bits, pages_packed and so on. Raises ContextError after close() and on one of llama.cpp's own caches.
+        """Figures of the keys and of the values of each layer, as the backend counts them.
+
+        layer, is_value, kind, n_heads, head_size, n_cells, body_bits, pages_packed and so on.
+        Raises ContextError after close() and on one of llama.cpp's own caches.
         """
         self._check_open()
         if self._session is None:

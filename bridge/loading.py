@@ -24,6 +24,7 @@ class Loading:
         self._handler: Any = None
 
     def __call__(self, share: float, _: Any) -> bool:
+        """Whether the load goes on; what `on_load` raises is kept in `raised`."""
         try:  # nothing may escape into C
             self._deliver()
             if self.on_load is not None:

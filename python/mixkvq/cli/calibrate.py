@@ -179,4 +179,5 @@ def _print_table(console: Console, profile: Profile, found: dict[str, Any]) -> N
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; see `command`."""
     return run(command, "mixkvq.calibrate", arguments)

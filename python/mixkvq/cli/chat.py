@@ -85,6 +85,7 @@ class Chat:
         self.autosave.begin()
 
     def say(self, text: str) -> None:
+        """A line on stderr."""
         self.console.print(text, markup=False, highlight=False)
 
     def turn(self, text: str) -> None:
@@ -169,6 +170,7 @@ class Chat:
         return True
 
     def save(self, path: str) -> None:
+        """/save: write the conversation as JSON. What is there and is no conversation is not replaced. Raises SettingsError."""
         exists = os.path.isfile(path)
         check_target(path, force=True, what="JSON", inputs=[self.llama.model_path])
         if exists and os.path.getsize(path):
@@ -186,6 +188,7 @@ class Chat:
         self.say(f"{len(self.transcript)} messages saved to {path}.")
 
     def load(self, path: str) -> None:
+        """/load: go on with a conversation from a file. Raises SettingsError if it is none, or the chat template refuses it."""
         messages = read_conversation(path)
         if messages:
             try:
@@ -196,11 +199,13 @@ class Chat:
         self.say(f"{len(messages)} messages loaded from {path}.")
 
     def list_kept(self) -> None:
+        """/chats: the conversations that were kept, the newest first."""
         for i, each in enumerate(found := kept(self.autosave.path), 1):
             self.say(f"{i:3}  {each.when}  {each.n_messages:3} messages  {each.title}")
         self.say(f"They are files in {folder()}." if found else f"There are no other conversations in {folder()}.")
 
     def resume(self, number: str) -> None:
+        """/resume: go on with a conversation of that list; "": the newest. Raises SettingsError."""
         found = kept(self.autosave.path)
         if not found:
             raise SettingsError(f"There are no other conversations in {folder()}.")

@@ -131,5 +131,6 @@ def command_line() -> list[str]:
 
 
 def complain(sentence: str, code: int) -> int:
+    """An error on stderr; returns the exit code."""
     streams.say(f"error: {sentence}")
     return code

@@ -124,6 +124,7 @@ def measured_rows(profile: Profile) -> list[tuple[str, ...]]:
 
 
 def measured_columns(profile: Profile) -> list[str]:
+    """The names of what was measured: those of `MEASURED` that are there, then others."""
     there = list(dict.fromkeys(name for entry in profile.measured for name in entry))
     return [name for name in MEASURED if name in there] + [name for name in there if name not in MEASURED]
 

@@ -87,8 +87,10 @@ def command(context: click.Context) -> None:
 @tool()
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
-    """Print the lines that make SHELL complete the command `mixkvq`: eval "$(mixkvq completion bash)" in ~/.bashrc, the same with zsh in ~/.zshrc,
-    mixkvq completion fish | source in ~/.config/fish/config.fish."""
+    """Print the lines that make SHELL complete the command `mixkvq`.
+
+    eval "$(mixkvq completion bash)" in ~/.bashrc, the same with zsh in ~/.zshrc, mixkvq completion fish | source in ~/.config/fish/config.fish.
+    """
     kind = get_completion_class(shell)
     assert kind is not None
     click.echo(kind(command, {}, "mixkvq", COMPLETION).source())

@@ -47,8 +47,8 @@ def tool(**settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
     """The decorator of a tool's function: a command with -h, --help and --version."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        decorated: Callable[..., Any] = version_option(function)
-        return click.command(context_settings=SETTINGS, **settings)(decorated)
+        command: click.Command = click.command(context_settings=SETTINGS, **settings)(version_option(function))  # type: ignore[no-untyped-call]
+        return command
 
     return decorate
 
@@ -93,6 +93,7 @@ class Number(click.FloatRange):
     """A finite number within bounds; click's own range lets NaN through."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number. Raises click.BadParameter."""
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
@@ -105,6 +106,7 @@ class Model(click.ParamType):  # type: ignore[type-arg]  # older versions of cli
     name = "file"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The path as it was given. Raises ModelFileError if there is no file."""
         if not os.path.isfile(value):
             from ..core.model_file import read_header  # NumPy, which --help can do without
 
@@ -112,6 +114,7 @@ class Model(click.ParamType):  # type: ignore[type-arg]  # older versions of cli
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Files."""
         return files(ctx, param, incomplete)
 
 

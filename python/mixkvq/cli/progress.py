@@ -21,11 +21,13 @@ class Bars(Steps):
         self.bar = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
 
     def say(self, sentence: str) -> None:
+        """A line above the bars, unless quiet."""
         if not self.quiet:
             self.bar.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def __call__(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """As `Steps`."""
         step = self.bar.add_task(name, total=total)
         try:
             yield lambda n: self.bar.advance(step, n)

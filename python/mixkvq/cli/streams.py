@@ -20,6 +20,7 @@ class Notes(io.TextIOWrapper):
         super().__init__(os.fdopen(os.dup(fd), "wb"), encoding=encoding, errors="backslashreplace", line_buffering=True)
 
     def write(self, text: str) -> int:
+        """Never fails; returns how many characters were taken."""
         try:
             return super().write(text)
         except OSError:
@@ -27,6 +28,7 @@ class Notes(io.TextIOWrapper):
             return len(text)
 
     def flush(self) -> None:
+        """Never fails."""
         try:
             super().flush()
         except OSError:

@@ -111,8 +111,10 @@ def read_back(
     threads: int = 1,
     isa: str | None = None,
 ) -> tuple[NDArray[np.float32], int]:
-    """What the rows of a page [n_heads, 128, D] read back as when every head is packed in its format (None: it stays as it is), and the bytes of the
-    records. importance [n_heads, D] is needed for keys."""
+    """What the rows of a page [n_heads, 128, D] read back as when every head is packed in its format, and the bytes of the records.
+
+    A format of None: the head stays as it is. importance [n_heads, D] is needed for keys.
+    """
 
 def attend(
     key_format: KeyFormat,
@@ -140,16 +142,19 @@ def compare_predictions(
     threads: int = 1,
     isa: str | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Logits of a baseline and of n caches, each [rows, vocabulary], row by row in float64: the divergence of each cache from the baseline in nats
-    [n, rows]; then, of the baseline and of each cache [1 + n, rows], -log p of the target (NaN without targets) and the first choice.
+    """Compare the logits of n caches with those of a baseline, each [rows, vocabulary], row by row in float64.
 
+    Returns the divergence of each cache from the baseline in nats [n, rows]; then, of the baseline and of each cache [1 + n, rows], -log p of the
+    target (NaN without targets) and the first choice.
     ValueError for rows that are no predictions: NaN, +inf, or nothing but -inf.
     """
 
 @final
 class Session:
-    """The caches of the contexts that are created between begin and end; also a context manager that ends itself. Figures may be asked for while
-    another thread decodes."""
+    """The caches of the contexts that are created between begin and end; also a context manager that ends itself.
+
+    Figures may be asked for while another thread decodes.
+    """
 
     def end(self) -> None: ...
     def stats(self) -> dict[str, Any]:
@@ -165,8 +170,10 @@ class Session:
         """What the last call of the codec raised, or what is wrong with its result; None if it went well or there is no codec."""
 
     def query_statistics(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """Mean |q_d| and mean q_d^2, each [n_heads, D], of the queries that read cache tensor `index` (as in layers()); None if it is not the
-        keys of a packed layer, or no query has read it yet. IndexError if there is no such tensor."""
+        """Mean |q_d| and mean q_d^2, each [n_heads, D], of the queries that read cache tensor `index` (as in layers()).
+
+        None if it is not the keys of a packed layer, or no query has read it yet. IndexError if there is no such tensor.
+        """
 
     def __enter__(self) -> Session: ...
     def __exit__(

@@ -96,6 +96,7 @@ class ModelFile:
 
     @property
     def n_layers(self) -> int:
+        """Of the model, those without attention included."""
         return len(self.n_head_kv)
 
     @property

@@ -56,10 +56,12 @@ class Tables:
 
     @property
     def head_size(self) -> int:
+        """Channels of a key head."""
         return int(self.q_abs.shape[1])
 
     @property
     def n_heads(self) -> int:
+        """Key/value heads."""
         return int(self.q_abs.shape[0])
 
     def weighted(self, kinds: Mapping[str, float]) -> Tables:
@@ -86,6 +88,7 @@ def key_harm(tables: Tables, head: int, fmt: KeyFormat) -> float:
 
 
 def value_harm(tables: Tables, head: int, bits: int) -> float:
+    """Expected harm of rounding one head's values, rotated, to so many bits."""
     return float(tables.value_weight[head] * tables.value_error[head, VALUE_BITS.index(bits)])
 
 

@@ -126,10 +126,12 @@ class Verdict:
 
     @property
     def worse(self) -> bool:
+        """Whether the profile diverges more, by more than chance explains."""
         return self.difference > 2 * self.standard_error
 
     @property
     def better(self) -> bool:
+        """Whether it diverges less, by more than chance explains."""
         return self.difference < -2 * self.standard_error
 
 

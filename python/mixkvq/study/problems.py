@@ -63,6 +63,7 @@ class BuiltIn:
                 raise SettingsError(f"No task or no level is named; there are {', '.join(known)}.")
 
     def draw(self, seed: int, n: int) -> list[Problem]:
+        """So many problems, the same for a seed; more problems begin with the same ones. Raises SettingsError."""
         drawn: list[Problem] = []
         for i in range(n):
             task = self.names[i % len(self.names)]
@@ -72,6 +73,7 @@ class BuiltIn:
         return drawn
 
     def check(self, problem: Problem, text: str) -> bool:
+        """Whether the text ends in the right answer."""
         return tasks.check(problem["task"], text, problem["answer"])
 
 
@@ -83,6 +85,7 @@ class NumberFile:
     instruction: str = INSTRUCTION
 
     def draw(self, seed: int, n: int | None) -> list[Problem]:
+        """So many of the file's problems, or all. Raises SettingsError for a line that is none, and for too few."""
         lines = read_utf8(self.path).split("\n")
         found: list[Problem] = []
         for i, line in enumerate(lines, 1):
@@ -102,6 +105,7 @@ class NumberFile:
         return Random(seed).sample(found, len(found))[:n]  # more problems begin with the same ones
 
     def check(self, problem: Problem, text: str) -> bool:
+        """Whether the text ends in the right answer."""
         given = last_number(text)
         return given is not None and given == number(problem["answer"])
 
@@ -123,6 +127,7 @@ class Module:
         return _modules[self.path]
 
     def draw(self, seed: int, n: int) -> list[Problem]:
+        """So many problems, the same for a seed; more problems begin with the same ones. Raises SettingsError."""
         module = self.load()
         try:
             drawn = [dict(problem) for problem in module.problems(Random(seed), n)]
@@ -134,6 +139,7 @@ class Module:
         return drawn
 
     def check(self, problem: Problem, text: str) -> bool:
+        """Whether the text ends in the right answer."""
         try:
             return bool(self.load().check(problem, text))
         except BridgeError:

@@ -47,6 +47,7 @@ class Probe:
         self.collector: Collector | None = None
 
     def __call__(self, page: Page) -> tuple[NDArray[np.float32], float]:
+        """A page as it reads back, and its bits: the codec of bridge.Llama."""
         if self.collector is not None:
             self.collector.add(page)
         formats = self.rounding.get((page.layer, page.is_value))
@@ -71,6 +72,7 @@ class Collector:
         self._values: dict[int, _ValueSums] = {}
 
     def add(self, page: Page) -> None:
+        """Count a page; one with holes is left out."""
         if not page.valid.all():
             return
         if page.is_value:
@@ -195,6 +197,7 @@ class Reader:
         self._open(window)
 
     def close(self) -> None:
+        """Free the model."""
         self.llm.close()
 
     def read_exact(self, collector: Collector | None, progress: Progress) -> None:

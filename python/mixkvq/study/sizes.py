@@ -67,8 +67,9 @@ def bits_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int, sinks:
 
 
 def table_bytes(model: ModelFile, n_ctx: int) -> int:
-    """What the cache keeps beside its pages: their books, and for each key channel its importance, two sums of the queries and one more of them as it
-    was after 128, 512, 2048, ... tokens.
+    """What the cache keeps beside its pages.
+
+    Their books, and for each key channel its importance, two sums of the queries and one more of them as it was after 128, 512, 2048, ... tokens.
     """
     channels = sum(n * size for n, size in zip(model.n_head_kv, model.head_size_k))
     n_marks = sum(PAGE_CELLS << 2 * i <= n_ctx for i in range(16))

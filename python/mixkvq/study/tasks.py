@@ -29,6 +29,8 @@ Prose = Callable[[Random, int], str]
 
 
 class Problem(NamedTuple):
+    """A question, how it is solved, and the answer."""
+
     prompt: str
     reasoning: str
     answer: str

@@ -43,6 +43,7 @@ class LayerProfile:
 
     @property
     def n_heads(self) -> int:
+        """Key/value heads."""
         return int(self.tiers.shape[0])
 
     @property
@@ -174,6 +175,7 @@ def check(profile: Profile, path: str) -> None:
 
 
 def called(path: str) -> str:
+    """How a sentence begins that is about the profile at `path`."""
     return f"The profile {path}" if path else "The profile"
 
 

@@ -22,6 +22,7 @@ def check_rows(head_size: int, rows: NDArray[np.float16], valid: NDArray[np.bool
 
 
 def check_importance(head_size: int, importance: ArrayLike) -> NDArray[np.float32]:
+    """As float32 [head_size]. Raises ValueError unless it is that, finite and not negative."""
     importance = np.asarray(importance)
     if importance.dtype.kind not in "fiu" or importance.shape != (head_size,):
         raise ValueError(f"importance has type {importance.dtype} and shape {importance.shape}, but it must be float32 ({head_size},).")
@@ -34,6 +35,7 @@ def check_importance(head_size: int, importance: ArrayLike) -> NDArray[np.float3
 
 
 def check_record(size: int, record: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The record, contiguous. Raises ValueError unless it is uint8 [size]."""
     _check_array("record", record, np.uint8, (size,))
     return np.ascontiguousarray(record)
 

@@ -63,14 +63,17 @@ class KeyFormat:
 
     @property
     def offset_scale(self) -> int:
+        """Byte in the record where the scales begin."""
         return sum(channel_bytes(b) * n for b, n in zip(KEY_BITS, self.tiers, strict=True))
 
     @property
     def offset_min(self) -> int:
+        """Byte in the record where the minima begin."""
         return self.offset_scale + 2 * self.n_coded * self.n_groups
 
     @property
     def offset_order(self) -> int:
+        """Byte in the record where the order of the channels begins."""
         return self.offset_min + 2 * self.n_coded * self.n_groups
 
     @property
@@ -113,6 +116,7 @@ class ValueFormat:
 
     @property
     def rotated(self) -> bool:
+        """Whether rows are rotated, with one scale per token."""
         return self.group == 0
 
     @property
@@ -127,6 +131,7 @@ class ValueFormat:
 
     @property
     def offset_scale(self) -> int:
+        """Byte in the record where the scales begin."""
         return self.head_size * channel_bytes(self.bits)
 
     @property

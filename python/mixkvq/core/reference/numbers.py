@@ -66,19 +66,23 @@ def _codes(
 
 
 def reciprocal(scale: NDArray[Any]) -> NDArray[np.float32]:
+    """1 / scale in float32, 0 where the scale is 0."""
     wide = scale.astype(np.float32)
     return np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide > 0)
 
 
 def half_bytes(parts: list[NDArray[np.float16]]) -> NDArray[np.uint8]:
+    """The bytes of halfs, one array behind the other, little-endian."""
     return np.concatenate([p.reshape(-1) for p in parts]).astype("<f2").view(np.uint8)
 
 
 def halfs(record: NDArray[np.uint8], offset: int, shape: tuple[int, int]) -> NDArray[np.float16]:
+    """The halfs at a byte of a record, float16 of that shape."""
     return record[offset : offset + 2 * shape[0] * shape[1]].view("<f2").reshape(shape)
 
 
 def as_record(sections: list[NDArray[np.uint8]], size: int) -> NDArray[np.uint8]:
+    """The sections one behind the other, uint8 [size], padded with zeros."""
     body = np.concatenate([s.reshape(-1) for s in sections])
     return np.pad(body, (0, size - len(body)))
 

@@ -113,7 +113,7 @@ def min_max_dims(x: Array, bits: int, group: int, clip: float = 1.0, read: Calla
 
 
 def by_tokens(x: Array, group: int) -> Array:
-    """[..., tokens, D] -> [..., groups, group, D]"""
+    """[..., tokens, D] -> [..., groups, group, D]."""
     return x.reshape(*x.shape[:-2], -1, group, x.shape[-1])
 
 

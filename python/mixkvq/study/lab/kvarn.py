@@ -65,6 +65,7 @@ def balance(x: Array, floor: float = 0.0) -> tuple[Array, Array, Array]:
 
 
 def tile(bits: int, is_value: bool, floor: float) -> PageFunction:
+    """The codec of keys or of values: rotated, balanced over tokens and channels, then rounded to `bits`."""
     def function(page: Page) -> tuple[Rows, float]:
         x = page.rows
         n_heads, n_tokens, size = x.shape

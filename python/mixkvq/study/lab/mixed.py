@@ -90,11 +90,14 @@ class Tiers:
 
     @property
     def ordered(self) -> bool:
+        """Whether a page keeps an order of its channels."""
         return self.mean is not None or len(self.counts) > 1
 
 
 @dataclass(frozen=True)
 class KeyOptions:
+    """The options of keys; docs/codec-laboratory.md says what each means."""
+
     tiers: Tiers
     group: int
     nested: bool
@@ -115,6 +118,8 @@ class KeyOptions:
 
 @dataclass(frozen=True)
 class ValueOptions:
+    """The options of values; docs/codec-laboratory.md says what each means."""
+
     bits: int
     group: int
     shared: int
@@ -140,6 +145,7 @@ class Keys:
         self._queries = _read_prior(options.queries, ranges=False) if options.queries else {}
 
     def __call__(self, page: Page) -> tuple[Rows, float]:
+        """See `PageFunction`."""
         o, x = self._o, page.rows
         n_heads, n_tokens, size = x.shape
         if o.normed:
@@ -293,6 +299,7 @@ def _gaussian(y: Array, sigma: Array, bits: int, levels: bool) -> Array:
 
 
 def values(o: ValueOptions) -> Callable[[Page], tuple[Rows, float]]:
+    """The codec of values."""
     def function(page: Page) -> tuple[Rows, float]:
         x = page.rows
         n_heads, n_tokens, size = x.shape
@@ -412,6 +419,7 @@ def _limit(options: Options, key: str) -> int:
 
 
 def make(name: str, options: Options) -> Codec:
+    """The codec `mixkvq` with its options. Raises SettingsError for what does not go together."""
     tiers = options.text("K", "32@4+64@3+32@2")
     score = options.text("score", "A", [*SCORES, "static"])
     prior = options.text("prior", "")

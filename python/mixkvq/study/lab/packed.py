@@ -18,6 +18,7 @@ from ._base import Codec, Maker, Options, Rows
 
 
 def make(name: str, options: Options) -> Codec:
+    """The codec `packed`: of a preset or a profile. Raises SettingsError if it is neither, and the errors of `read_profile`."""
     of = options.text("of", "balanced")
     preset = any(of in (p["name"], p["alias"]) for p in native().presets())
     if not preset and not Path(of).is_file():

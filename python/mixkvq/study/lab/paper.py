@@ -27,6 +27,7 @@ def bfloat16(x: Array) -> Array:
 
 
 def keys(t16: float, t4: float, relative: bool, shares: tuple[float, float] | None) -> PageFunction:
+    """The codec of keys: 16, 4 or 2 bits by salience (section 3.2), by thresholds or by shares of the channels."""
     def function(page: Page) -> tuple[Rows, float]:
         x = page.rows
         assert page.q_abs is not None
@@ -47,6 +48,7 @@ def keys(t16: float, t4: float, relative: bool, shares: tuple[float, float] | No
 
 
 def make(name: str, options: Options) -> Codec:
+    """The codec `paper` with its options. Raises SettingsError for what does not go together."""
     t16, t4 = options.number("t16", 1.44, 0, 1e9), options.number("t4", 0.79, 0, 1e9)
     relative = options.flag("relative")
     by_share = options.has("q16") or options.has("q4")

@@ -22,6 +22,7 @@ def rounded(bits: int, rotated: bool = False) -> PageFunction:
 
 
 def untouched(page: Page) -> tuple[Rows, float]:
+    """Rows as they are, at 16 bits."""
     return page.rows, 16.0 * page.rows.size
 
 

@@ -19,8 +19,9 @@ from ._tools import HALF, Array, gaussian_levels, half, inverse, nearest, random
 
 
 def norm(x: Array) -> Array:
-    norm: Array = np.sqrt(np.einsum("...d,...d->...", x, x))[..., None]
-    return norm
+    """Euclidean norms of the last axis, [..., 1]."""
+    length: Array = np.sqrt(np.einsum("...d,...d->...", x, x))[..., None]
+    return length
 
 
 def coded(x: Array, bits: int, corrected: bool = False) -> Array:
@@ -34,6 +35,7 @@ def coded(x: Array, bits: int, corrected: bool = False) -> Array:
 
 
 def whole(bits: int, corrected: bool) -> PageFunction:
+    """The codec of whole rows; see `coded`."""
     def function(page: Page) -> tuple[Rows, float]:
         x = page.rows
         return coded(x, bits, corrected), x.size * bits + x[..., 0].size * HALF
