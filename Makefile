@@ -5,6 +5,7 @@
 #   make neon     the native tests again, built for 64-bit ARM and run in an emulator
 #   make lint     style, layers, types     make clean    removes what was built (not .venv)
 #   make figures NOVEL=... WIKI=...    measures anew what the documents state   make tables   writes it into them, and docs/commands.md
+#   make pythons [PYTHONS="python3.10 python3.13"]   the Python tests on other versions of Python, on the oldest with the oldest libraries
 #   make repeat N=10                   all tests N times on a busy machine, up to the first failure
 # The first call sets everything up in .venv; later ones only rebuild what has changed.
 
@@ -35,6 +36,9 @@ WIKI ?=
 PROBLEMS ?= 200
 # How often `make repeat` runs the tests.
 N ?= 10
+# The Pythons of `make pythons`, the oldest first, and what pytest is told there.
+PYTHONS ?= python3.10 python3.12 python3.13
+TESTS ?= tests/python
 
 SOURCES := $(shell find cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt
 # With a CUDA compiler the GPU's kernels are built too: for the GPUs of this machine (Hopper's with its own instructions), or, to see that they compile,
@@ -48,7 +52,7 @@ CUDA ?= $(if $(and $(GPUS),$(shell command -v nvcc)),ON,OFF)
 # On a processor with AMX: whether the compiler's ldtilecfg reads 8 of the 64 bytes of a configuration, so that llama.cpp's is thrown away as unused.
 AMX_LOST := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && printf '\043include <immintrin.h>' | $${CXX:-c++} -mamx-tile -E -x c++ - 2>/dev/null | grep -q 'ldtilecfg.*%X0' && echo yes)
 
-.PHONY: run test repeat sanitize neon bench figures tables lint clean
+.PHONY: run test pythons repeat sanitize neon bench figures tables lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/.installed
@@ -65,6 +69,22 @@ test: .venv/.installed $(NATIVE)/.built
 	@ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error --parallel $(CORES)
 	@echo "== Python tests"
 	@$(PY) -m pytest $(if $(GPUS),,-n $(CORES) --dist worksteal)
+
+# The first one gets the oldest versions of all libraries that pyproject.toml allows.
+pythons:
+	@mkdir -p build/pythons
+	@sed -n '/^dependencies/,/^]/s/^ *"\([A-Za-z0-9_-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml >build/pythons/oldest.txt
+	@constraint="-c build/pythons/oldest.txt"; for python in $(PYTHONS); do \
+	    command -v $$python >/dev/null || { echo "make pythons: there is no $$python" >&2; exit 1; }; \
+	    venv=build/pythons/$$(basename $$python); echo "== $$python"; \
+	    [ -x $$venv/bin/python ] || $$python -m venv $$venv || exit 1; \
+	    $$venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip scikit-build-core pybind11 cmake ninja || exit 1; \
+	    CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF" $$venv/bin/python -m pip install --quiet --disable-pip-version-check $$constraint \
+	        --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)" || exit 1; \
+	    $$venv/bin/python -m pip install --quiet --disable-pip-version-check $$constraint --no-build-isolation --editable '.[test]' || exit 1; \
+	    $$venv/bin/python -m pytest -n $(CORES) --dist worksteal $(TESTS) || exit 1; \
+	    constraint=; \
+	done
 
 # A second program keeps a core busy, as it may be where others work.
 repeat: .venv/.installed $(NATIVE)/.built

@@ -21,11 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge import ContextError, GeometryError, Kv, Llama, SettingsError
+from mixkvq.cli import calibrate as calibrate_command
+from mixkvq.cli import evaluate as evaluate_command
 from mixkvq.cli.evaluate import main
 from mixkvq.core.model_file import built_in_model
 from mixkvq.core.native import native
 from mixkvq.core.profile import uniform_profile, write_profile
-from mixkvq.study import caches, calibrate, compare, evaluate, plots, problems, record
+from mixkvq.study import caches, compare, evaluate, plots, problems, record
 from mixkvq.study.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed
 from mixkvq.study.texts import default_text
 
@@ -756,7 +758,7 @@ def test_an_encoder_decoder_model_is_refused(tmp_path, tool):
     assert done.returncode == 2 and done.stderr.startswith("error: t5") and len(done.stderr.splitlines()) == 1, done.stderr[-500:]
 
 
-@pytest.mark.parametrize("tool", [evaluate, calibrate])
+@pytest.mark.parametrize("tool", [evaluate_command, calibrate_command])
 def test_a_model_that_bridge_refuses_is_one_sentence(tiny, tool, monkeypatch, capfd):
     def refuse(*_, **__):
         raise GeometryError("It has an encoder.")

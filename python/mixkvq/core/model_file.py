@@ -159,75 +159,98 @@ def _open_model(path: str, mtime_ns: int, size: int) -> ModelFile:
         raise ModelFileError(f"{path} does not name its architecture, so it is not a model that llama.cpp can load.")
     parts = _other_parts(header)
 
-    def counts(value: Any) -> bool:
-        return isinstance(value, int) and value >= 0
-
-    def number(key: str, default: int = 0) -> int:
-        value = v.get(f"{arch}.{key}", default)
-        return value if counts(value) else default
-
-    n_layers = number("block_count")
+    keys = _Keys(v, arch)
+    n_layers = keys.number("block_count")
     if n_layers > 4096:
         raise ModelFileError(f"{path} is damaged: it claims {n_layers} layers.")
     n_ctx_train = v.get(f"{arch}.context_length", 0)
     if isinstance(n_ctx_train, int) and n_ctx_train >= MAX_COUNT:  # llama.cpp's counts have 31 bits
         raise ModelFileError(f"{path} is damaged: it claims a context of {n_ctx_train} tokens.")
+    heads = _read_heads(keys, n_layers)
 
-    def per_layer(key: str, default: list[int]) -> list[int]:
-        value: Any = v.get(f"{arch}.{key}")
-        if isinstance(value, list) and len(value) >= n_layers and all(counts(x) for x in value):
+    # Newer hybrid models give one head count for all layers although most of them are recurrent.
+    hybrid = keys.number("ssm.state_size") > 0 and isinstance(v.get(f"{arch}.attention.head_count_kv"), int)
+    tokens = v.get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) and all(isinstance(token, bytes) for token in tokens) else []
+    n_embd = keys.number("embedding_length")
+    return ModelFile(
+        path=path,
+        architecture=arch,
+        name=str(v.get("general.name") or Path(path).stem),
+        n_ctx_train=keys.number("context_length"),
+        n_embd=n_embd,
+        n_vocab=keys.number("vocab_size", len(tokens)),
+        n_head_kv=heads.n_kv,
+        head_size_k=heads.size_k,
+        head_size_v=heads.size_v,
+        window=keys.number("attention.sliding_window"),
+        windowed=heads.windowed,
+        exact=not hybrid and heads.windowed_sizes is None,
+        # llama.cpp's own rule. A rank alone (minicpm3, plm, older files of deepseek2) means an ordinary cache.
+        mla=keys.number("attention.key_length_mla") > 0 and keys.number("attention.value_length_mla") > 0,
+        windowed_sizes=heads.windowed_sizes,
+        attention_every=max(1, keys.number("full_attention_interval", 4)) if hybrid else 1,
+        fingerprint=_fingerprint(header, arch, n_layers, heads.n_kv, heads.size_k, heads.size_v, n_embd, tokens),
+        parts=parts,
+        has_profile="mixkvq.profile.version" in v,
+    )
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """The keys of a model's architecture. What is no count is as if it were not there."""
+
+    values: dict[str, Any]
+    architecture: str
+
+    def number(self, key: str, default: int = 0) -> int:
+        value = self.values.get(f"{self.architecture}.{key}", default)
+        return value if _counts(value) else default
+
+    def per_layer(self, key: str, n_layers: int, default: list[int]) -> list[int]:
+        """One for each layer, or one for all."""
+        value: Any = self.values.get(f"{self.architecture}.{key}")
+        if isinstance(value, list) and len(value) >= n_layers and all(_counts(x) for x in value):
             return [int(x) for x in value[:n_layers]]
-        return [int(value)] * n_layers if counts(value) else default
+        return [int(value)] * n_layers if _counts(value) else default
 
-    n_embd = number("embedding_length")
-    n_head = per_layer("attention.head_count", [0] * n_layers)
-    n_head_kv = per_layer("attention.head_count_kv", n_head)
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """See the fields of `ModelFile`."""
+
+    n_kv: list[int]
+    size_k: list[int]
+    size_v: list[int]
+    windowed: list[bool] | None
+    windowed_sizes: tuple[int, int] | None
+
+
+def _read_heads(keys: _Keys, n_layers: int) -> _Heads:
+    n_embd = keys.number("embedding_length")
+    n_head = keys.per_layer("attention.head_count", n_layers, [0] * n_layers)
+    n_head_kv = keys.per_layer("attention.head_count_kv", n_layers, n_head)
     default_size = [n_embd // n if n else 0 for n in n_head]
-    size_k = per_layer("attention.key_length", default_size)
-    size_v = per_layer("attention.value_length", default_size)
+    size_k = keys.per_layer("attention.key_length", n_layers, default_size)
+    size_v = keys.per_layer("attention.value_length", n_layers, default_size)
 
-    pattern = v.get(f"{arch}.attention.sliding_window_pattern")
-    windowed: list[bool] | None = None
-    if isinstance(pattern, list) and len(pattern) >= n_layers:
-        windowed = [bool(x) for x in pattern[:n_layers]]
-
+    pattern = keys.values.get(f"{keys.architecture}.attention.sliding_window_pattern")
+    windowed = [bool(x) for x in pattern[:n_layers]] if isinstance(pattern, list) and len(pattern) >= n_layers else None
     # Windowed layers may have head sizes of their own, and the last layers may read the cache of earlier ones (gemma4 does both).
-    k_swa, v_swa = number("attention.key_length_swa"), number("attention.value_length_swa")
+    k_swa, v_swa = keys.number("attention.key_length_swa"), keys.number("attention.value_length_swa")
     if windowed is not None:
         size_k = [k_swa if k_swa and w else k for k, w in zip(size_k, windowed)]
         size_v = [v_swa if v_swa and w else s for s, w in zip(size_v, windowed)]
     windowed_sizes = (k_swa or max(size_k, default=0), v_swa or max(size_v, default=0)) if windowed is None and (k_swa or v_swa) else None
-    shared = min(number("attention.shared_kv_layers"), n_layers)
+    shared = min(keys.number("attention.shared_kv_layers"), n_layers)
     n_head_kv = [n if i < n_layers - shared else 0 for i, n in enumerate(n_head_kv)]
     size_k = [k if n else 0 for k, n in zip(size_k, n_head_kv)]
     size_v = [s if n else 0 for s, n in zip(size_v, n_head_kv)]
-
-    # Newer hybrid models give one head count for all layers although most of them are recurrent.
-    hybrid = number("ssm.state_size") > 0 and isinstance(v.get(f"{arch}.attention.head_count_kv"), int)
-    tokens = v.get("tokenizer.ggml.tokens")
-    tokens = tokens if isinstance(tokens, list) and all(isinstance(token, bytes) for token in tokens) else []
-    model = ModelFile(
-        path=path,
-        architecture=arch,
-        name=str(v.get("general.name") or Path(path).stem),
-        n_ctx_train=number("context_length"),
-        n_embd=n_embd,
-        n_vocab=number("vocab_size", len(tokens)),
-        n_head_kv=n_head_kv,
-        head_size_k=size_k,
-        head_size_v=size_v,
-        window=number("attention.sliding_window"),
-        windowed=windowed,
-        exact=not hybrid and windowed_sizes is None,
-        # llama.cpp's own rule. A rank alone (minicpm3, plm, older files of deepseek2) means an ordinary cache.
-        mla=number("attention.key_length_mla") > 0 and number("attention.value_length_mla") > 0,
-        windowed_sizes=windowed_sizes,
-        attention_every=max(1, number("full_attention_interval", 4)) if hybrid else 1,
-        fingerprint=_fingerprint(header, arch, n_layers, n_head_kv, size_k, size_v, n_embd, tokens),
-        parts=parts,
-        has_profile="mixkvq.profile.version" in v,
-    )
-    return model
+    return _Heads(n_head_kv, size_k, size_v, windowed, windowed_sizes)
 
 
 def _fingerprint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -33,8 +34,7 @@ def write_profile(path: str | os.PathLike[str], profile: Profile, *, overwrite: 
     """
     check(profile, os.fspath(path))
     check_output(path, "profile", force=True)
-    with writing(path, overwrite=overwrite) as temporary:
-        writer = GGUFWriter(temporary, arch="mixkvq")
+    with writing(path, overwrite=overwrite) as temporary, contextlib.closing(GGUFWriter(temporary, arch="mixkvq")) as writer:
         writer.add_string("general.type", PROFILE_TYPE)
         _add_keys(writer, profile)
         for name, array in _arrays(profile):
@@ -45,11 +45,11 @@ def write_profile(path: str | os.PathLike[str], profile: Profile, *, overwrite: 
 def write_keys(path: str | os.PathLike[str], profile: Profile) -> None:
     """Write a GGUF file without tensors that holds a profile as a model does that has it embedded: all in keys."""
     check(profile, os.fspath(path))
-    writer = GGUFWriter(path, arch="mixkvq")
-    _add_keys(writer, profile)
-    for name, array in _arrays(profile):
-        writer.add_array(PREFIX + name, array.ravel().tolist())
-    _finish(writer)
+    with contextlib.closing(GGUFWriter(path, arch="mixkvq")) as writer:
+        _add_keys(writer, profile)
+        for name, array in _arrays(profile):
+            writer.add_array(PREFIX + name, array.ravel().tolist())
+        _finish(writer)
 
 
 def _add_keys(writer: GGUFWriter, profile: Profile) -> None:

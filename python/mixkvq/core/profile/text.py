@@ -43,81 +43,93 @@ def _layer_json(layer: LayerProfile) -> str:
     return "{" + ",\n   ".join(parts) + "}"
 
 
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "version": (int,),
+    "fingerprint": (str,),
+    "window": (int, type(None)),
+    "sinks": (int, type(None)),
+    "made_by": (str,),
+    "body_bits": (int, float, type(None)),
+    "measured": (list,),
+    "layers": (list,),
+}
+
+
 def from_json(text: str, path: str = "") -> Profile:
     """A profile from the text that `to_json` writes; `path` is what an error calls it. Raises ProfileError."""
+    try:
+        data = _parsed(text)
+        _check_fields(data)
+        layers = [None if entry is None else _layer(entry, i) for i, entry in enumerate(data["layers"])]
+        bits = data.get("body_bits")
+        if bits is not None and not 0 < bits <= 32:  # before it becomes a float32
+            raise _Wrong("is not valid: body_bits is out of range")
+        profile = Profile(
+            fingerprint=data["fingerprint"],
+            layers=layers,
+            window=data.get("window"),
+            sinks=data.get("sinks"),
+            path=path,
+            measured=data.get("measured", []),
+            made_by=data.get("made_by", ""),
+            body_bits=bits if bits is None else float(np.float32(bits)),
+            version=data["version"],
+        )
+        if problem := profile.error():
+            raise _Wrong(problem)
+    except _Wrong as e:
+        raise ProfileError(f"{called(path)} {e}.") from None
+    return profile
 
-    def refused(why: str) -> ProfileError:
-        return ProfileError(f"{called(path)} {why}.")
 
+class _Wrong(Exception):
+    """What is wrong, to go behind the name of the profile."""
+
+
+def _parsed(text: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as e:
-        raise refused(f"is not JSON: {e.msg} in line {e.lineno}, column {e.colno}") from None
+        raise _Wrong(f"is not JSON: {e.msg} in line {e.lineno}, column {e.colno}") from None
     except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
-        raise refused("is not JSON of a profile") from None
+        raise _Wrong("is not JSON of a profile") from None
     if not isinstance(data, dict) or not isinstance(data.get("layers"), list):
-        raise refused("is not JSON of a profile: it has no list of layers")
-    version: Any = data.get("version")
+        raise _Wrong("is not JSON of a profile: it has no list of layers")
+    return data
+
+
+def _check_fields(data: dict[str, Any]) -> None:
+    version = data.get("version")
     if type(version) is int and version > PROFILE_VERSION:
-        raise refused(f"is of format version {version}, and this MixKVQ reads up to {PROFILE_VERSION}; install a newer MixKVQ")
-    kinds: dict[str, tuple[type, ...]] = {
-        "version": (int,),
-        "fingerprint": (str,),
-        "window": (int, type(None)),
-        "sinks": (int, type(None)),
-        "made_by": (str,),
-        "body_bits": (int, float, type(None)),
-        "measured": (list,),
-        "layers": (list,),
-    }
+        raise _Wrong(f"is of format version {version}, and this MixKVQ reads up to {PROFILE_VERSION}; install a newer MixKVQ")
     for name in ("version", "fingerprint"):
         if name not in data:
-            raise refused(f"is not valid: {name} is missing")
+            raise _Wrong(f"is not valid: {name} is missing")
     for name, value in data.items():
-        if name not in kinds:
-            raise refused(f"is not valid: it has an unknown field {name[:40]!r}")
-        if type(value) not in kinds[name]:
-            raise refused(f"is not valid: {json.dumps(value)[:40]} is no value for {name}")
-    if version < 1:
-        raise refused(f"is not valid: version is {version}")
+        if name not in _FIELDS:
+            raise _Wrong(f"is not valid: it has an unknown field {name[:40]!r}")
+        if type(value) not in _FIELDS[name]:
+            raise _Wrong(f"is not valid: {json.dumps(value)[:40]} is no value for {name}")
+    if data["version"] < 1:
+        raise _Wrong(f"is not valid: version is {data['version']}")
 
-    def array(entry: dict[str, Any], name: str, dtype: Any, i: int) -> npt.NDArray[Any] | None:
-        rows = entry.get(name)
-        if rows is None and dtype is np.float32:
-            return None
-        largest, types = (2**31 - 1, (int,)) if dtype is np.int32 else (LARGEST, (int, float))
-        if not (isinstance(rows, list) and rows and all(isinstance(row, list) and row and len(row) == len(rows[0]) for row in rows)):
-            raise refused(f"is not valid: {name} of layer {i} is not a list of rows of one length")
-        if not all(type(x) in types and abs(x) <= largest for row in rows for x in row):
-            raise refused(f"is not valid: {name} of layer {i} holds something else than {'whole ' if dtype is np.int32 else ''}numbers in range")
-        return np.array(rows, dtype)
 
-    layers: list[LayerProfile | None] = []
-    for i, entry in enumerate(data["layers"]):
-        if entry is None:
-            layers.append(None)
-            continue
-        if not isinstance(entry, dict) or not set(entry) <= {name for name, *_ in ARRAYS}:
-            raise refused(f"is not valid: layer {i} is not an object with {', '.join(name for name, *_ in ARRAYS)}")
-        layers.append(LayerProfile(*(array(entry, name, dtype, i) for name, _, _, dtype in ARRAYS)))  # type: ignore[arg-type]
-    bits = data.get("body_bits")
-    if bits is not None and not 0 < bits <= 32:  # before it becomes a float32
-        raise refused("is not valid: body_bits is out of range")
-    profile = Profile(
-        fingerprint=data["fingerprint"],
-        layers=layers,
-        window=data.get("window"),
-        sinks=data.get("sinks"),
-        path=path,
-        measured=data.get("measured", []),
-        made_by=data.get("made_by", ""),
-        body_bits=bits if bits is None else float(np.float32(bits)),
-        version=version,
-    )
-    problem = profile.error()
-    if problem:
-        raise refused(problem)
-    return profile
+def _layer(entry: Any, i: int) -> LayerProfile:
+    if not isinstance(entry, dict) or not set(entry) <= {name for name, *_ in ARRAYS}:
+        raise _Wrong(f"is not valid: layer {i} is not an object with {', '.join(name for name, *_ in ARRAYS)}")
+    return LayerProfile(*(_array(entry, name, dtype, i) for name, _, _, dtype in ARRAYS))  # type: ignore[arg-type]
+
+
+def _array(entry: dict[str, Any], name: str, dtype: Any, i: int) -> npt.NDArray[Any] | None:
+    rows = entry.get(name)
+    if rows is None and dtype is np.float32:
+        return None
+    largest, types = (2**31 - 1, (int,)) if dtype is np.int32 else (LARGEST, (int, float))
+    if not (isinstance(rows, list) and rows and all(isinstance(row, list) and row and len(row) == len(rows[0]) for row in rows)):
+        raise _Wrong(f"is not valid: {name} of layer {i} is not a list of rows of one length")
+    if not all(type(x) in types and abs(x) <= largest for row in rows for x in row):
+        raise _Wrong(f"is not valid: {name} of layer {i} holds something else than {'whole ' if dtype is np.int32 else ''}numbers in range")
+    return np.array(rows, dtype)
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:
