@@ -20,11 +20,8 @@ from ._compat import C, folder, libraries, version
 from .devices import Gpu
 from .library import library_path
 from .log import log, sentence
+from .versions import GGML_VERSIONS, LLAMA_CPP_VERSIONS
 
-# What the backend was built and tested against. ggml's backend interface is not stable between releases, so a
-# version outside these is refused: a mismatch would crash instead of failing.
-LLAMA_CPP_VERSIONS = ((0, 3, 36), (0, 3, 37))  # from, below
-GGML_VERSIONS = ((0, 25, 0), (0, 26, 0))
 CPU_DEVICE, OURS = "MIXKVQ-CPU", "MIXKVQ-"  # our devices: the CPU's, and one for each of llama.cpp's own, MIXKVQ-CUDA0
 _SETTINGS = ("MIXKVQ_PRESET", "MIXKVQ_PROFILE", "MIXKVQ_WINDOW", "MIXKVQ_SINKS")
 

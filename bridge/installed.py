@@ -6,8 +6,9 @@ import sys
 
 from mixkvq.core.errors import VersionError
 
-_LLAMA_CPP = "0.3.36"
-_INSTALL = f"install it with: pip install llama-cpp-python=={_LLAMA_CPP}"
+from .versions import LLAMA_CPP
+
+_INSTALL = f"install it with: pip install llama-cpp-python=={LLAMA_CPP}"
 
 
 def require_llama() -> None:
@@ -20,7 +21,7 @@ def require_llama() -> None:
     except (ImportError, AttributeError) as e:  # another version lacks what _compat takes, or has it elsewhere
         if isinstance(e, ModuleNotFoundError) and e.name == "llama_cpp":
             raise VersionError(f"llama-cpp-python is not installed; {_INSTALL}.") from None
-        found = getattr(sys.modules.get("llama_cpp"), "__version__", _LLAMA_CPP)
-        if found != _LLAMA_CPP:
+        found = getattr(sys.modules.get("llama_cpp"), "__version__", LLAMA_CPP)
+        if found != LLAMA_CPP:
             raise VersionError(f"llama-cpp-python {found} is not supported; {_INSTALL}.") from None
         raise

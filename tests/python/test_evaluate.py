@@ -19,6 +19,7 @@ import pytest
 import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats as scipy_stats
 
 from bridge import ContextError, GeometryError, Kv, Llama, SettingsError
 from mixkvq.cli import calibrate as calibrate_command
@@ -262,11 +263,15 @@ def test_sign_test(lost, won):
     assert problems.sign_test(lost, won) == pytest.approx(min(1.0, expected))
 
 
-def test_wilson():
+@pytest.mark.parametrize(("right", "n"), [(203, 208), (0, 10), (10, 10), (1, 1), (57, 200), (1, 100000)])
+def test_wilson(right, n):
+    interval = scipy_stats.binomtest(right, n).proportion_ci(0.95, "wilson")
+    assert problems.wilson(right, n) == pytest.approx((interval.low, interval.high), abs=1e-12)
     assert problems.wilson(0, 0) == (0.0, 1.0)
-    assert problems.wilson(203, 208) == pytest.approx((0.945, 0.990), abs=5e-4)
-    low, high = problems.wilson(0, 10)
-    assert low == 0 and high == pytest.approx(0.2775, abs=5e-4)
+    for lost, won in ((right, n - right), (n - right, right), (0, right)):
+        p = scipy_stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
+        if lost + won < 1000:
+            assert problems.sign_test(lost, won) == pytest.approx(p, rel=1e-9)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1))

@@ -355,71 +355,85 @@ def evaluate(request: Request, result: dict[str, Any], texts: list[Text], steps:
     result, texts: empty; they get what is measured, as it comes, and the texts that were read. words: the command line, for the record.
     Raises BridgeError.
     """
+    asked = _checked(request)
+    evaluation = _begin(request, asked, result, steps, words)
+    vocabulary = open_cache(request.model, "f16", n_ctx=256, vocab_only=True)
+    if asked.reads_text:
+        texts += [read_text(vocabulary, path, asked.ctx, request.windows, request.skip, request.seed) for path in request.texts or (None,)]
+    drawn: list[problems.Problem] = []
+    if request.derivations:
+        drawn = problems.BuiltIn(*_built_in(request), purpose="derivation").draw(request.seed, request.derivations)
+    forced = problems.derivations(vocabulary, drawn)
+    floor = [NOISE_FLOOR] if request.floor or (request.floor is None and request.limit is None) else []
+    if request.limit is not None:
+        guarantee(evaluation, texts, _by_size(evaluation, asked.candidates) if request.kv else asked.candidates, request.limit)
+    else:
+        for text in texts:
+            for style in asked.styles:
+                measure_text(evaluation, text, style, floor + asked.names)
+    for style in asked.styles if forced else []:
+        measure_derivations(evaluation, drawn, forced, style, floor + asked.names)
+    if asked.source:
+        options = {"max_tokens": request.max_tokens, "first": request.first, "workers": result["run"]["workers"], "threads": evaluation.threads}
+        answer_problems(evaluation, vocabulary, asked.source, request.count, asked.names, **options)
+    vocabulary.close()
+    save_json(request.out, result)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request, checked.
+
+    names: caches beside the baseline. candidates: for a guarantee. measured: both of them, as far as they are read.
+    """
+
+    names: list[str]
+    candidates: list[str]
+    measured: list[str]
+    styles: list[str]
+    source: problems.Source | None
+    reads_text: bool
+    ctx: int
+
+
+def _checked(request: Request) -> _Asked:
+    """Raises BridgeError for what does not exist or does not go together."""
     source = _source(request)
     reads_text = bool(request.texts) or request.limit is not None or not (request.derivations or source)
     styles = split_names(request.style)
     if unknown := [style for style in styles if style not in STYLES] or (not styles and [""]):
         raise SettingsError(f"There is no style {unknown[0]!r}; the styles are {', '.join(STYLES)}.")
-    device = check_device(request.device)
+    check_device(request.device)
     file = open_model(request.model)  # says what is wrong with it before anything else is read
-    baseline = request.baseline
-    names = [name for name in split_names(request.kv or DEFAULT_CACHES) if name != baseline]
+    names = [name for name in split_names(request.kv or DEFAULT_CACHES) if name != request.baseline]
     candidates = (names if request.kv else presets_by_size()) if request.limit is not None else []
     if not names:
-        raise SettingsError(f"--kv names no cache beside the baseline {baseline}.")
+        raise SettingsError(f"--kv names no cache beside the baseline {request.baseline}.")
     if unfit := next((name for name in candidates if is_stock(name) or name.startswith("lab:")), None):
         raise SettingsError(f"--guarantee chooses among presets and profiles, and {unfit} is neither.")
     measured = candidates if request.limit is not None and not (request.derivations or source) else list(dict.fromkeys(names + candidates))
-    for name in [baseline, *measured]:
+    for name in [request.baseline, *measured]:
         check_name(name)
     ctx = request.ctx or min(DEFAULT_CONTEXT, file.n_ctx_train or DEFAULT_CONTEXT)
     if request.skip > ctx - 2:
         raise SettingsError(f"--skip {request.skip} leaves nothing of a window of {ctx} tokens.")
+    return _Asked(names, candidates, measured, styles, source, reads_text, ctx)
 
-    windows = windows_of([baseline, *measured], request.window)
+
+def _begin(request: Request, asked: _Asked, result: dict[str, Any], steps: Steps, words: Sequence[str]) -> Evaluation:
+    """A new result, or that of an earlier run with the same settings. Raises SettingsError if it had others."""
+    caches = [request.baseline, *asked.measured]
+    windows = windows_of(caches, request.window)
     settings = {key: getattr(request, key) for key in ("baseline", "windows", "skip", "window", "sinks", "seed")}
-    settings |= {"ctx": ctx, "cuts": sorted(windows)}
-    settings |= {"device": device} if device != "auto" else {}
+    settings |= {"ctx": asked.ctx, "cuts": sorted(windows)}
+    settings |= {"device": request.device} if request.device != "auto" else {}
     fresh = _described(request, settings, steps, words)
-    fresh.update(files=_files([baseline, *measured]), sections=[], problems=None)
+    fresh.update(files=_files(caches), sections=[], problems=None)
     result.update(load_or_start(request.out, fresh, request.restart))
     threads = request.threads or physical_cores()
     result["run"] = {"threads": threads, "workers": request.workers or problems.AT_ONCE, "at_once": request.at_once}
-
-    vocabulary = open_cache(request.model, "f16", n_ctx=256, vocab_only=True)
-    cache_options = {"window": request.window, "sinks": request.sinks, "device": device}
-    evaluation = Evaluation(request.model, result, request.out, steps, windows, request.at_once, threads, cache_options)
-    if reads_text:
-        texts += [read_text(vocabulary, path, ctx, request.windows, request.skip, request.seed) for path in request.texts or (None,)]
-    drawn: list[problems.Problem] = []
-    if request.derivations:
-        tasks_of = problems.BuiltIn(*_built_in(request), purpose="derivation")
-        drawn = tasks_of.draw(request.seed, request.derivations)
-    forced = problems.derivations(vocabulary, drawn)
-    floor = [NOISE_FLOOR] if request.floor or (request.floor is None and request.limit is None) else []
-    if request.limit is not None:
-        candidates = _by_size(evaluation, candidates) if request.kv else candidates
-        guarantee(evaluation, texts, candidates, request.limit)
-    else:
-        for text in texts:
-            for style in styles:
-                measure_text(evaluation, text, style, floor + names)
-    for style in styles if forced else []:
-        measure_derivations(evaluation, drawn, forced, style, floor + names)
-    if source:
-        answer_problems(
-            evaluation,
-            vocabulary,
-            source,
-            request.count,
-            names,
-            max_tokens=request.max_tokens,
-            first=request.first,
-            workers=result["run"]["workers"],
-            threads=threads,
-        )
-    vocabulary.close()
-    save_json(request.out, result)
+    options = {"window": request.window, "sinks": request.sinks, "device": request.device}
+    return Evaluation(request.model, result, request.out, steps, windows, request.at_once, threads, options)
 
 
 def _described(request: Request, settings: dict[str, Any], steps: Steps, words: Sequence[str]) -> dict[str, Any]:

@@ -72,7 +72,6 @@ def _finish(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
-    writer.close()
 
 
 def _arrays(profile: Profile) -> Iterator[tuple[str, npt.NDArray[Any]]]:
