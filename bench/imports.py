@@ -193,11 +193,10 @@ def longest(tree: Tree) -> list[tuple[str, int, str, int]]:
     files, functions = [], []
     for path in tree.files():
         text = path.read_text(encoding="utf-8")
-        name = str(path.relative_to(tree.folder))
-        files.append((len(text.splitlines()), name))
+        files.append((len(text.splitlines()), path.name))
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
-                functions.append((node.end_lineno - node.lineno + 1, f"{node.name} in {name}"))
+                functions.append((node.end_lineno - node.lineno + 1, f"{node.name} in {path.name}"))
     return [(*reversed(max(files)), *reversed(max(functions)))]  # type: ignore[list-item]
 
 
