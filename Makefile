@@ -71,19 +71,20 @@ test: .venv/.installed $(NATIVE)/.built
 	@$(PY) -m pytest $(if $(GPUS),,-n $(CORES) --dist worksteal)
 
 # The first one gets the oldest versions of all libraries that pyproject.toml allows.
-pythons:
+pythons: .venv/.llama
 	@mkdir -p build/pythons
 	@sed -n '/^dependencies/,/^]/s/^ *"\([A-Za-z0-9_-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml >build/pythons/oldest.txt
-	@constraint="-c build/pythons/oldest.txt"; for python in $(PYTHONS); do \
+	@$(PIP) wheel --quiet --no-deps --wheel-dir build/pythons --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
+	@oldest="-c build/pythons/oldest.txt"; for python in $(PYTHONS); do \
 	    command -v $$python >/dev/null || { echo "make pythons: there is no $$python" >&2; exit 1; }; \
-	    venv=build/pythons/$$(basename $$python); echo "== $$python"; \
+	    venv=build/pythons/$$(basename $$python); pip="$$venv/bin/python -m pip --disable-pip-version-check install --quiet"; \
+	    echo "== $$python"; \
 	    [ -x $$venv/bin/python ] || $$python -m venv $$venv || exit 1; \
-	    $$venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip scikit-build-core pybind11 cmake ninja || exit 1; \
-	    CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF" $$venv/bin/python -m pip install --quiet --disable-pip-version-check $$constraint \
-	        --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)" || exit 1; \
-	    $$venv/bin/python -m pip install --quiet --disable-pip-version-check $$constraint --no-build-isolation --editable '.[test]' || exit 1; \
+	    $$pip scikit-build-core pybind11 cmake ninja || exit 1; \
+	    $$pip $$oldest build/pythons/llama_cpp_python-*.whl || exit 1; \
+	    $$pip $$oldest --no-build-isolation --editable '.[test]' || exit 1; \
 	    $$venv/bin/python -m pytest -n $(CORES) --dist worksteal $(TESTS) || exit 1; \
-	    constraint=; \
+	    oldest=; \
 	done
 
 # A second program keeps a core busy, as it may be where others work.
