@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ from rich.table import Table
 from . import session as reports
 from . import streams
 from .answer import LARGEST_SEED, Answer, Message, Sampling, stream_answer
-from .command import INTERRUPTED, files, run, typed_first
+from .command import INTERRUPTED, Number, files, run, typed_first
 from .devices import DEVICE_HELP, check_device
 from .errors import SettingsError
 from .files import check_target, write_atomically
@@ -219,24 +218,6 @@ def complete_kv(context: click.Context, parameter: click.Parameter, incomplete: 
     names = [(name, p["description"]) for p in native().presets() for name in (p["alias"] or p["name"], p["name"])]
     found = [CompletionItem(name, help=what) for name, what in dict(names).items() if name.startswith(incomplete)]
     return found or files(context, parameter, incomplete)
-
-
-class Number(click.ParamType):
-    """A finite number from `low` to `high`."""
-
-    name = "number"
-
-    def __init__(self, low: float, high: float) -> None:
-        self.low, self.high = low, high
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not self.low <= number <= self.high:
-            self.fail(f"{value!r} is not a number from {self.low:g} to {self.high:g}.", param, ctx)
-        return number
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

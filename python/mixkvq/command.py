@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import threading
@@ -16,7 +15,7 @@ from click.shell_completion import CompletionItem
 
 import bridge.command
 from bridge import streams
-from bridge.command import INTERRUPTED, files, typed_first
+from bridge.command import INTERRUPTED, Number, files, typed_first
 from bridge.model_file import read_header
 
 __all__ = [
@@ -84,16 +83,6 @@ def _like_ctrl_c() -> Iterator[None]:
             signal.signal(s, signal.SIG_DFL)
         if came:
             signal.raise_signal(came[0])
-
-
-class Number(click.FloatRange):
-    """A finite number within bounds; click's own range lets NaN through."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number.", param, ctx)
-        return number
 
 
 class Model(click.ParamType):
