@@ -462,6 +462,7 @@ class Llama(llama_cpp.Llama):
             check_geometry(self._file)
             self.kv = with_profile(self.kv, self._file) if codec is None else Kv(window=self.kv.window, sinks=self.kv.sinks)
         kwargs["n_ctx"] = self._checked_context(kwargs)
+        _check_threads(kwargs)
         check_device(device)
         self.device = device
 
@@ -1033,6 +1034,14 @@ def _refuse_unknown(function: str, given: Iterable[str], known: set[str]) -> Non
         if nearest and nearest[0] in fields:
             hint += f", a field of kv: kv={{{nearest[0]!r}: ...}}"
         raise TypeError(f"{function} has no argument {name!r}{hint}.")
+
+
+def _check_threads(kwargs: Mapping[str, Any]) -> None:
+    """None and 0 are llama-cpp-python's defaults; of any other number that is no count llama.cpp makes what it likes."""
+    for name in ("n_threads", "n_threads_batch"):
+        value = kwargs.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31):
+            raise SettingsError(f"{name} is {value!r}; it must be a number of threads, or None for llama-cpp-python's choice.")
 
 
 def _check_name(path: str) -> None:

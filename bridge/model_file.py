@@ -6,17 +6,20 @@ import hashlib
 import os
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ._gguf import Header, ParseError, parse
+from ._gguf import Header, ParseError, TensorInfo, parse
 from .errors import ModelFileError
 from .memory import CELLS
 
 MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_STEP = 32, 256, 8
 MAX_COUNT = 1 << 31
+_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # llama.cpp's
+_ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
 def served(head_size: int) -> bool:
@@ -166,7 +169,7 @@ def _open_model(path: str, mtime_ns: int, size: int) -> ModelFile:
         return value if counts(value) else default
 
     n_layers = number("block_count")
-    if n_layers > 4096:
+    if n_layers > _MAX_LAYERS:
         raise ModelFileError(f"{path} is damaged: it claims {n_layers} layers.")
     n_ctx_train = v.get(f"{arch}.context_length", 0)
     if isinstance(n_ctx_train, int) and n_ctx_train >= MAX_COUNT:  # llama.cpp's counts have 31 bits
@@ -184,6 +187,8 @@ def _open_model(path: str, mtime_ns: int, size: int) -> ModelFile:
     default_size = [n_embd // n if n else 0 for n in n_head]
     size_k = per_layer("attention.key_length", default_size)
     size_v = per_layer("attention.value_length", default_size)
+    if wrong := _unlike_llama_cpp(arch, number, per_layer("expert_used_count", []), v.get(f"{arch}.rope.scaling.type", "none")):
+        raise ModelFileError(f"{path} is damaged: it claims {wrong}.")
 
     pattern = v.get(f"{arch}.attention.sliding_window_pattern")
     windowed: list[bool] | None = None
@@ -196,6 +201,8 @@ def _open_model(path: str, mtime_ns: int, size: int) -> ModelFile:
         size_k = [k_swa if k_swa and w else k for k, w in zip(size_k, windowed)]
         size_v = [v_swa if v_swa and w else s for s, w in zip(size_v, windowed)]
     windowed_sizes = (k_swa or max(size_k, default=0), v_swa or max(size_v, default=0)) if windowed is None and (k_swa or v_swa) else None
+    if windowed_sizes is None and isinstance(v.get(f"{arch}.attention.head_count_kv"), list):
+        _check_key_weights(path, header.tensors, n_head_kv, size_k)
     shared = min(number("attention.shared_kv_layers"), n_layers)
     n_head_kv = [n if i < n_layers - shared else 0 for i, n in enumerate(n_head_kv)]
     size_k = [k if n else 0 for k, n in zip(size_k, n_head_kv)]
@@ -227,6 +234,40 @@ def _open_model(path: str, mtime_ns: int, size: int) -> ModelFile:
         has_profile="mixkvq.profile.version" in v,
     )
     return model
+
+
+def _unlike_llama_cpp(arch: str, number: Callable[[str], int], experts_used: list[int], rope_scaling: Any) -> str:
+    """Which numbers of a header do not go together, or "". llama.cpp asserts that they do: it would end the process."""
+    n_layers, n_predict = number("block_count"), number("nextn_predict_layers")
+    if n_predict > n_layers:
+        return f"{n_layers} layers, of which {n_predict} predict further tokens"
+    if isinstance(rope_scaling, str) and rope_scaling not in _ROPE_SCALINGS:
+        return f"a scaling of positions {rope_scaling!r}, and there are {', '.join(_ROPE_SCALINGS)}"
+    n, used = number("expert_count"), max(experts_used, default=0)
+    if arch.startswith("hunyuan") and n <= 1:
+        return ""
+    if n > _MAX_EXPERTS or used > n or (n and not used):
+        return f"{n} experts, of which {used} are used"
+    groups, groups_used = number("expert_group_count"), number("expert_group_used_count")
+    if groups and groups >= n or groups > 1 and (n % groups or not 0 < groups_used < groups):
+        return f"{n} experts in {groups} groups, of which {groups_used} are used"
+    return ""
+
+
+def _check_key_weights(path: str, tensors: dict[str, TensorInfo], n_head_kv: list[int], size_k: list[int]) -> None:
+    """Raises ModelFileError where a layer makes keys of another width than a list of head counts claims.
+
+    For many architectures llama.cpp takes the shape of these weights from the first layer, and ends the process when another one is computed.
+    Recurrent layers claim no heads and may have weights of that name.
+    """
+    recurrent = {name.split(".")[1] for name in tensors if name.startswith("blk.") and ".ssm_" in name}
+    for i, (n, size) in enumerate(zip(n_head_kv, size_k)):
+        weight = tensors.get(f"blk.{i}.attn_k.weight")
+        if weight is not None and str(i) not in recurrent and weight.shape[1:] != (n * size,):
+            width = weight.shape[-1]
+            raise ModelFileError(f"{path} is damaged: layer {i} claims {n} key/value heads of {size}, but its weights make keys of {width} numbers.")
+        if not n and f"blk.{i}.attn_qkv.weight" in tensors and str(i) not in recurrent:
+            raise ModelFileError(f"{path} is damaged: layer {i} claims no key/value heads, but has weights that make keys.")
 
 
 def _fingerprint(
