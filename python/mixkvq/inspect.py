@@ -259,9 +259,12 @@ def figure(profile: Profile) -> Any:
     return drawn
 
 
-def plot(profile: Profile, path: str | os.PathLike[str]) -> None:
-    """Draw the heat maps into a .png or .svg file. Raises SettingsError for another ending or without matplotlib, OSError."""
-    plots.save(figure(profile), path, dpi=150)
+def plot(profile: Profile, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+    """Draw the heat maps into a .png or .svg file.
+
+    overwrite: whether a picture that is there is replaced. Raises SettingsError for another ending or without matplotlib, OSError.
+    """
+    plots.save(figure(profile), path, overwrite=overwrite, dpi=150)
 
 
 # ---- the command line --------------------------------------------------------------------------------------------------------------------
@@ -286,7 +289,7 @@ def command(file: str, model: str | None, picture: str | None, force: bool) -> N
     width = None if sys.stdout.isatty() else 160  # do not wrap what a program reads
     print_tables(profile, Console(width=width, highlight=False), sizes)
     if picture is not None:
-        plot(profile, picture)
+        plot(profile, picture, overwrite=force)
         click.echo(f"{picture} has the heat maps.", err=True)
 
 

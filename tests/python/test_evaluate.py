@@ -402,12 +402,27 @@ def test_targets_are_checked_before_anything_is_measured(tiny, short, option, mo
 def test_a_plot_that_cannot_be_written_does_not_cost_the_tables(tiny, short, monkeypatch, capfd):
     pytest.importorskip("matplotlib")
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(28, "No space left on device", "x.svg")
 
-    monkeypatch.setattr(plots, "draw_evaluation", fail)
-    code, printed, err = run(capfd, tiny, *short, "--kv", "balanced", "--plot", "x.svg", "--out", "x.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "draw_evaluation", fail)
+        code, printed, err = run(capfd, tiny, *short, "--kv", "balanced", "--plot", "x.svg", "--out", "x.json")
     assert code == 1 and "balanced" in printed and "No space left" in err and json.loads(Path("x.json").read_text())["sections"]
+
+
+def test_a_picture_that_appears_while_measuring_stays_unless_forced(tiny, short, monkeypatch, capfd):
+    pytest.importorskip("matplotlib")
+    measure = evaluate.evaluate
+
+    def appears(*arguments):
+        measure(*arguments)
+        Path("x.svg").write_text("<svg>mine</svg>")
+
+    monkeypatch.setattr(evaluate, "evaluate", appears)
+    code, printed, err = run(capfd, tiny, *short, "--kv", "balanced", "--plot", "x.svg")
+    assert code == 1 and "balanced" in printed and err == "error: x.svg: File exists.\n" and Path("x.svg").read_text() == "<svg>mine</svg>"
+    assert run(capfd, tiny, *short, "--kv", "balanced", "--plot", "x.svg", "--force")[0] == 0 and "balanced" in Path("x.svg").read_text()
 
 
 def test_figures_that_cannot_be_written_are_printed(tiny, short, monkeypatch, capfd):
