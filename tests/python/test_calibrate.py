@@ -182,7 +182,7 @@ def test_exact_cache_does_not_diverge_and_rounding_does(reader):
     profile = uniform_profile(MODEL, "mix2.5")
     coarse = reader.divergence(profile.layers, tables, lambda n: None)["text"]
     fine = reader.divergence(uniform_profile(MODEL, "mix8.2").layers, tables, lambda n: None)["text"]
-    assert fine < coarse / 4  # what is left is the arithmetic of the cache itself
+    assert fine < coarse / 3  # what is left is the arithmetic of the cache itself
     reader.change_window(256)
     assert reader.divergence(profile.layers, tables, lambda n: None)["text"] < coarse
     reader.change_window(128)  # what the cache has learnt of the queries is gone
@@ -195,7 +195,7 @@ def test_exact_cache_does_not_diverge_and_rounding_does(reader):
     assert allocate.harm([t.weighted({"text": 1.0}) for t in tables], profile.layers) == pytest.approx(1, rel=0.01)
     assert allocate.harm(tables, profile.layers) == pytest.approx(1, rel=0.01)
     weights = np.concatenate([t.key_weight / t.key_even for t in tables])
-    assert weights.min() > 0 and weights.max() / weights.min() > 2  # layers differ
+    assert weights.min() > 0 and weights.max() / weights.min() > 1.5  # layers differ
 
 
 def test_a_sample_cuts_long_passages_but_not_before_their_predictions(reader):
