@@ -7,6 +7,8 @@ from hypothesis import HealthCheck, settings
 
 # Before OpenMP is loaded, and for the processes that tests start: threads that spin for each other stand still where two tests share a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# NumPy's products, before NumPy is loaded: a thread of OpenBLAS that has no core of its own holds up the other for its whole time slice.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # A shell ignores Ctrl-C for what it runs in the background, and so would the tests and the programs that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
