@@ -645,7 +645,7 @@ def test_answers_do_not_depend_on_what_came_before():
 
 def test_problems_from_a_file(tmp_path, capfd):
     file = tmp_path / "gsm.jsonl"
-    sums = [(48291, 73), (917, 46), (1234, 8)]
+    sums = [(917, 46), (1234, 8), (56, 37)]
     lines = [{"question": f"Compute {a} * {b}.", "answer": f"We say {a}*{b}.\n#### {a * b:,}"} for a, b in sums]
     lines.append({"question": "Compute 91 * 7.", "answer": "Wrong on purpose\n#### 638"})
     file.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
