@@ -214,7 +214,7 @@ class Terminal:
         os.close(slave)
         self.seen = ""
 
-    def expect(self, words, seconds=300):
+    def expect(self, words, seconds=600):
         """Wait until the terminal has shown `words`, and forget what came before."""
         deadline = time.monotonic() + seconds
         while True:

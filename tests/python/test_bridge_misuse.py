@@ -41,7 +41,7 @@ def load(**arguments):
 
 def program(code, **options):
     """A Python program of its own: (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True, timeout=600, **options)
     return done.returncode, done.stdout, done.stderr
 
 
