@@ -271,7 +271,7 @@ def calibrated(tmp_path_factory):
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         Pace(60, patch)
-        assert main(model, "--bits", 3, "--minutes", 1.5) == 0
+        assert main(model, "--bits", 3, "--minutes", 1) == 0
     return model, said.getvalue()
 
 

@@ -186,14 +186,14 @@ def test_decode_style_is_token_by_token(tiny, window, sinks):
 
 
 def test_decode_style_has_the_divergence_of_single_tokens(prose):
-    passage, names = Passage(prose[:600]), {"balanced": 0.01, "q4_0": 0.2}
+    passage, names = Passage(prose[:530]), {"balanced": 0.01, "q4_0": 0.2}
     found = {}
     for style in ("decode", "token"):
         groups = compare_caches(MODEL, list(names), [passage], style=style, threads=1)
         found[style] = {name: one.summary() for group in groups for name, one in group.items()}
     for name, most in names.items():
         decode, token = found["decode"][name], found["token"][name]
-        assert decode["tokens"] == token["tokens"] == 599 and decode["total_bits"] == token["total_bits"]
+        assert decode["tokens"] == token["tokens"] == 529 and decode["total_bits"] == token["total_bits"]
         assert decode["kld_mean"] == pytest.approx(token["kld_mean"], abs=0.0005 + 3 * decode["kld_standard_error"] * 0.3)
         assert decode["perplexity"] == pytest.approx(token["perplexity"], rel=0.01)
         assert 0.0005 < decode["kld_mean"] < most
