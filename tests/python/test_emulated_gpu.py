@@ -179,7 +179,7 @@ def work():
 thread = threading.Thread(target=work)
 thread.start()
 far = apart(tokens[150:160])
-thread.join(60)
+thread.join()
 print(json.dumps([far, library.emulated_cuda_frees() - before, library.emulated_cuda_frees_while_recording()]))
 """
     (far, freed, too_early), _ = run(code, tiny)
