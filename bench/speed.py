@@ -272,7 +272,7 @@ def main(model, kv, depths, tokens, rounds, device, batch, ubatch, prefill, pref
     print_tables(wide_console(), result)  # they are there where a file cannot be written
     save_json(out, result)
     if plot:
-        draw([result], plot)
+        draw([result], plot, overwrite=force)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mixkvq.core.errors import ModelFileError, SettingsError
@@ -25,6 +25,14 @@ def refuse_unknown(function: str, given: Iterable[str], known: set[str]) -> None
         if nearest and nearest[0] in fields:
             hint += f", a field of kv: kv={{{nearest[0]!r}: ...}}"
         raise TypeError(f"{function} has no argument {name!r}{hint}.")
+
+
+def check_threads(options: Mapping[str, Any]) -> None:
+    """None and 0 are llama-cpp-python's defaults; of any other number that is no count llama.cpp makes what it likes. Raises SettingsError."""
+    for name in ("n_threads", "n_threads_batch"):
+        value = options.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31):
+            raise SettingsError(f"{name} is {value!r}; it must be a number of threads, or None for llama-cpp-python's choice.")
 
 
 def check_name(path: str) -> None:

@@ -21,7 +21,7 @@ from mixkvq.core.settings import Kv, KvLike, resolve_kv, stock_type
 
 from . import report, streams
 from ._compat import ARGUMENTS, BUSY, CLOSED, Base, C, Tokenizer, decoding_failed
-from .arguments import asks_for_something, check_name, checked_context, refuse_unknown
+from .arguments import asks_for_something, check_name, check_threads, checked_context, refuse_unknown
 from .backend import Backend, backend, load_lock
 from .devices import check_device
 from .loading import Loading, explained
@@ -101,6 +101,7 @@ class Llama(Base):
         check_name(model_path)
         self._choose_cache(kv, stock, codec, kwargs)
         kwargs["n_ctx"] = self.n_seq * checked_context(self._file, kwargs)
+        check_threads(kwargs)
         self.device = check_device(device)
         self._load(model_path, on_load, kwargs)
         self._keep_all_logits(bool(kwargs.get("logits_all", False)))

@@ -40,7 +40,7 @@ def run(code: str, *arguments: str, gpus: str = "8.0", **variables: str) -> tupl
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         env={**clean, "MIXKVQ_EMULATED_GPUS": gpus, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", **variables},
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     said = [line for line in done.stderr.splitlines() if line.startswith("mixkvq: ")]

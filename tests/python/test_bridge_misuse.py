@@ -41,7 +41,7 @@ def load(**arguments):
 
 def program(code, **options):
     """A Python program of its own: (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True, timeout=600, **options)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -191,8 +191,13 @@ def test_a_model_that_was_never_loaded_is_closed():
 
 def test_close_waits_for_the_evaluation_of_another_thread():
     llama = load(n_ctx=2048, n_batch=32, n_ubatch=32)
-    started, failures = threading.Event(), []
-    llama.on_read = lambda done, total: started.set()
+    started, closing, failures = threading.Event(), threading.Event(), []
+
+    def before_a_batch(done, total):
+        started.set()
+        closing.wait()
+
+    llama.on_read = before_a_batch
 
     def read():
         try:
@@ -203,6 +208,7 @@ def test_close_waits_for_the_evaluation_of_another_thread():
     thread = threading.Thread(target=read)
     thread.start()
     started.wait()
+    closing.set()
     llama.close()
     thread.join()
     assert failures == ["The model is closed."]

@@ -169,7 +169,7 @@ def test_key_error_is_that_of_the_packer(group):
 @pytest.fixture(scope="module")
 def reader():
     llm = bridge.Llama(str(MODEL), stock="f16", n_ctx=1024, verbose=False)
-    tokens = llm.tokenize(DEFAULT_TEXT.read_bytes())[:900]
+    tokens = llm.tokenize(DEFAULT_TEXT.read_bytes())[:800]
     llm.close()
     reader = sensitivity.Reader(str(MODEL), {"text": [Passage(tokens)]}, window=128, sinks=128, threads=1)
     yield reader
@@ -185,20 +185,20 @@ def test_exact_cache_does_not_diverge_and_rounding_does(reader):
     profile = uniform_profile(MODEL, "mix2.5")
     coarse = reader.divergence(profile.layers, tables, lambda n: None)["text"]
     fine = reader.divergence(uniform_profile(MODEL, "mix8.2").layers, tables, lambda n: None)["text"]
-    assert fine < coarse / 4  # what is left is the arithmetic of the cache itself
+    assert fine < coarse / 3  # what is left is the arithmetic of the cache itself
     reader.change_window(256)
     assert reader.divergence(profile.layers, tables, lambda n: None)["text"] < coarse
     reader.change_window(128)  # what the cache has learnt of the queries is gone
     assert reader.divergence(profile.layers, tables, lambda n: None)["text"] == pytest.approx(coarse, rel=0.05)
-    assert reader.passages_from(900) == {"text": [(0, 900)]} and reader.passages_from(901) == reader.sample(900)
+    assert reader.passages_from(800) == {"text": [(0, 800)]} and reader.passages_from(801) == reader.sample(800)
     sample = reader.sample(400)
     assert sample == {"text": [(0, SHORT + 1)]}
-    parts = sensitivity.parts_of(tables, profile.layers, 1, by_head=False)
-    assert sensitivity.measure_weights(reader, tables, profile.layers, parts, sample=sample, progress=lambda n: None) == 20
+    parts = sensitivity.parts_of(tables, profile.layers, 4, by_head=False)
+    assert sensitivity.measure_weights(reader, tables, profile.layers, parts, sample={"text": [(0, 513)]}, progress=lambda n: None) == 6
     assert allocate.harm([t.weighted({"text": 1.0}) for t in tables], profile.layers) == pytest.approx(1, rel=0.01)
     assert allocate.harm(tables, profile.layers) == pytest.approx(1, rel=0.01)
     weights = np.concatenate([t.key_weight / t.key_even for t in tables])
-    assert weights.min() > 0 and weights.max() / weights.min() > 2  # layers differ
+    assert weights.min() > 0 and weights.max() / weights.min() > 1.5  # layers differ
 
 
 def test_a_sample_cuts_long_passages_but_not_before_their_predictions(reader):
@@ -258,16 +258,11 @@ def stop():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return tiny_models.llama(tmp_path_factory.mktemp("models") / "tiny.gguf", n_layers=3)
+    return tiny_models.llama(tmp_path_factory.mktemp("models") / "tiny.gguf", n_kv=2, ratio=1, n_layers=3)
 
 
 def main(*arguments):
     return command_line.main([*map(str, arguments), "--threads", "1"])
-
-
-def run(*arguments):
-    """With one thread: those that wait for each other are slow on a busy machine."""
-    return subprocess.run([sys.executable, "-m", "mixkvq.calibrate", "--threads", "1", *map(str, arguments)], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +274,7 @@ def calibrated(tmp_path_factory):
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         Pace(60, patch)
-        assert main(model, "--bits", 3) == 0
+        assert main(model, "--bits", 3, "--minutes", 1) == 0
     return model, said.getvalue()
 
 
@@ -305,7 +300,8 @@ def test_existing_file_is_not_lost(calibrated):
     model, _ = calibrated
     path = model.with_name("model.mixkvq.gguf")
     before = path.read_bytes()
-    done = run(model, "--bits", 3)
+    # In a process of its own.
+    done = subprocess.run([sys.executable, "-m", "mixkvq.calibrate", str(model), "--bits", "3"], capture_output=True, text=True)
     assert done.returncode == 2 and "exists; give another name, or --force" in done.stderr and "Traceback" not in done.stderr
     assert path.read_bytes() == before
 
@@ -497,20 +493,21 @@ def test_a_window_is_chosen_where_the_budget_is_bytes(tiny, tmp_path, monkeypatc
         (["-o", "/no/such/folder/x.gguf"], "folder"),
     ],
 )
-def test_mistakes_get_one_sentence(arguments, sentence, tmp_path):
+def test_mistakes_get_one_sentence(arguments, sentence, tmp_path, capfd):
     if "-o" not in arguments:
         arguments = [*arguments, "-o", tmp_path / "out.gguf"]
-    done = run(MODEL, *arguments)
-    assert done.returncode in (1, 2) and sentence in done.stderr and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert main(MODEL, *arguments) in (1, 2)
+    out, err = capfd.readouterr()
+    assert not out and sentence in err and len(err.strip().splitlines()) == 1
 
 
-def test_short_text_and_wrong_model_get_one_sentence(tmp_path):
+def test_short_text_and_wrong_model_get_one_sentence(tmp_path, capfd):
     text = tmp_path / "short.txt"
     text.write_text("Only a few words.")
     for arguments in ([MODEL, "--text", text, "-o", tmp_path / "out.gguf"], [text], [tmp_path / "none.gguf"]):
-        done = run(*arguments)
-        assert done.returncode in (1, 2) and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+        assert main(*arguments) in (1, 2)
+        out, err = capfd.readouterr()
+        assert not out and len(err.strip().splitlines()) == 1
 
 
 def test_measured_figures_are_json(calibrated):

@@ -61,9 +61,14 @@ def one_layer(tmp_path_factory, request):
     model.close()
 
 
-def load(codec=None, **kwargs):
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory):
+    return str(tiny_models.llama(tmp_path_factory.mktemp("codec") / "tiny.gguf"))
+
+
+def load(codec=None, model=MODEL, **kwargs):
     arguments = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "logits_all": True, "device": "cpu"}
-    return bridge.Llama(MODEL, codec=codec, **{**arguments, **kwargs})
+    return bridge.Llama(model, codec=codec, **{**arguments, **kwargs})
 
 
 def greedy(llama, n):
@@ -499,7 +504,7 @@ def test_an_interrupted_codec_is_an_interrupted_program():
     ],
     ids=["eval", "close", "save_state", "create_completion", "n_ctx", "ctx"],
 )
-def test_a_codec_cannot_use_the_model_that_calls_it(use):
+def test_a_codec_cannot_use_the_model_that_calls_it(use, tiny_path):
     def codec(page):
         if len(calls) < 2:
             calls.append(page)
@@ -507,7 +512,7 @@ def test_a_codec_cannot_use_the_model_that_calls_it(use):
         return page.rows, 1
 
     calls = []
-    llama, exact = load(codec, kv=NOTHING, n_ctx=512), load(kv=Kv(sinks=1 << 20), n_ctx=512)
+    llama, exact = (load(c, kv=kv, n_ctx=512, model=tiny_path) for c, kv in ((codec, NOTHING), (None, Kv(sinks=1 << 20))))
     tokens = llama.tokenize(TEXT)[:300]
     with pytest.raises(bridge.ContextError, match="cannot use the model"):
         llama.eval(tokens)

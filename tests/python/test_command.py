@@ -74,6 +74,7 @@ def test_what_is_no_number_for_it_is_refused_with_the_name_of_the_option(name, w
 
 def test_there_are_many_such_options():
     assert len(NUMBERS) > 45 and {name for name, _, _ in NUMBERS} >= {"mixkvq.calibrate", "mixkvq.evaluate", "bench/speed.py"}
+    assert {"--temp", "--top-p", "--min-p"} <= {option.opts[0] for _, _, option in NUMBERS}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -50,7 +51,9 @@ def model(tmp_path_factory) -> str:
     return str(tiny_models.llama(tmp_path_factory.mktemp("isa") / "m.gguf"))
 
 
-def report(model: str, isa: str | None) -> list:
+@functools.lru_cache
+def report(model: str, isa: str | None, again: bool = False) -> list:
+    """What the program says; with `again` of another process."""
     done = process("-c", PROGRAM, model, isa=isa)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -72,7 +75,7 @@ def test_the_kernels_that_run_are_others(model):
         pytest.skip(f"this CPU has only {native.isas()[0]}")
     logits = {isa: report(model, isa)[3] for isa in native.isas()}
     scalar = logits.pop("scalar")
-    assert report(model, "scalar")[3] == scalar
+    assert report(model, "scalar", again=True)[3] == scalar
     for isa, other in logits.items():
         assert other != scalar, isa
         assert max(abs(a - b) for a, b in zip(scalar, other)) < 0.2, isa

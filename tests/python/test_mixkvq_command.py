@@ -28,11 +28,12 @@ PACKAGE = [sys.executable, "-m", "mixkvq"]
 def start(program, *arguments, **environment):
     """One process. Returns (exit code, stdout, stderr)."""
     environment = {**os.environ, **environment}
-    done = subprocess.run([*program, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment, timeout=300)
+    done = subprocess.run([*program, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment, timeout=600)
     return done.returncode, done.stdout, done.stderr
 
 
 def here(capfd, *arguments):
+    """The same in this process."""
     code = main(list(arguments))
     out, err = capfd.readouterr()
     return code, out, err
@@ -101,9 +102,12 @@ def test_help_and_version_within_convert(name, capfd):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line(arguments, code, words):
-    for program in (SCRIPT, PACKAGE) if arguments[0] in ("run", "nope") else (SCRIPT,):
-        found, out, err = start(program, *arguments)
+def test_a_mistake_is_one_line(arguments, code, words, capfd):
+    ways = [lambda: here(capfd, *arguments)]
+    if arguments[0] == "nope":
+        ways += [lambda: start(SCRIPT, *arguments), lambda: start(PACKAGE, *arguments)]
+    for way in ways:
+        found, out, err = way()
         assert found == code and not out and err.startswith("error: ") and words in err and len(err.splitlines()) == 1
 
 
@@ -145,24 +149,31 @@ def report(program, *arguments, **environment):
     return json.loads(err.splitlines()[-1])
 
 
-def test_the_command_line_goes_before_a_commands_table_and_that_before_all(settings):
+def report_here(capfd, *arguments):
+    code, _, err = here(capfd, *arguments)
+    assert code == 0, err
+    return json.loads(err.splitlines()[-1])
+
+
+def test_the_command_line_goes_before_a_commands_table_and_that_before_all(settings, capfd, monkeypatch):
     settings('[all]\nthreads = 1\nwindow = 64\n[run]\nctx = 512\nthreads = 2\nkv = "tiny"\n')
     found = report(SCRIPT, *PROMPT)
     assert (found["context"], found["threads"], found["cache"]["preset"]) == (512, 2, "tiny")
-    found = report(SCRIPT, *PROMPT, "-c", "256", "--kv", "quality")
+    found = report_here(capfd, *PROMPT, "-c", "256", "--kv", "quality")
     assert (found["context"], found["threads"], found["cache"]["preset"]) == (256, 2, "quality")
     alone = report([sys.executable, "-m", "bridge.run"], *PROMPT[1:])
     assert (alone["context"], alone["threads"]) == (512, 2)
-    assert report(SCRIPT, *PROMPT, "-c", "256", "-t", "1", MIXKVQ_CONFIG="")["cache"]["preset"] == "balanced"
+    monkeypatch.setenv("MIXKVQ_CONFIG", "")
+    assert report_here(capfd, *PROMPT, "-c", "256", "-t", "1")["cache"]["preset"] == "balanced"
 
 
-def test_what_is_typed_takes_back_what_it_excludes(settings):
+def test_what_is_typed_takes_back_what_it_excludes(settings, capfd):
     path = settings('[all]\nwindow = 64\n[run]\nctx = 256\nthreads = 1\nkv = "tiny"\n[calibrate]\nbits = 3\n')
-    assert report(SCRIPT, *PROMPT, "--stock", "q8_0")["cache"]["type"] == "q8_0"
-    code, _, err = start(SCRIPT, "calibrate", MODEL, "--budget-mib", "1")
+    assert report_here(capfd, *PROMPT, "--stock", "q8_0")["cache"]["type"] == "q8_0"
+    code, _, err = here(capfd, "calibrate", MODEL, "--budget-mib", "1")
     assert code == 2 and "--budget-mib and --ctx go together" in err
     path.write_text('[run]\nstock = "q8_0"\nkv = "tiny"\n')
-    code, _, err = start(SCRIPT, *PROMPT)
+    code, _, err = here(capfd, *PROMPT)
     assert code == 2 and "--stock turns MixKVQ off" in err and f"--kv from {path}" in err and f"--stock from {path}" in err
 
 
@@ -241,9 +252,13 @@ def test_completion_prints_what_the_shell_reads(shell, capfd):
         ("mixkvq completion f", ["plain,fish"]),
     ],
 )
-def test_a_shell_gets_what_may_follow(words, expected):
+def test_a_shell_gets_what_may_follow(words, expected, capfd, monkeypatch):
     asked = {"_MIXKVQ_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    assert start(SCRIPT, **asked)[1].split() == expected
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    assert here(capfd)[1].split() == expected
+    if "run --kv" in words:
+        assert start(SCRIPT)[1].split() == expected
 
 
 # ---- doctor ------------------------------------------------------------------------------------------------

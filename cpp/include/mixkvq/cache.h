@@ -145,6 +145,7 @@ class PageStore {
     void copy_stream(const PageStore & other, int from, int to);
     void clear();
 
+    PageMemory & memory() const { return *memory_; }
     size_t records_per_page() const { return layout_.record_bytes; }
     size_t table_bytes() const;  // of the books and the query statistics
     size_t bytes_used() const;

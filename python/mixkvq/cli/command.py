@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -116,6 +117,17 @@ def typed_first(given: dict[str, Any], *alternatives: Sequence[str]) -> None:
             for name in (name for other in alternatives if other is not group for name in other):
                 if context.get_parameter_source(name) is ParameterSource.DEFAULT_MAP:
                     given[name] = False if isinstance(given[name], bool) else None
+
+
+class Number(click.FloatRange):
+    """A finite number within bounds; click's own range lets NaN through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number. Raises click.BadParameter."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 def files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

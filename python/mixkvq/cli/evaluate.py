@@ -241,7 +241,7 @@ def show(result: dict[str, Any], texts: Sequence[Text], given: dict[str, Any]) -
         else:
             click.echo(sentence, err=True)
     if given["plot"]:
-        plots.draw_evaluation(result, given["plot"])
+        plots.draw_evaluation(result, given["plot"], overwrite=given["force"])  # one may have appeared meanwhile
 
 
 def check_outputs(given: dict[str, Any]) -> None:

@@ -174,7 +174,7 @@ def command(file: str, model: str | None, picture: str | None, force: bool) -> N
     width = None if sys.stdout.isatty() else 160  # do not wrap what a program reads
     print_tables(profile, Console(width=width, highlight=False), sizes)
     if picture is not None:
-        draw_profile(profile, picture)
+        draw_profile(profile, picture, overwrite=force)
         click.echo(f"{picture} has the heat maps.", err=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import threading
@@ -18,7 +17,7 @@ from bridge.installed import require_llama
 
 from . import command as funnel
 from . import streams
-from .command import INTERRUPTED, files, typed_first
+from .command import INTERRUPTED, Number, files, typed_first
 
 __all__ = [
     "COUNT",
@@ -87,17 +86,6 @@ def _like_ctrl_c() -> Iterator[None]:
             signal.signal(s, signal.SIG_DFL)
         if came:
             signal.raise_signal(came[0])
-
-
-class Number(click.FloatRange):
-    """A finite number within bounds; click's own range lets NaN through."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number. Raises click.BadParameter."""
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number.", param, ctx)
-        return number
 
 
 class Model(click.ParamType):  # type: ignore[type-arg]  # older versions of click have no argument there

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -24,7 +23,7 @@ from ..core.profile import with_profile
 from ..core.settings import STOCK_TYPES, Kv, resolve_kv
 from . import streams
 from .answer import LARGEST_SEED, Answer, Message, Sampling, stream_answer
-from .command import INTERRUPTED, files, run, typed_first
+from .command import INTERRUPTED, Number, files, run, typed_first
 from .running import DEFAULT_CONTEXT, Options, at_limit, load, note_missing_template, print_report, why_it_ended, writer
 
 CHAT_TEMPERATURE = 0.7
@@ -79,25 +78,6 @@ def complete_kv(context: click.Context, parameter: click.Parameter, incomplete: 
     names = [(name, p["description"]) for p in native().presets() for name in (p["alias"] or p["name"], p["name"])]
     found = [CompletionItem(name, help=what) for name, what in dict(names).items() if name.startswith(incomplete)]
     return found or files(context, parameter, incomplete)
-
-
-class Number(click.ParamType):  # type: ignore[type-arg]
-    """A finite number from `low` to `high`."""
-
-    name = "number"
-
-    def __init__(self, low: float, high: float) -> None:
-        self.low, self.high = low, high
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number. Raises click.BadParameter."""
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not self.low <= number <= self.high:
-            self.fail(f"{value!r} is not a number from {self.low:g} to {self.high:g}.", param, ctx)
-        return number
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -17,6 +17,8 @@ from .memory import CELLS
 
 MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_STEP = 32, 256, 8
 MAX_COUNT = 1 << 31
+_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # llama.cpp's
+_ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
 def served(head_size: int) -> bool:
@@ -161,12 +163,14 @@ def _open_model(path: str, mtime_ns: int, size: int) -> ModelFile:
 
     keys = _Keys(v, arch)
     n_layers = keys.number("block_count")
-    if n_layers > 4096:
+    if n_layers > _MAX_LAYERS:
         raise ModelFileError(f"{path} is damaged: it claims {n_layers} layers.")
     n_ctx_train = v.get(f"{arch}.context_length", 0)
     if isinstance(n_ctx_train, int) and n_ctx_train >= MAX_COUNT:  # llama.cpp's counts have 31 bits
         raise ModelFileError(f"{path} is damaged: it claims a context of {n_ctx_train} tokens.")
-    heads = _read_heads(keys, n_layers)
+    if wrong := _unlike_llama_cpp(keys):
+        raise ModelFileError(f"{path} is damaged: it claims {wrong}.")
+    heads = _read_heads(keys, n_layers, header)
 
     # Newer hybrid models give one head count for all layers although most of them are recurrent.
     hybrid = keys.number("ssm.state_size") > 0 and isinstance(v.get(f"{arch}.attention.head_count_kv"), int)
@@ -230,7 +234,7 @@ class _Heads:
     windowed_sizes: tuple[int, int] | None
 
 
-def _read_heads(keys: _Keys, n_layers: int) -> _Heads:
+def _read_heads(keys: _Keys, n_layers: int, header: Header) -> _Heads:
     n_embd = keys.number("embedding_length")
     n_head = keys.per_layer("attention.head_count", n_layers, [0] * n_layers)
     n_head_kv = keys.per_layer("attention.head_count_kv", n_layers, n_head)
@@ -246,11 +250,49 @@ def _read_heads(keys: _Keys, n_layers: int) -> _Heads:
         size_k = [k_swa if k_swa and w else k for k, w in zip(size_k, windowed)]
         size_v = [v_swa if v_swa and w else s for s, w in zip(size_v, windowed)]
     windowed_sizes = (k_swa or max(size_k, default=0), v_swa or max(size_v, default=0)) if windowed is None and (k_swa or v_swa) else None
+    if windowed_sizes is None and isinstance(keys.values.get(f"{keys.architecture}.attention.head_count_kv"), list):
+        _check_key_weights(header, n_head_kv, size_k)
     shared = min(keys.number("attention.shared_kv_layers"), n_layers)
     n_head_kv = [n if i < n_layers - shared else 0 for i, n in enumerate(n_head_kv)]
     size_k = [k if n else 0 for k, n in zip(size_k, n_head_kv)]
     size_v = [s if n else 0 for s, n in zip(size_v, n_head_kv)]
     return _Heads(n_head_kv, size_k, size_v, windowed, windowed_sizes)
+
+
+def _unlike_llama_cpp(keys: _Keys) -> str:
+    """Which numbers of a header do not go together, or "". llama.cpp asserts that they do: it would end the process."""
+    n_layers, n_predict = keys.number("block_count"), keys.number("nextn_predict_layers")
+    if n_predict > n_layers:
+        return f"{n_layers} layers, of which {n_predict} predict further tokens"
+    rope_scaling = keys.values.get(f"{keys.architecture}.rope.scaling.type", "none")
+    if isinstance(rope_scaling, str) and rope_scaling not in _ROPE_SCALINGS:
+        return f"a scaling of positions {rope_scaling!r}, and there are {', '.join(_ROPE_SCALINGS)}"
+    n, used = keys.number("expert_count"), max(keys.per_layer("expert_used_count", n_layers, []), default=0)
+    if keys.architecture.startswith("hunyuan") and n <= 1:
+        return ""
+    if n > _MAX_EXPERTS or used > n or (n and not used):
+        return f"{n} experts, of which {used} are used"
+    groups, groups_used = keys.number("expert_group_count"), keys.number("expert_group_used_count")
+    if groups and groups >= n or groups > 1 and (n % groups or not 0 < groups_used < groups):
+        return f"{n} experts in {groups} groups, of which {groups_used} are used"
+    return ""
+
+
+def _check_key_weights(header: Header, n_head_kv: list[int], size_k: list[int]) -> None:
+    """Raises ModelFileError where a layer makes keys of another width than a list of head counts claims.
+
+    For many architectures llama.cpp takes the shape of these weights from the first layer, and ends the process when another one is computed.
+    Recurrent layers claim no heads and may have weights of that name.
+    """
+    path, tensors = header.path, header.tensors
+    recurrent = {name.split(".")[1] for name in tensors if name.startswith("blk.") and ".ssm_" in name}
+    for i, (n, size) in enumerate(zip(n_head_kv, size_k)):
+        weight = tensors.get(f"blk.{i}.attn_k.weight")
+        if weight is not None and str(i) not in recurrent and weight.shape[1:] != (n * size,):
+            width = weight.shape[-1]
+            raise ModelFileError(f"{path} is damaged: layer {i} claims {n} key/value heads of {size}, but its weights make keys of {width} numbers.")
+        if not n and f"blk.{i}.attn_qkv.weight" in tensors and str(i) not in recurrent:
+            raise ModelFileError(f"{path} is damaged: layer {i} claims no key/value heads, but has weights that make keys.")
 
 
 def _fingerprint(

@@ -83,14 +83,19 @@ def _derivations(llm: Llama, tokens: int, longest: int, rng: Random) -> list[Pas
     """
     found, left = [], tokens
     for attempt in range(200):
+        most = min(longest, left)
+        if most < 4 * PAGE_CELLS:
+            break
         task, level = tasks.TASKS[attempt % len(tasks.TASKS)], "hard" if attempt % 2 else "medium"
         if attempt < 50 and 2 * left > tokens:
             task, level = "chain", "hard"
         problem = tasks.make(task, rng, tasks.LEVELS.index(level))
         prompt = llm.tokenize(tasks.chat(problem.prompt).encode(), add_bos=True, special=True)
+        if len(prompt) >= most:
+            continue
         solution = tasks.completion(problem.reasoning, problem.answer) + tasks.END_OF_TURN
         answer = llm.tokenize(solution.encode(), add_bos=False, special=True)
-        if 4 * PAGE_CELLS <= len(prompt) + len(answer) <= min(longest, left):
+        if 4 * PAGE_CELLS <= len(prompt) + len(answer) <= most:
             found.append(Passage(prompt + answer, len(prompt)))
             left -= len(prompt) + len(answer)
     return found

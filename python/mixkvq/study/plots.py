@@ -34,11 +34,14 @@ def check_path(path: PathLike, *, force: bool, inputs: Iterable[PathLike] = ()) 
     load()
 
 
-def save(figure: Any, path: PathLike, **options: Any) -> None:
-    """Write the figure, whole or not at all, and free it. options: matplotlib's. Raises SettingsError for another ending, OSError."""
+def save(figure: Any, path: PathLike, *, overwrite: bool = True, **options: Any) -> None:
+    """Write the figure, whole or not at all, and free it. options: matplotlib's.
+
+    overwrite: whether a picture that is there is replaced; if not, FileExistsError is raised. Raises SettingsError for another ending, OSError.
+    """
     ending = _ending(path)
     check_output(path, "plot", force=True)
-    with writing(path) as temporary:
+    with writing(path, overwrite=overwrite) as temporary:
         figure.savefig(temporary, format=ending[1:], metadata={"Date": None} if ending == ".svg" else None, **options)
     load().close(figure)
 
@@ -59,7 +62,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return best
 
 
-def draw_evaluation(result: dict[str, Any], path: PathLike) -> None:
+def draw_evaluation(result: dict[str, Any], path: PathLike, *, overwrite: bool = True) -> None:
     """Divergence over body bits and over total bits at the measured context, a row of panels per section; and the share of problems that are right.
 
     result: what `python -m mixkvq.evaluate --out` writes. The frontier is the line; the noise floor is dashed.
@@ -93,7 +96,7 @@ def draw_evaluation(result: dict[str, Any], path: PathLike) -> None:
                 low, high = caches[name]["accuracy_95%"]
                 panel.errorbar(x, y, yerr=[[y - low], [high - y]], fmt="o", color="C0")
             _finish(panel, points, title(problems), label, "right answers, 95 % interval")
-    save(figure, path)
+    save(figure, path, overwrite=overwrite)
 
 
 def title(section: dict[str, Any]) -> str:

@@ -117,6 +117,9 @@ def figure(profile: Profile) -> Any:
     return drawn
 
 
-def draw_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
-    """Draw the heat maps into a .png or .svg file. Raises SettingsError for another ending or without matplotlib, OSError."""
-    plots.save(figure(profile), path, dpi=150)
+def draw_profile(profile: Profile, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+    """Draw the heat maps into a .png or .svg file.
+
+    overwrite: whether a picture that is there is replaced. Raises SettingsError for another ending or without matplotlib, OSError.
+    """
+    plots.save(figure(profile), path, overwrite=overwrite, dpi=150)
