@@ -210,7 +210,7 @@ def main(commit: str, out: Path, force: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(git("archive", commit, "bridge", "python"))) as archive:
             archive.extractall(folder)
-        trees = [read(Path(folder), commit), read(ROOT, "now")]
+        trees = [read(Path(folder), commit), read(ROOT, "after")]
         draw(trees, out)
         click.echo("| | longest file | lines | longest function | lines |\n|---|---|---|---|---|")
         for tree in trees:

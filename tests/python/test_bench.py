@@ -10,6 +10,7 @@ from pathlib import Path
 
 import _common
 import cuda_trace
+import imports
 import llama_bench
 import numpy as np
 import plot
@@ -342,3 +343,32 @@ def test_plot_without_matplotlib(result, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SettingsError, match="Plots need matplotlib"):
         plot.draw([result], tmp_path / "speed.svg")
+
+
+# ---- imports ---------------------------------------------------------------------------------------------
+
+
+def test_the_picture_of_imports_knows_circles_and_heights():
+    edges = [("a", "b"), ("b", "c"), ("c", "b"), ("c", "d"), ("a", "e")]
+    assert imports.circles(edges) == [{"b", "c"}]
+    assert imports.depths(["a", "b", "c", "d", "e"], edges) == {"a": 2, "b": 1, "c": 1, "d": 0, "e": 0}
+    tree = imports.Tree("t", {"top": ["a"], "low": ["b", "c", "d", "e"]}, [*edges, ("d", "a")], ROOT)
+    up = [edge for edge in tree.edges if imports.is_up(tree, edge, imports.circles(edges))]
+    assert up == [("b", "c"), ("c", "b"), ("d", "a")]
+
+
+def test_no_import_of_ours_leads_up_or_in_a_circle():
+    pytest.importorskip("grimp")
+    tree = imports.read(ROOT, "now")
+    rings = imports.circles(tree.edges)
+    assert not rings and not [edge for edge in tree.edges if imports.is_up(tree, edge, rings)]
+    assert {"commands", "studies", "bridge: run time", "core"} <= set(tree.bands) and all(tree.bands.values()) and len(tree.edges) > 300
+    at, _ = imports.place(tree)
+    assert set(at) == {module for modules in tree.bands.values() for module in modules}
+
+
+def test_a_long_file_says_why():
+    """In its docstring or the comment at its head, and with the words "500 lines"."""
+    for path in imports.Tree("now", {}, [], ROOT).files():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 500 or "500 lines" in " ".join(lines[:12]), f"{path.name} has {len(lines)} lines"
