@@ -5,7 +5,7 @@
 #   make neon     the native tests again, built for 64-bit ARM and run in an emulator
 #   make lint     style, layers, types     make clean    removes what was built (not .venv)
 #   make figures NOVEL=... WIKI=...    measures anew what the documents state   make tables   writes it into them, and docs/commands.md
-#   make pythons [PYTHONS="python3.10 python3.13"]   the Python tests on other versions of Python, on the oldest with the oldest libraries
+#   make pythons [PYTHONS="python3.10 python3.13"]   the Python tests on other versions of Python, on 3.10 with the oldest libraries
 #   make repeat N=10                   all tests N times on a busy machine, up to the first failure
 # The first call sets everything up in .venv; later ones only rebuild what has changed.
 
@@ -36,7 +36,7 @@ WIKI ?=
 PROBLEMS ?= 200
 # How often `make repeat` runs the tests.
 N ?= 10
-# The Pythons of `make pythons`, the oldest first, and what pytest is told there.
+# The Pythons of `make pythons`, and what pytest is told there.
 PYTHONS ?= python3.10 python3.12 python3.13
 TESTS ?= tests/python
 
@@ -70,21 +70,21 @@ test: .venv/.installed $(NATIVE)/.built
 	@echo "== Python tests"
 	@$(PY) -m pytest $(if $(GPUS),,-n $(CORES) --dist worksteal)
 
-# The first one gets the oldest versions of all libraries that pyproject.toml allows.
+# Python 3.10 gets the oldest versions of all libraries that pyproject.toml allows.
 pythons: .venv/.llama
 	@mkdir -p build/pythons
 	@sed -n '/^dependencies/,/^]/s/^ *"\([A-Za-z0-9_-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml >build/pythons/oldest.txt
 	@$(PIP) wheel --quiet --no-deps --wheel-dir build/pythons --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
-	@oldest="-c build/pythons/oldest.txt"; for python in $(PYTHONS); do \
+	@for python in $(PYTHONS); do \
 	    command -v $$python >/dev/null || { echo "make pythons: there is no $$python" >&2; exit 1; }; \
 	    venv=build/pythons/$$(basename $$python); pip="$$venv/bin/python -m pip --disable-pip-version-check install --quiet"; \
+	    case $$python in *3.10) oldest="-c build/pythons/oldest.txt";; *) oldest=;; esac; \
 	    echo "== $$python"; \
 	    [ -x $$venv/bin/python ] || $$python -m venv $$venv || exit 1; \
 	    $$pip scikit-build-core pybind11 cmake ninja || exit 1; \
 	    $$pip $$oldest build/pythons/llama_cpp_python-*.whl || exit 1; \
 	    $$pip $$oldest --no-build-isolation --editable '.[test]' || exit 1; \
 	    $$venv/bin/python -m pytest -n $(CORES) --dist worksteal $(TESTS) || exit 1; \
-	    oldest=; \
 	done
 
 # A second program keeps a core busy, as it may be where others work.
