@@ -892,7 +892,8 @@ class Llama(llama_cpp.Llama):
     def _now_holds(self, tokens: Any) -> None:
         self.input_ids[: len(tokens)] = tokens
         self.n_tokens = len(tokens)
-        self.scores[:] = 0
+        if self._logits_all:
+            self.scores[:] = 0
         self._requires_eval = True
 
     def _state_port(self, sequence: int | None = None) -> StatePort:
