@@ -3,6 +3,7 @@
 
 #include "mixkvq/cuda.h"
 #include "mma.cuh"
+#include "record.cuh"
 
 namespace mixkvq::cuda {
 
@@ -56,41 +57,6 @@ __device__ __forceinline__ int exponent_above(float top) { return max(-100, min(
 __device__ __forceinline__ float capped(const Attention & call, float logit2) {
     return call.softcap * kLog2E * tanhf(logit2 / (call.softcap * kLog2E));
 }
-
-// Offsets of a key record's sections.
-struct KeyPlaces {
-    int q16, q8, q4, q3, q2;  // quads of the tiers
-    uint32_t at8, at4, at3, at2, scale, min, order, bytes;
-    int groups;
-
-    __device__ explicit KeyPlaces(const KeyFormat & f)
-        : q16(quads(f.n16)), q8(quads(f.n8)), q4(quads(f.n4)), q3(quads(f.n3)), q2(quads(f.n2)), groups(f.group == 128 ? 1 : f.group == 64 ? 2 : 4) {
-        at8 = 1024 * q16;
-        at4 = at8 + 512 * q8;
-        at3 = at4 + 256 * q4;
-        at2 = at3 + 192 * q3;
-        scale = at2 + 128 * q2;
-        min = scale + 8 * coded() * groups;
-        order = min + 8 * coded() * groups;
-        bytes = (order + f.head_size + kRecordAlign - 1) / kRecordAlign * kRecordAlign;
-    }
-    __device__ int coded() const { return q8 + q4 + q3 + q2; }
-
-  private:
-    __device__ static int quads(unsigned channels) { return channels / 4; }
-};
-
-struct ValuePlaces {
-    uint32_t high, scale, mean, min, bytes;
-    int groups;
-
-    __device__ explicit ValuePlaces(const ValueFormat & f) : high(32 * f.head_size), scale(16 * f.head_size * f.bits), mean(scale + kPageCells) {
-        groups = f.group == 0 ? 1 : (f.head_size + f.group - 1) / f.group;
-        min = scale + 2 * kPageCells * groups;
-        const uint32_t end = f.group == 0 ? mean + f.head_size : min + 2 * kPageCells * groups;
-        bytes = (end + kRecordAlign - 1) / kRecordAlign * kRecordAlign;
-    }
-};
 
 __device__ __noinline__ inline float close_with_sink(float max, float sum, float sink) {
     const float s = sink * kLog2E;

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "mixkvq/cuda.h"
+#include "record.cuh"
 
 namespace mixkvq::cuda {
 
@@ -31,29 +32,12 @@ __device__ inline float scale_of(uint8_t byte) { return half_to_float(half(byte 
 
 // --- layout ---------------------------------------------------------------------------------------------------
 
-__device__ inline bool holds(const CellMask & mask, int t) { return (mask.word[t >> 6] >> (t & 63)) & 1; }
-
-__device__ inline uint32_t aligned_record(uint32_t bytes) { return (bytes + kRecordAlign - 1) / kRecordAlign * kRecordAlign; }
-
-// Where the sections of a key record begin.
-struct KeySections {
-    uint32_t scale, min, order, end;
-
-    __device__ explicit KeySections(const KeyFormat & f) {
-        const uint32_t numbers = 2 * (f.head_size - f.n16) * (kPageCells / f.group);
-        scale = 256 * f.n16 + 128 * f.n8 + 64 * f.n4 + 48 * f.n3 + 32 * f.n2;
-        min = scale + numbers;
-        order = min + numbers;
-        end = aligned_record(order + f.head_size);
-    }
-};
-
 // Bits of the i-th quad of coded channels, and where its codes are.
 struct KeyQuad {
     int bits;
     uint32_t offset;
 
-    __device__ KeyQuad(const KeyFormat & f, int i) : bits(8), offset(256 * f.n16) {
+    __device__ KeyQuad(const KeyFormat & f, int i) : bits(8), offset(f.offset8()) {
         const int quads[3] = {f.n8 / 4, f.n4 / 4, f.n3 / 4};
         const int next[3] = {4, 3, 2};
         for (int tier = 0; tier < 3 && i >= quads[tier]; ++tier) {
@@ -62,21 +46,6 @@ struct KeyQuad {
             bits = next[tier];
         }
         offset += 64 * bits * i;
-    }
-};
-
-// Where the sections of a value record begin: `mean` if it is rotated, `min` if not.
-struct ValueSections {
-    int groups;
-    uint32_t high, scale, mean, min, end;
-
-    __device__ explicit ValueSections(const ValueFormat & f) {
-        groups = f.group == 0 ? 1 : (f.head_size + f.group - 1) / f.group;
-        high = 32 * f.head_size;
-        scale = 16 * f.head_size * f.bits;
-        mean = scale + kPageCells;
-        min = scale + 2 * kPageCells * groups;
-        end = aligned_record(f.group == 0 ? mean + f.head_size : min + 2 * kPageCells * groups);
     }
 };
 

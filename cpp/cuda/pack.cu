@@ -374,9 +374,9 @@ __global__ void __launch_bounds__(kKeyThreads) pack_keys_kernel(const KeyHead * 
     const int head = blockIdx.x % n_heads, d = threadIdx.x;
     const PageJob & job = jobs[blockIdx.x / n_heads];
     const KeyFormat f = heads[head].format;
-    const KeySections at(f);
+    const KeyPlaces at(f);
     const CellMask valid = job.valid;
-    const int n = f.head_size, groups = kPageCells / f.group;
+    const int n = f.head_size, groups = at.groups;
     const half * rows = job.rows + size_t(head) * n;
     uint8_t * record = job.records + heads[head].record_offset;
 
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kKeyThreads) pack_keys_kernel(const KeyHead * 
             reinterpret_cast<half *>(record + at.min)[coded * groups + g] = float_to_half(s.lo[g][d]);
         }
     }
-    for (uint32_t i = at.order + n + threadIdx.x; i < at.end; i += kKeyThreads) record[i] = 0;
+    for (uint32_t i = at.order + n + threadIdx.x; i < at.bytes; i += kKeyThreads) record[i] = 0;
     __syncthreads();
 
     store_key_codes(s, f, 1, valid.word[1], record);  // its tile is still there
@@ -435,8 +435,8 @@ __global__ void __launch_bounds__(kKeyThreads) unpack_keys_kernel(const KeyHead 
     const int head = blockIdx.x % n_heads;
     const PageJob & job = jobs[blockIdx.x / n_heads];
     const KeyFormat f = heads[head].format;
-    const KeySections at(f);
-    const int n = f.head_size, width = tile_width(n), groups = kPageCells / f.group, per_group = f.group / kSegment;
+    const KeyPlaces at(f);
+    const int n = f.head_size, width = tile_width(n), groups = at.groups, per_group = f.group / kSegment;
     half * rows = job.rows + size_t(head) * n;
     const uint8_t * record = job.records + heads[head].record_offset;
     const uint8_t * order = record + at.order;
@@ -521,9 +521,6 @@ __device__ float warp_max(float x) {
     return x;
 }
 
-// page.h's, which is host code.
-__device__ float step_of(int bits) { return bits == 2 ? 0.9957f : bits == 3 ? 0.5860f : 0.3352f; }
-
 // The sum of a token's numbers in the order of eight vector lanes, known to all lanes.
 template <int slots>
 __device__ float sum_of_lanes(const float (&x)[slots]) {
@@ -551,7 +548,7 @@ __device__ uint8_t rotated_scale(int bits, int n, const float (&x)[slots]) {
     float square[slots];
 #pragma unroll
     for (int i = 0; i < slots; ++i) square[i] = x[i] * x[i];
-    return scale_byte(sqrtf(sum_of_lanes(square) / float(n)) * step_of(bits), 0x40);
+    return scale_byte(sqrtf(sum_of_lanes(square) / float(n)) * gaussian_step(bits), 0x40);
 }
 
 template <int slots>
@@ -568,9 +565,6 @@ struct ValueShared {
 constexpr int kPhases = 256;
 __device__ int phase_of(float z, float inv) { return (int(floorf(z * inv * float(kPhases))) & (kPhases - 1)) - kPhases / 2; }
 
-// page.h's, which is host code.
-__device__ int above_of(int bits) { return bits == 2 ? 9 : bits == 3 ? 15 : bits == 4 ? 21 : 2; }
-
 __device__ int warp_sum(int x) {
     for (int h = 16; h > 0; h /= 2) x += __shfl_xor_sync(kAllLanes, x, h);
     return x;
@@ -578,7 +572,7 @@ __device__ int warp_sum(int x) {
 
 template <int slots>
 __device__ uint8_t kept_scale(int bits, int n, const float (&z)[slots], int dims) {
-    const int guess = rotated_scale(bits, n, z), above = above_of(bits);
+    const int guess = rotated_scale(bits, n, z), above = scales_above(bits);
     float peak = 0;
 #pragma unroll
     for (int i = 0; i < slots; ++i) peak = fmaxf(peak, fabsf(z[i]));
@@ -651,7 +645,7 @@ __device__ uint8_t kept_mean(const int8_t * phase, const float * inv, int n, int
 __device__ int sample_cell(const CellMask & valid, int i) {
     for (int k = 0; k < kPageCells; ++k) {
         const int t = k % 8 * 16 + k / 8;
-        if (holds(valid, t) && i-- == 0) return t;
+        if (valid.test(t) && i-- == 0) return t;
     }
     return -1;
 }
@@ -665,7 +659,7 @@ __device__ bool rotated_means(ValueShared<slots> & s, const half * rows, int row
 #pragma unroll 16
         for (int t = 0; t < kPageCells; ++t) {
             const float x = half_to_float(rows[size_t(t) * row + d]);
-            if (!holds(valid, t)) continue;
+            if (!valid.test(t)) continue;
             sum += x;
             square += x * x;
         }
@@ -712,7 +706,7 @@ __device__ bool rotated_means(ValueShared<slots> & s, const half * rows, int row
     for (int round = 0; round < 2 && from_record; ++round) {  // with better means, more rows find their scale
         for (int t = threadIdx.x / 32; t < kPageCells; t += kValueWarps) {
             float inv = 0;
-            if (holds(valid, t)) {
+            if (valid.test(t)) {
                 float x[slots];
                 rotated_row(rows + size_t(t) * row, n, s.mean, x);
                 const uint8_t scale = kept_scale(bits, n, x, n);
@@ -785,7 +779,7 @@ __global__ void __launch_bounds__(kValueThreads) pack_values_kernel(const ValueH
     const int head = blockIdx.x % n_heads;
     const PageJob & job = jobs[blockIdx.x / n_heads];
     const ValueFormat f = heads[head].format;
-    const ValueSections at(f);
+    const ValuePlaces at(f);
     const CellMask valid = job.valid;
     const int n = f.head_size;
     const half * rows = job.rows + size_t(head) * n;
@@ -797,7 +791,7 @@ __global__ void __launch_bounds__(kValueThreads) pack_values_kernel(const ValueH
     const bool from_record = rotated && rotated_means<slots>(shared, rows, row, f.bits, n, valid, record + at.mean);
     for (int t = threadIdx.x / 32; t < kPageCells; t += kValueWarps) {
         float x[slots] = {};
-        if (holds(valid, t)) {
+        if (valid.test(t)) {
             if (rotated) {
                 rotated_codes(f, rows + size_t(t) * row, shared.mean, from_record, x, record + at.scale + t);
             } else {
@@ -818,7 +812,7 @@ __global__ void __launch_bounds__(kValueThreads) pack_values_kernel(const ValueH
         }
     }
     const uint32_t end = rotated ? at.mean + n : at.min + 2 * kPageCells * at.groups;
-    for (uint32_t i = end + threadIdx.x; i < at.end; i += kValueThreads) record[i] = 0;
+    for (uint32_t i = end + threadIdx.x; i < at.bytes; i += kValueThreads) record[i] = 0;
     __syncthreads();
 
     for (int i = threadIdx.x; i < 4 * n; i += kValueThreads) {
@@ -836,7 +830,7 @@ __global__ void __launch_bounds__(kValueThreads) unpack_values_kernel(const Valu
     const int head = blockIdx.x % n_heads;
     const PageJob & job = jobs[blockIdx.x / n_heads];
     const ValueFormat f = heads[head].format;
-    const ValueSections at(f);
+    const ValuePlaces at(f);
     const int n = f.head_size;
     half * rows = job.rows + size_t(head) * n;
     const uint8_t * record = job.records + heads[head].record_offset;

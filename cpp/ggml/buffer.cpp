@@ -4,7 +4,9 @@
 #include <cstring>
 #include <set>
 
-#include "glue.h"
+#include "border.h"
+#include "buffer.h"
+#include "state.h"
 
 namespace mixkvq::glue {
 
@@ -188,23 +190,16 @@ void CacheTensor::move_to_larger_region(size_t bytes) {
     const StoreShape shape = store->shape();
     uint8_t * const region = owner->memory->allocate(bytes);
     owner->more += bytes;
-    CudaMemory * const before = cuda;
-    std::unique_ptr<PageStore> larger;
-    try {
-        larger = std::make_unique<PageStore>(shape, owner->memory->pages(*this, shape), region, bytes);
-        larger->keep_statistics(keeps_statistics());
-        std::vector<half> rows(size_t(kPageCells) * shape.row);
-        for (int s = 0; s < shape.n_streams; ++s) {
-            for (int p = 0; p < shape.n_pages(); ++p) {
-                if (store->page(s, p).empty()) continue;
-                const int cell = p * kPageCells, n = std::min(kPageCells, shape.n_cells - cell);
-                store->read(s, cell, n, rows.data());
-                larger->write(s, cell, n, rows.data(), shape.row);
-            }
+    auto larger = std::make_unique<PageStore>(shape, owner->memory->pages(shape), region, bytes);
+    larger->keep_statistics(keeps_statistics());
+    std::vector<half> rows(size_t(kPageCells) * shape.row);
+    for (int s = 0; s < shape.n_streams; ++s) {
+        for (int p = 0; p < shape.n_pages(); ++p) {
+            if (store->page(s, p).empty()) continue;
+            const int cell = p * kPageCells, n = std::min(kPageCells, shape.n_cells - cell);
+            store->read(s, cell, n, rows.data());
+            larger->write(s, cell, n, rows.data(), shape.row);
         }
-    } catch (...) {
-        cuda = before;
-        throw;
     }
     store = std::move(larger);
     if (!owner->memory->is_zero()) unused_bytes = region_bytes;  // fresh memory of the machine is not there before it is written
@@ -344,7 +339,7 @@ bool add_cache(Buffer & buffer, ggml_tensor * t, int layer, bool is_value, uint8
     cache->row_bytes = t->nb[1];
     cache->region_bytes = bytes;
     const StoreShape shape = shape_of(t, is_value, settings);
-    cache->store = std::make_unique<PageStore>(shape, buffer.memory->pages(*cache, shape), region, bytes);
+    cache->store = std::make_unique<PageStore>(shape, buffer.memory->pages(shape), region, bytes);
     cache->store->keep_statistics(keeps_statistics());
     if (settings.codec) cache->store->set_codec(codec_of(session, layer, is_value, *cache->store), kernels());
     if (t->type != GGML_TYPE_F16) {
@@ -436,7 +431,7 @@ bool copy_between(Buffer & buffer, const ggml_tensor * src, ggml_tensor * dst) {
     CacheTensor * from = cache_of(src);
     CacheTensor * to = cache_of(dst);
     if (!from && !to) return buffer.memory->copy(src, dst);
-    if (!from || !to || (from->owner != to->owner && (from->cuda || to->cuda))) return false;  // on a GPU a buffer has a queue of its own
+    if (!from || !to || (from->owner != to->owner && (from->owner->memory->has_queue() || to->owner->memory->has_queue()))) return false;
     if (from->mode != CacheTensor::Mode::packed || to->mode != from->mode || !from->store->same_layout(*to->store)) return false;
     const size_t stream_bytes = from->row_bytes * from->store->shape().n_cells;
     const size_t a = offset_in_cache(src), b = offset_in_cache(dst);
@@ -545,7 +540,7 @@ class NoMemory final : public BufferMemory {
     uint8_t * base() const override { return nullptr; }
     bool is_zero() const override { return true; }
     const char * isa() const override { return isa_name(kernels().isa); }
-    std::unique_ptr<PageMemory> pages(CacheTensor &, const StoreShape & shape) override {
+    std::unique_ptr<PageMemory> pages(const StoreShape & shape) override {
         return std::make_unique<HostMemory>(kernels(), pool_, shape.row);
     }
     void trim() override {}

@@ -12,8 +12,10 @@
 #include <shared_mutex>
 #include <utility>
 
-#include "glue.h"
+#include "backends.h"
+#include "border.h"
 #include "mixkvq/cuda_memory.h"
+#include "operations.h"
 
 namespace mixkvq::glue {
 
@@ -42,15 +44,6 @@ ggml_backend_t init_inner(ggml_backend_dev_t device, const char * params) {
     backend->iface.free = free_inner;
     return backend;
 }
-
-enum class Kind {
-    view,    // computes nothing
-    inner,   // for the inner backend, as it is
-    write,   // rows into pages
-    attend,
-    shift,
-    copies,  // for the inner backend, on copies of what is in a cache
-};
 
 // Index lists of a graph on the host.
 struct Indices {
@@ -90,43 +83,12 @@ struct CudaContext {
 
 CudaContext & get(ggml_backend_t backend) { return *static_cast<CudaContext *>(backend->context); }
 
-bool is_packed(const CacheTensor & t) { return t.mode != CacheTensor::Mode::plain; }
-// A plain tensor whose data is where llama.cpp put it.
-bool is_as_it_is(const CacheTensor & t) {
-    const uint8_t * base = t.owner->memory->base();
-    return !is_packed(t) && t.plain_data >= base && t.plain_data < base + t.owner->size;
-}
-
-Kind kind_of(const ggml_tensor * node) {
-    if (is_view(node->op) || !(node->flags & GGML_TENSOR_FLAG_COMPUTE) || ggml_is_empty(node)) return Kind::view;
-    CacheTensor * to = cache_of(node);
-    bool any = to && !is_as_it_is(*to);
-    for (int i = 0; i < GGML_MAX_SRC && !any; ++i) {
-        const CacheTensor * t = node->src[i] ? cache_of(node->src[i]) : nullptr;
-        any = t && !is_as_it_is(*t);
-    }
-    if (!any) return Kind::inner;
-    if (node->op == GGML_OP_SET_ROWS && to && can_write_rows(*to, node)) return Kind::write;
-    if (to && node->op == GGML_OP_ROPE && is_shift(*to, node)) return Kind::shift;
-    if (node->op == GGML_OP_FLASH_ATTN_EXT) {
-        const CacheTensor * k = cache_of(node->src[1]);
-        const CacheTensor * v = cache_of(node->src[2]);
-        if (can_attend(k, v, node)) return Kind::attend;
-    }
-    return Kind::copies;
-}
-
 bool is_input(const ggml_tensor * t) { return root_of(t)->op == GGML_OP_NONE; }
 
 // Whether the inner backend computes a node without waiting for the GPU: only then it can be recorded. The one that may wait is a product with chosen
 // matrices, unless they are quantised and there is one token.
 bool never_waits(const ggml_tensor * node) {
     return node->op != GGML_OP_MUL_MAT_ID || (ggml_is_quantized(node->src[0]->type) && node->src[1]->type == GGML_TYPE_F32 && node->ne[2] == 1);
-}
-
-Rows rows_of(const ggml_tensor * write) {
-    const ggml_tensor * rows = write->src[0];
-    return {rows->data, rows->nb[1], rows->type != GGML_TYPE_F32, false};
 }
 
 class Run {
@@ -149,13 +111,12 @@ class Run {
     void fetch_inputs();
     const uint8_t * indices_of(const ggml_tensor * tensor, cuda::Queue & queue);
     void fetch(const std::vector<const ggml_tensor *> & tensors, cuda::Queue & queue);
-    bool find_cells(const CacheTensor & t, const ggml_tensor * op, const uint8_t * indices);
     ggml_status write(CacheTensor & t, const ggml_tensor * op);
     void launch_writes();
     void look(CacheTensor & k, CacheTensor & v, const ggml_tensor * op);
     void attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op);
     ggml_status shift(CacheTensor & t, const ggml_tensor * op);
-    ggml_status on_copies(ggml_tensor * op);
+    ggml_status on_copies(const ggml_tensor * op);
 
     CudaContext & c_;
     ggml_cgraph * graph_;
@@ -289,32 +250,19 @@ const uint8_t * Run::indices_of(const ggml_tensor * tensor, cuda::Queue & queue)
     return std::find_if(c_.indices.begin(), c_.indices.end(), is_it)->bytes.data();
 }
 
-// Where the rows of a write go, to `cells`. False: there is no such cell.
-bool Run::find_cells(const CacheTensor & t, const ggml_tensor * op, const uint8_t * indices) {
-    const int n_cells = t.store->shape().n_cells;
-    const int64_t n_all = int64_t(n_cells) * t.store->shape().n_streams;
-    c_.cells.clear();
-    for (int64_t i = 0; i < op->src[0]->ne[1]; ++i) {
-        const int64_t cell = index_at(indices, op->src[1], i);
-        if (cell < 0 || cell >= n_all) return false;
-        c_.cells.push_back({int(cell / n_cells), int(cell % n_cells)});
-    }
-    return true;
-}
-
 ggml_status Run::write(CacheTensor & t, const ggml_tensor * op) {
     if (n_writes_ == 2 || (n_writes_ == 1 && written_[0]->owner != t.owner)) launch_writes();
     cuda::Queue & queue = use(t);
     if (books_done_) {
         const int n = int(op->src[0]->ne[1]);
         written_[n_writes_] = &t;
-        writes_[n_writes_++] = t.cuda->write_of(rows_of(op), known_->recording->rows_there() + n_written_, n);
+        writes_[n_writes_++] = cuda_memory(t).write_of(rows_of(op, /*on_host=*/false), known_->recording->rows_there() + n_written_, n);
         n_written_ += n;
         return GGML_STATUS_SUCCESS;
     }
     if (!t.store->settle(1)) return GGML_STATUS_FAILED;  // normally nothing to do
-    if (!find_cells(t, op, indices_of(op->src[1], queue))) return GGML_STATUS_FAILED;
-    t.store->write(c_.cells.data(), int(c_.cells.size()), rows_of(op));
+    if (!find_cells(t, op, indices_of(op->src[1], queue), c_.cells)) return GGML_STATUS_FAILED;
+    t.store->write(c_.cells.data(), int(c_.cells.size()), rows_of(op, /*on_host=*/false));
     return GGML_STATUS_SUCCESS;
 }
 
@@ -343,125 +291,72 @@ void Run::attend(CacheTensor & k, CacheTensor & v, const ggml_tensor * op) {
     use(k);
     if (!books_done_) look(k, v, op);
     if (together && written_[0] != &k) std::swap(writes_[0], writes_[1]);
-    attention(*k.store, *k.cuda, *v.store, *v.cuda, attention_call(k, op), together ? writes_ : nullptr);
+    attention(*k.store, cuda_memory(k), *v.store, cuda_memory(v), attention_call(k, op), together ? writes_ : nullptr);
     n_writes_ = 0;
 }
 
-// Turns the keys page by page, only where the shift is not zero, so that no more than a page is ever unpacked.
 ggml_status Run::shift(CacheTensor & t, const ggml_tensor * op) {
-    const StoreShape & shape = t.store->shape();
-    const ggml_tensor * positions = op->src[1];
-    const auto * by = reinterpret_cast<const int32_t *>(indices_of(positions, use(t)));
-    const size_t skip = offset_in_cache(op->src[0]);
-    ggml_status status = GGML_STATUS_SUCCESS;
-    for (int s = 0; s < shape.n_streams; ++s) {
-        for (int p = 0; p < shape.n_pages() && status == GGML_STATUS_SUCCESS; ++p) {
-            const int cell = p * kPageCells, n = std::min(kPageCells, shape.n_cells - cell);
-            const size_t at = size_t(s) * shape.n_cells + cell;
-            if (std::all_of(by + at, by + at + n, [](int32_t x) { return x == 0; })) continue;
-            use(t);
-            t.store->edit_page(s, p, 1, [&](half * rows) {
-                ggml_tensor k = *op->src[0], page_by = *positions, node = *op;
-                k.buffer = node.buffer = inner_buffer(*t.owner);
-                k.view_src = node.view_src = page_by.view_src = nullptr;
-                k.data = node.data = reinterpret_cast<char *>(rows) + skip;
-                k.ne[2] = node.ne[2] = page_by.ne[0] = n;
-                page_by.data = static_cast<int32_t *>(positions->data) + at;
-                page_by.buffer = root_of(positions)->buffer;
-                node.src[0] = &k;
-                node.src[1] = &page_by;
-                keep_lengths(node);
-                to_inner();
-                status = run_node(c_.inner, &node);
-                use(t);
-            });
-        }
-    }
-    return status;
+    const auto * by = reinterpret_cast<const int32_t *>(indices_of(op->src[1], use(t)));
+    return shift_pages(t, op, by, 1, [&](PageShift & part) {
+        part.keys.buffer = part.node.buffer = inner_buffer(*t.owner);
+        to_inner();
+        const ggml_status status = run_node(c_.inner, &part.node);
+        use(t);
+        return status;
+    });
 }
 
-// ---- anything else: the inner backend on F16 copies ----
-
-// What a tensor covers of a cache, from the beginning of its first cell to the end of its last.
-struct Span {
-    CacheTensor * cache;
-    size_t first, n;  // cells of all streams
-    size_t skip;      // bytes of the first cell before the tensor
-
-    explicit Span(const ggml_tensor * t) : cache(cache_of(t)) {
-        const size_t offset = offset_in_cache(t), row = cache->row_bytes;
-        first = offset / row;
-        skip = offset % row;
-        n = (skip + ggml_nbytes(t) + row - 1) / row;
+// Copies cells of a cache, on the GPU.
+void read_here(const Span & span, half * to) {
+    const CacheTensor & cache = *span.cache;
+    const size_t n_cells = cache.store->shape().n_cells;
+    std::vector<PageSpan> pages;
+    for (size_t i = span.first; i < span.first + span.n;) {
+        const size_t cell = i % n_cells, in_page = cell % kPageCells;
+        const size_t m = std::min({span.first + span.n - i, kPageCells - in_page, n_cells - cell});
+        const PageStore::Page & page = cache.store->page(int(i / n_cells), int(cell / kPageCells));
+        pages.push_back({page.rows, page.records, int(in_page), int(m)});
+        i += m;
     }
-    size_t bytes() const { return (n * cache->row_bytes + 255) / 256 * 256; }
-    void read(half * to) const {
-        const size_t n_cells = cache->store->shape().n_cells;
-        std::vector<PageSpan> pages;
-        for (size_t i = first; i < first + n;) {
-            const size_t cell = i % n_cells, in_page = cell % kPageCells;
-            const size_t m = std::min({first + n - i, kPageCells - in_page, n_cells - cell});
-            const PageStore::Page & page = cache->store->page(int(i / n_cells), int(cell / kPageCells));
-            pages.push_back({page.rows, page.records, int(in_page), int(m)});
-            i += m;
-        }
-        cache->cuda->read_here(pages.data(), int(pages.size()), to);
-    }
-};
+    cuda_memory(cache).read_here(pages.data(), int(pages.size()), to);
+}
 
-ggml_status Run::on_copies(ggml_tensor * op) {
-    ggml_tensor result = *op, sources[GGML_MAX_SRC];
-    CacheTensor * const to = cache_of(op);
-    const bool packed_result = to && is_packed(*to);
-    std::vector<ggml_tensor *> copied;  // ours, with data that is yet to come
-    std::vector<Span> spans;
-    auto stand_in = [&](const ggml_tensor * t, ggml_tensor & with) {
-        CacheTensor * cache = cache_of(t);
-        with = *t;
-        with.view_src = nullptr;
-        with.buffer = inner_buffer(*cache->owner);
-        with.extra = nullptr;
-        if (is_packed(*cache)) {
-            copied.push_back(&with);
-            spans.emplace_back(t);
-        } else {
-            with.data = cache->plain_data + offset_in_cache(t);
-        }
-    };
-    if (to) stand_in(op, result);
+ggml_status Run::on_copies(const ggml_tensor * op) {
+    OnCopies on(op);
+    if (const CacheTensor * to = cache_of(op)) on.node.buffer = inner_buffer(*to->owner);
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        const ggml_tensor * src = op->src[i];
-        if (!src || !cache_of(src)) continue;
-        result.src[i] = &sources[i];
-        stand_in(src, sources[i]);
+        const CacheTensor * from = op->src[i] ? cache_of(op->src[i]) : nullptr;
+        if (from) on.sources[i].buffer = inner_buffer(*from->owner);
     }
     to_inner();
-    if (!copied.empty()) {
-        cuda::Queue & queue = use(*spans[0].cache);
+    if (!on.copies.empty()) {
+        const auto aligned = [](const Span & span) { return (span.bytes() + 255) / 256 * 256; };
+        const CacheTensor & first = *on.copies[0].span.cache;
         size_t bytes = 0;
-        for (const Span & span : spans) bytes += span.bytes();
-        auto * at = static_cast<uint8_t *>(queue.workspace(bytes));
-        uint8_t * const result_at = at;
-        for (size_t i = 0; i < spans.size(); ++i) {
-            if (spans[i].cache->owner != spans[0].cache->owner) {
+        for (const OnCopies::Copy & copy : on.copies) bytes += aligned(copy.span);
+        auto * at = static_cast<uint8_t *>(use(first).workspace(bytes));
+        for (OnCopies::Copy & copy : on.copies) {
+            if (copy.span.cache->owner != first.owner) {
                 warn_once("an operation on two caches of different buffers cannot be computed on the GPU");
                 return GGML_STATUS_FAILED;
             }
-            // An operation in place must see one copy, not two.
-            const bool same = packed_result && i > 0 && spans[i].cache == to && spans[i].first == spans[0].first && spans[i].skip == spans[0].skip;
-            if (!same) spans[i].read(reinterpret_cast<half *>(at));
-            copied[i]->data = (same ? result_at : at) + spans[i].skip;
-            at += same ? 0 : spans[i].bytes();
+            if (copy.same >= 0) {
+                copy.tensor->data = on.copies[copy.same].tensor->data;
+                continue;
+            }
+            read_here(copy.span, reinterpret_cast<half *>(at));
+            copy.tensor->data = at + copy.span.skip;
+            at += aligned(copy.span);
         }
         to_inner();
     }
-    const ggml_status status = run_node(c_.inner, &result);
+    const ggml_status status = run_node(c_.inner, &on.node);
     inner_ahead_ = true;
-    if (status != GGML_STATUS_SUCCESS || !packed_result) return status;
+    if (status != GGML_STATUS_SUCCESS || !on.result) return status;
     std::vector<uint8_t> bytes(ggml_nbytes(op));
     ggml_backend_synchronize(c_.inner);
-    to->owner->memory->get(bytes.data(), static_cast<uint8_t *>(result.data), bytes.size());
-    to->write(offset_in_cache(op), bytes.data(), bytes.size(), 1);
+    on.result->owner->memory->get(bytes.data(), static_cast<uint8_t *>(on.node.data), bytes.size());
+    on.result->write(offset_in_cache(op), bytes.data(), bytes.size(), 1);
     return status;
 }
 
@@ -545,7 +440,7 @@ ggml_status Run::enqueue() {
             if (kind == Kind::attend) {
                 attend(*k, *v, node);
             } else {
-                if (k && v && (k->mode == CacheTensor::Mode::packed || v->mode == CacheTensor::Mode::packed)) warn_unpacked(*k);
+                warn_unpacked(node);
                 status = on_copies(node);
             }
             for (CacheTensor * t : {k, v}) {
@@ -582,10 +477,10 @@ ggml_status Run::replay() {
     std::vector<Reach> reaches;  // of the writes
     each(Kind::write, [&](ggml_tensor * node) {
         CacheTensor & t = *cache_of(node);
-        is_right = is_right && t.store->settle(1) && find_cells(t, node, indices_of(node->src[1], queue));
+        is_right = is_right && t.store->settle(1) && find_cells(t, node, indices_of(node->src[1], queue), c_.cells);
         if (!is_right) return;
-        const CudaMemory::Diversion diversion(*t.cuda, rows);
-        t.store->write(c_.cells.data(), int(c_.cells.size()), rows_of(node));
+        const CudaMemory::Diversion diversion(cuda_memory(t), rows);
+        t.store->write(c_.cells.data(), int(c_.cells.size()), rows_of(node, /*on_host=*/false));
         rows += c_.cells.size();
         Reach reach = {&t, INT_MAX, 0, 0};
         for (const PageStore::Cell & c : c_.cells) {
@@ -601,9 +496,9 @@ ggml_status Run::replay() {
     each(Kind::attend, [&](ggml_tensor * node) {
         CacheTensor * k = cache_of(node->src[1]), * v = cache_of(node->src[2]);
         look(*k, *v, node);
-        k->cuda->table_of(*k->store);
-        v->cuda->table_of(*v->store);
-        if (!is_recorded) prepare_attention(*k->store, *k->cuda, *v->store, *v->cuda, attention_call(*k, node));
+        cuda_memory(*k).table_of(*k->store);
+        cuda_memory(*v).table_of(*v->store);
+        if (!is_recorded) prepare_attention(*k->store, cuda_memory(*k), *v->store, cuda_memory(*v), attention_call(*k, node));
         attended_.insert(attended_.end(), {k, v});
         // Attention writes what it sees.
         const AttentionCall call = attention_call(*k, node);

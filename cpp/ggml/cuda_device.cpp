@@ -6,8 +6,10 @@
 #include <cstring>
 #include <deque>
 
-#include "glue.h"
+#include "backends.h"
+#include "border.h"
 #include "mixkvq/cuda_memory.h"
+#include "operations.h"
 
 namespace mixkvq::glue {
 
@@ -47,12 +49,11 @@ class CudaBuffer final : public BufferMemory {
     bool is_zero() const override { return false; }
     const char * isa() const override { return "cuda"; }
 
-    std::unique_ptr<PageMemory> pages(CacheTensor & tensor, const StoreShape & shape) override {
+    std::unique_ptr<PageMemory> pages(const StoreShape & shape) override {
         if (!queue_) queue_ = std::make_shared<cuda::Queue>(device_.number);
-        auto pages = std::make_unique<CudaMemory>(queue_, shape.row, shape.n_pages() * shape.n_streams);
-        tensor.cuda = pages.get();
-        return pages;
+        return std::make_unique<CudaMemory>(queue_, shape.row, shape.n_pages() * shape.n_streams);
     }
+    bool has_queue() const override { return true; }
     void trim() override {
         if (queue_) queue_->trim();
     }
@@ -87,7 +88,7 @@ class CudaBuffer final : public BufferMemory {
     void recover(std::vector<std::unique_ptr<CacheTensor>> & tensors) override {
         if (!queue_ || !queue_->error() || !queue_->recover()) return;
         for (auto & t : tensors) {
-            if (t->cuda) t->cuda->recover();
+            if (t->store) cuda_memory(*t).recover();
         }
     }
 
@@ -234,6 +235,7 @@ const uint8_t * written_by_host(const ggml_tensor * t) {
 }
 void has_computed(ggml_backend_dev_t dev) { ++get(dev).n_computed; }
 
+CudaMemory & cuda_memory(const CacheTensor & tensor) { return static_cast<CudaMemory &>(tensor.store->memory()); }
 std::shared_ptr<cuda::Queue> queue_of(const Buffer & buffer) { return static_cast<const CudaBuffer &>(*buffer.memory).queue(); }
 
 std::vector<std::unique_ptr<Device>> find_cuda_devices(void * return_address, std::vector<LeftOut> & left_out) {

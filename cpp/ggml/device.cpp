@@ -11,7 +11,10 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "glue.h"
+#include "backends.h"
+#include "border.h"
+#include "device.h"
+#include "operations.h"
 
 namespace mixkvq::glue {
 
@@ -62,7 +65,7 @@ class HostBuffer final : public BufferMemory {
     uint8_t * base() const override { return region_.data(); }
     bool is_zero() const override { return true; }
     const char * isa() const override { return isa_name(kernels().isa); }
-    std::unique_ptr<PageMemory> pages(CacheTensor &, const StoreShape & shape) override {
+    std::unique_ptr<PageMemory> pages(const StoreShape & shape) override {
         return std::make_unique<HostMemory>(kernels(), pool_, shape.row);
     }
     void trim() override { pool_.trim(); }

@@ -3,7 +3,10 @@
 #include <cstring>
 #include <exception>
 
-#include "glue.h"
+#include "backends.h"
+#include "border.h"
+#include "device.h"
+#include "session.h"
 
 #if defined(_WIN32)
 #include <intrin.h>

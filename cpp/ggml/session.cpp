@@ -2,7 +2,11 @@
 #include <cmath>
 #include <new>
 
-#include "glue.h"
+#include "border.h"
+#include "buffer.h"
+#include "device.h"
+#include "session.h"
+#include "state.h"
 
 // The handle that a program holds.
 struct mixkvq_session {

@@ -3,11 +3,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <mutex>
 #include <set>
 #include <type_traits>
 
 #include "gguf.h"
-#include "glue.h"
+#include "border.h"
+#include "settings.h"
 
 namespace mixkvq::glue {
 

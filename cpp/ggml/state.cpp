@@ -3,10 +3,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
+#include <vector>
 
-#include "glue.h"
+#include "mixkvq/backend_api.h"
 #include "mixkvq/checksum.h"
+#include "state.h"
 
 namespace mixkvq::glue {
 

@@ -1,11 +1,11 @@
-// The AVX2 kernels: body.h over the primitives of vec_avx2.h. Built with -mavx2 -mfma -mf16c.
+// The AVX2 kernels: table.h over the primitives of vec_avx2.h. Built with -mavx2 -mfma -mf16c.
 #if MIXKVQ_HAVE_AVX2
 
 #include "vec_avx2.h"
 
 #include "pair.h"
 
-#include "body.h"
+#include "table.h"
 
 namespace mixkvq {
 

@@ -5,7 +5,7 @@
 
 #include "pair.h"
 
-#include "body.h"
+#include "table.h"
 
 namespace mixkvq {
 

@@ -1,4 +1,4 @@
-// The AVX-512 kernels: body.h over the primitives of vec_avx2.h and pairs of their registers as one. Built with F, BW, DQ and VL besides the
+// The AVX-512 kernels: table.h over the primitives of vec_avx2.h and pairs of their registers as one. Built with F, BW, DQ and VL besides the
 // flags of AVX2.
 #if MIXKVQ_HAVE_AVX512
 
@@ -6,7 +6,7 @@
 
 #include "pair_avx512.h"
 
-#include "body.h"
+#include "table.h"
 
 namespace mixkvq {
 

@@ -5,7 +5,7 @@
 
 #include "pair_avx512.h"
 
-#include "body.h"
+#include "table.h"
 
 namespace mixkvq {
 

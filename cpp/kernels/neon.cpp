@@ -1,11 +1,11 @@
-// The NEON kernels for every 64-bit ARM processor: body.h over the primitives of vec_neon.h. Built with -march=armv8-a.
+// The NEON kernels for every 64-bit ARM processor: table.h over the primitives of vec_neon.h. Built with -march=armv8-a.
 #if MIXKVQ_HAVE_NEON
 
 #include "vec_neon.h"
 
 #include "pair.h"
 
-#include "body.h"
+#include "table.h"
 
 namespace mixkvq {
 

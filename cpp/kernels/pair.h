@@ -1,4 +1,4 @@
-// Two registers as one, the unit of the inner loops of body.h, for an instruction set whose registers have eight lanes. Included after its
+// Two registers as one, the unit of the inner loops of table.h, for an instruction set whose registers have eight lanes. Included after its
 // vec_*.h; a set with sixteen lanes brings its own.
 #pragma once
 

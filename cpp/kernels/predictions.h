@@ -1,4 +1,4 @@
-// Kernels in float64 for the comparison of predictions, in the vector types of GCC and Clang. Part of body.h: compiled once for each instruction set.
+// Kernels in float64 for the comparison of predictions, in the vector types of GCC and Clang. Part of table.h: compiled once for each instruction set.
 //
 // Element i belongs to sum i mod kSums, whatever the width of a register, and no operation is fused: all instruction sets give the same bits.
 #pragma once

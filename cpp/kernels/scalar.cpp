@@ -239,7 +239,7 @@ void deal(const KeyFormat & f, uint8_t * order, uint8_t * bits) {
 bool keep_tiers(const KeyFormat & f, const uint8_t * whole, Choice & choice) {
     const int n = f.head_size;
     for (int d = 0; d < n; ++d) choice.order[d] = uint8_t(d), choice.bits[d] = whole[d];
-    std::stable_sort(choice.order, choice.order + n, [&](int a, int b) { return whole[a] > whole[b]; });
+    std::sort(choice.order, choice.order + n, [&](int a, int b) { return whole[a] != whole[b] ? whole[a] > whole[b] : a < b; });
     bool fits = true;
     const uint8_t * order = choice.order;
     by_tiers(f, [&](int b, int count) {

@@ -1,4 +1,4 @@
-// The primitives of body.h on AVX2 with FMA and F16C, and with VNNI where the compiler's flags allow it. Included by the avx2*.cpp and
+// The primitives of table.h on AVX2 with FMA and F16C, and with VNNI where the compiler's flags allow it. Included by the avx2*.cpp and
 // avx512*.cpp only: its types stay in those files.
 //
 // A register is 32 bytes: eight floats (F), eight 32-bit integers (I) or 32 code bytes (B). Eight lanes is the unit of the page

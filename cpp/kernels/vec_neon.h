@@ -1,4 +1,4 @@
-// The primitives of body.h on the NEON of 64-bit ARM, with its byte dot products where the compiler's flags allow them. Included by neon.cpp
+// The primitives of table.h on the NEON of 64-bit ARM, with its byte dot products where the compiler's flags allow them. Included by neon.cpp
 // and neon_dotprod.cpp only: its types stay in those files. vec_avx2.h is the model.
 //
 // Eight lanes are two registers: `a` holds lanes 0 to 3, `b` lanes 4 to 7.
