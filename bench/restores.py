@@ -1,5 +1,5 @@
-"""What saving and loading a state costs: the divergence from F16 after so many rounds, with both kinds of state: llama.cpp's own (llama_state_get_data
-and llama_state_set_data), whose rows are F16, and packed ones.
+"""What saving and loading a state costs: the divergence from F16 after so many rounds, with both kinds of state: llama.cpp's own, whose rows are F16
+(llama_state_get_data and llama_state_set_data), and packed ones.
 
     .venv/bin/python bench/restores.py models/cot-tiny-34m-q8_0.gguf --out build/bench/restores.json
 
@@ -83,7 +83,18 @@ def predictions(llm: Any, tokens: list[int], read: int, rounds: int, kind: str =
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
 @force_option()
 def main(
-    model: str, kv: str, kinds: str, rounds: str, text: Path, read: int, after: int, windows: int, seed: int, threads: int, out: Path | None, force: bool
+    model: str,
+    kv: str,
+    kinds: str,
+    rounds: str,
+    text: Path,
+    read: int,
+    after: int,
+    windows: int,
+    seed: int,
+    threads: int,
+    out: Path | None,
+    force: bool,
 ) -> None:
     if out is not None:
         check_result(out, "restores", force=force, inputs=(model, text))

@@ -219,7 +219,8 @@ def states_table() -> str:
     rows = []
     for r in result("states")["states"]:
         times = [f"{r[f'{name}_seconds']:.3f}" for name in ("save", "disk", "load")]
-        rows.append([str(r["tokens"]), label(r["cache"]), f"{r['bytes'] / MIB:.1f}", f"{r['bytes'] / r['bytes_used']:.3f}", *times, f"{r['read_seconds']:.1f}"])
+        sizes = [f"{r['bytes'] / MIB:.1f}", f"{r['bytes'] / r['bytes_used']:.3f}"]
+        rows.append([str(r["tokens"]), label(r["cache"]), *sizes, *times, f"{r['read_seconds']:.1f}"])
     head = ["tokens", "cache", "file, MiB", "over what is in use", "save, s", "the disk alone, s", "resume, s", "read anew, s"]
     return table(head, rows) + source("states")
 

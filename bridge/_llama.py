@@ -878,8 +878,10 @@ class Llama(llama_cpp.Llama):
             return states.to_file(path, self, self._read_tokens())
 
     def load_file(self, path: str | os.PathLike[str]) -> int:
-        """Go on from what `save_file` has written, in place of what the context holds; how many tokens that are. Evaluate the next one before logits are
-        asked for. Raises StateError with one sentence if the file is damaged or does not fit; the context is then as it was.
+        """Go on from what `save_file` has written, in place of what the context holds; how many tokens that are.
+
+        There are no logits before the next token is evaluated. Raises StateError with one sentence if the file is damaged or does not fit; the
+        context is then as it was.
         """
         self._check_ready()
         with self._evaluating:
@@ -993,9 +995,11 @@ class StatePort:
         return int(C.llama_state_seq_get_data_ext(self._context, data, size, self._sequence, 0))
 
     def set(self, address: int, size: int, *, may_write: bool = False) -> int:
-        """may_write: whether the bytes may be changed on the way. Then a context of one sequence goes on in the cell where it would have, which matters
-        where tokens leave a sliding window: after the state of a whole context llama.cpp looks for free cells from the first one on, after that of a
-        sequence from its last one on, and the two differ in their first bytes."""
+        """may_write: whether the bytes may be changed on the way. Then a context of one sequence goes on in the cell where it would have.
+
+        That matters where tokens leave a sliding window: after the state of a whole context llama.cpp looks for free cells from the first one on,
+        after that of a sequence from its last one on, and the two differ in their first bytes.
+        """
         skipped = self._before_cells(address, size) if may_write and self._sequence is None else 0
         sequence = self._sequence
         if skipped:

@@ -186,8 +186,9 @@ def stream_answer(
     console: Console,
     on_read: Callable[[], None] | None = None,
 ) -> Answer:
-    """Evaluate a raw text or a conversation and write the answer piece by piece. on_read: called when the prompt is in the context, unless all of it was.
+    """Evaluate a raw text or a conversation and write the answer piece by piece.
 
+    on_read: called when the prompt is in the context, unless all of it was.
     Ctrl-C ends the answer early; what was written by then is the answer. What `write` raises is passed on.
     Raises SettingsError if the prompt does not fit, ContextError if llama.cpp fails.
     """

@@ -71,7 +71,10 @@ def cache_of(path: str | os.PathLike[str]) -> str:
 
 
 def save_cache(path: str | os.PathLike[str], llama: Llama) -> int:
-    """Write what the model has read beside a conversation that was saved; how many bytes, 0 if it has read nothing. Raises OSError that names the file."""
+    """Write what the model has read beside a conversation that was saved; how many bytes, 0 if it has read nothing.
+
+    Raises OSError that names the file.
+    """
     where = cache_of(path)
     if llama.n_tokens:
         return llama.save_file(where)
@@ -81,7 +84,10 @@ def save_cache(path: str | os.PathLike[str], llama: Llama) -> int:
 
 
 def load_cache(path: str | os.PathLike[str], llama: Llama) -> str | None:
-    """Put the cache of a conversation back, if it has one. Why that was not possible, without a full stop, or None; the conversation is then read anew."""
+    """Put the cache of a conversation back, if it has one. Why that was not possible, without a full stop, or None.
+
+    The conversation is then read anew.
+    """
     where = cache_of(path)
     if not os.path.exists(where):
         return None

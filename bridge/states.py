@@ -32,6 +32,12 @@ _SUM = struct.Struct("<Q")
 _ALIGN = 64
 _LARGEST_FIELDS = 1 << 20
 
+# Of the context's parameters, those that say how keys are turned.
+ROPE = (
+    *("rope_scaling_type", "rope_freq_base", "rope_freq_scale"),
+    *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
+)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -49,15 +55,12 @@ class Head:
 def identity(llama: Llama) -> dict[str, Any]:
     """What a state must agree in with a context that it is loaded into; JSON."""
     parameters = llama.context_params
-    rope = {
-        name: getattr(parameters, name)
-        for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow")
-    }
+    rope = {name: getattr(parameters, name) for name in ROPE}
     n_ctx = llama.n_ctx() // llama.n_seq
     return {
         "model": {"name": llama._file.name, "fingerprint": llama._file.fingerprint, "weights": _weights(llama._file)},
         "cache": _cache(llama),
-        "rope": {**rope, "yarn_orig_ctx": parameters.yarn_orig_ctx, "long_factors": _has_long_factors(llama._file, n_ctx)},
+        "rope": {**rope, "long_factors": _has_long_factors(llama._file, n_ctx)},
         "adapters": [] if not llama.lora_path else [{"file": _file_sum(llama.lora_path), "scale": llama.lora_scale}],
     }
 

@@ -24,7 +24,8 @@ STORY = "The old clerk walked slowly to the harbour, and nobody in the town knew
 
 def run(*arguments, status=0):
     """An answer to a raw prompt in a process of its own: the text and the report."""
-    command = [sys.executable, "-m", "bridge.run", MODEL, "--raw", "-t", "1", "-c", "1024", "-n", "6", "--device", "cpu", "--report", "json", *arguments]
+    fixed = ["--raw", "-t", "1", "-c", "1024", "-n", "6", "--device", "cpu", "--report", "json"]
+    command = [sys.executable, "-m", "bridge.run", MODEL, *fixed, *arguments]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=600)
     assert done.returncode == status, done.stderr.decode()
     return (done.stdout.decode(), json.loads(done.stderr)) if status == 0 else done.stderr.decode()

@@ -45,7 +45,8 @@ def models(tmp_path_factory, request):
 
 def goes_on(context, seq=0):
     """Logits of what is read next: a batch, single tokens, and enough for pages to be packed on the way."""
-    return np.concatenate([context.feed(random_tokens(70, 5), seq), *[context.feed([t], seq) for t in (7, 8, 9)], context.feed(random_tokens(200, 6), seq, chunk=50)])
+    batch, tokens = context.feed(random_tokens(70, 5), seq), [context.feed([t], seq) for t in (7, 8, 9)]
+    return np.concatenate([batch, *tokens, context.feed(random_tokens(200, 6), seq, chunk=50)])
 
 
 def assert_same_pages(a, b):
@@ -128,7 +129,8 @@ def test_cells_that_lie_elsewhere_keep_the_records_of_whole_pages(models):
 
 
 def test_cells_between_pages_are_as_close_as_f16_states(models):
-    with Context(models(), PACKED, n_ctx=3072, n_seq=2, unified=True) as saved, Context(models(), PACKED, n_ctx=3072, n_seq=2, unified=True) as loaded:
+    params = {"n_ctx": 3072, "n_seq": 2, "unified": True}
+    with Context(models(), PACKED, **params) as saved, Context(models(), PACKED, **params) as loaded:
         saved.feed(random_tokens(300, 1), 0)
         saved.feed(random_tokens(600, 2), 1)
         packed, f16 = saved.pack(1), saved.save(1)
@@ -191,8 +193,8 @@ def test_every_architecture(models, name):
 @pytest.mark.parametrize("swa_full", [False, True], ids=["ring", "full"])
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_sliding_window(models, name, swa_full):
-    """As long as its cells have not been used again. What llama.cpp does not save is where in the ring it went on: then the numbers are the same and the
-    order in which they are added up is not."""
+    """As long as its cells have not been used again. What llama.cpp does not save is where in the ring it went on: then the numbers are the same, and
+    the order in which they are added up is not."""
     params = {"n_ubatch": 64, "swa_full": swa_full}
     for kv in (EXACT, PACKED, KV):
         for n in (150, 500):
@@ -224,7 +226,8 @@ def test_a_sequence_of_a_windowed_or_recurrent_model(models, name):
 
 
 def test_many_rounds_change_nothing(models):
-    with Context(models(), bridge.Kv(preset="mix2.4", window=0, sinks=0)) as context, Context(models(), bridge.Kv(preset="mix2.4", window=0, sinks=0)) as other:
+    kv = bridge.Kv(preset="mix2.4", window=0, sinks=0)
+    with Context(models(), kv) as context, Context(models(), kv) as other:
         context.feed(random_tokens(700))
         first = packed = context.pack()
         for _ in range(12):
