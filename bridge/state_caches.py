@@ -81,7 +81,7 @@ class StateCache(BaseLlamaCache):
     def __setitem__(self, key: Sequence[int], value: LlamaState) -> None:
         """Keep a state that `Llama.save_state` has given. It is kept under the tokens that it holds, which are those of `key` but for the last."""
         if not states.is_state(value.llama_state):
-            raise SettingsError("This cache holds packed states, and llama.cpp's own cache types have none; use one of llama-cpp-python's caches.")
+            raise SettingsError("This cache holds packed states, which only a bridge.Llama on a MixKVQ cache has; use one of llama-cpp-python's caches.")
         tokens = tuple(int(token) for token in value.input_ids[: value.n_tokens])
         for other in list(self._keys()):
             if other == tokens or (self._can_go_back and len(other) < len(tokens) and common_prefix(other, tokens) == len(other)):

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import tiny_models
 from contexts import BALANCED, EXACT, PACKED, Context, Model, assert_same, devices, kl, random_tokens
+from gguf import GGUFWriter
 from test_architectures import PLAIN, SERVED, WINDOWED
 
 import bridge
 from bridge import states
 from bridge.files import check_target, kind_of
 from bridge.library import native
+from bridge.model_file import open_model
 from bridge.sequences import Sequences
 
 MODEL = Path(__file__).parents[2] / "models" / "cot-tiny-34m-q8_0.gguf"
@@ -433,7 +435,7 @@ def test_a_file_holds_what_it_is_of(state_file):
     head = states.read_head(state_file[0])
     assert head.tokens.tolist() == TOKENS and head.fields["n_tokens"] == 700 and head.fields["kind"] == "context"
     assert head.fields["cache"] == {"type": "mixkvq", "preset": "mix3.2", "profile": None, "window": 128, "sinks": 128}
-    assert head.fields["model"]["fingerprint"] == bridge.model_file.open_model(MODEL).fingerprint
+    assert head.fields["model"]["fingerprint"] == open_model(MODEL).fingerprint
     assert head.fields["format"] == native().FORMAT_VERSION
 
 
@@ -533,6 +535,65 @@ def test_another_quantisation_of_the_model_is_refused(models, tmp_path):
     assert a.load_file(tmp_path / "state") == 300
     for llama in (a, b):
         llama.close()
+
+
+def write_adapter(path, n_in, n_out, seed):
+    writer = GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    rng = np.random.default_rng(seed)
+    for name, shape in (("a", (4, n_in)), ("b", (n_out, 4))):
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{name}", rng.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def test_adapters_and_their_scale_count(tmp_path):
+    model = str(tiny_models.llama(tmp_path / "model.gguf", 64))
+    q = states._header(model, 0).tensors["blk.0.attn_q.weight"].shape
+    adapters = [write_adapter(tmp_path / f"{i}.gguf", *q, i) for i in (0, 0, 1)]
+
+    def with_adapter(**options):
+        return bridge.Llama(model, n_ctx=512, n_threads=1, device="cpu", verbose=False, **options)
+
+    saved = with_adapter(lora_path=adapters[0], lora_scale=0.5)
+    saved.eval(random_tokens(300))
+    saved.save_file(tmp_path / "state")
+    for options, fits in [
+        ({"lora_path": adapters[1], "lora_scale": 0.5}, True),
+        ({"lora_path": adapters[2], "lora_scale": 0.5}, False),
+        ({"lora_path": adapters[0], "lora_scale": 1.0}, False),
+        ({}, False),
+    ]:
+        llama = with_adapter(**options)
+        llama.eval(random_tokens(100))
+        if fits:
+            assert llama.load_file(tmp_path / "state") == 300
+            np.testing.assert_array_equal(llama.forward([5]), saved.forward([5]))
+        else:
+            assert "it was saved with other LoRA adapters" in unchanged(llama, lambda llama=llama: llama.load_file(tmp_path / "state"))
+        llama.close()
+    saved.close()
+
+
+def test_long_and_short_factors_of_rope(tmp_path):
+    """Models that have both, like phi3, take one of them by the length of the context."""
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "phi3")
+    writer.add_uint32("phi3.rope.scaling.original_context_length", 4096)
+    writer.add_uint32("phi3.block_count", 1)
+    writer.add_tensor("rope_factors_long.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = open_model(path)
+    assert [states._has_long_factors(file, n) for n in (512, 4096, 4352)] == [False, False, True]
+    assert states._has_long_factors(open_model(MODEL), 4352) is None
 
 
 def test_a_profile_is_known_by_what_it_says(tmp_path):
