@@ -1011,6 +1011,12 @@ class StatePort:
             return int(C.llama_state_set_data(self._context, data, size))
         return int(C.llama_state_seq_set_data_ext(self._context, data, size, sequence, 0))
 
+    def cut(self, position: int) -> None:
+        """Remove the cells from a position on, which only kept others in their places; -1: none."""
+        whole = range(C.llama_n_seq_max(self._context))
+        for sequence in (whole if self._sequence is None else [self._sequence]) if position >= 0 else ():
+            C.llama_memory_seq_rm(C.llama_get_memory(self._context), sequence, position, -1)
+
     def _before_cells(self, address: int, size: int) -> int:
         """How many bytes of a context's state come before what that of its only sequence begins with; 0 if it has several, or recurrent states."""
         model = C.llama_get_model(self._context)

@@ -166,8 +166,10 @@ class State:
     def write(self, n: int, descriptor: int) -> int:
         """To an open file; how many bytes. Raises OSError as well."""
 
-    def finish(self, n: int) -> None:
-        """llama.cpp has read n bytes of its part: what it stands for takes effect. RuntimeError if it does not."""
+    def finish(self, n: int) -> int:
+        """llama.cpp has read n bytes of its part: what it stands for takes effect. RuntimeError if it does not.
+
+        The position from which on cells hold nothing and are to be removed from llama.cpp's memory, -1 if there are none."""
 
     def close(self) -> None: ...
 

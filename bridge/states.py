@@ -344,7 +344,7 @@ def _load_packed(body: memoryview, port: Any, llama: Llama) -> None:
         raise StateError(str(e)) from None
     try:
         address, size = state.data()
-        state.finish(port.set(address, size, may_write=True))
+        port.cut(state.finish(port.set(address, size, may_write=True)))
     except RuntimeError as e:
         raise ContextError(f"The state was not loaded: {e}; the context is empty now.") from None
     finally:

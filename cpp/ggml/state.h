@@ -19,6 +19,7 @@ void * state_data(State & state, uint64_t * size);
 // False: `to` has refused something. Without it only the bytes are counted.
 bool finish_saving(State & state, uint64_t n, const StateWriter::Write & to, uint64_t * bytes);
 std::string finish_loading(State & state);  // "", or why it went wrong
+int32_t first_filler(const State & state);  // the position from which on cells hold nothing and are to be removed; -1: there are none
 
 // Whether a state of this thread takes care of rows that llama.cpp reads or writes: nobody else has to.
 bool take_rows(CacheTensor & cache, const void * data, size_t offset, size_t bytes);

@@ -255,7 +255,8 @@ class Context:
         """Raises ValueError, before anything has changed, if the state is none for this context."""
         state = self._session.load_state(packed, self._flags(seq))
         try:
-            state.finish(adapter.StatePort(self.ptr, seq).set(*state.data(), may_write=True))
+            port = adapter.StatePort(self.ptr, seq)
+            port.cut(state.finish(port.set(*state.data(), may_write=True)))
         finally:
             state.close()
 

@@ -130,27 +130,48 @@ def test_cells_that_lie_elsewhere_keep_the_records_of_whole_pages(models):
         assert kl(found, expected).mean() < 1e-6  # the same numbers in another order
 
 
-def test_cells_between_pages_are_as_close_as_f16_states(models):
+@pytest.mark.parametrize("step", [600, 50], ids=["together", "interleaved"])
+def test_a_sequence_of_a_unified_cache_in_another_context(models, step):
+    """Its cells lie in the middle of pages, or among those of another one. They keep their places within pages, and pages their records."""
+    params = {"n_ctx": 3072, "n_seq": 2, "unified": True}
+    with Context(models(), PACKED, **params) as saved, Context(models(), PACKED, **params) as loaded:
+        for at in range(0, 600, step):
+            saved.feed(random_tokens(step // 2, at), 0)
+            saved.feed(random_tokens(step, 900 + at), 1)
+        loaded.unpack(saved.pack(1), 1)
+        assert loaded.pos_max(1) == saved.pos_max(1) == 599 and loaded.pos_max(0) == -1
+        assert all(t["pages_packed"] >= 3 and t["pages_packed_ever"] == 0 for t in loaded.layers())
+        found, expected = (context.feed(random_tokens(40, 9), 1) for context in (loaded, saved))
+        assert kl(found, expected).mean() < 1e-6  # the same numbers in another order
+
+
+def test_a_sequence_beside_others_is_as_close_as_an_f16_state(models):
+    """Where another sequence has cells already llama.cpp chooses the places."""
     params = {"n_ctx": 3072, "n_seq": 2, "unified": True}
     with Context(models(), PACKED, **params) as saved, Context(models(), PACKED, **params) as loaded:
         saved.feed(random_tokens(300, 1), 0)
         saved.feed(random_tokens(600, 2), 1)
         packed, f16 = saved.pack(1), saved.save(1)
         expected = saved.feed(random_tokens(60, 9), 1)
+        loaded.feed(random_tokens(70, 3), 0)
         loaded.unpack(packed, 1)
         found = loaded.feed(random_tokens(60, 9), 1)
         loaded.load(f16, 1)
         assert kl(found, expected).mean() < 2 * max(5e-4, kl(loaded.feed(random_tokens(60, 9), 1), expected).mean())
 
 
-def test_holes_close_as_in_an_f16_state(models):
-    """llama.cpp puts the cells of a whole state side by side: what lies behind a hole moves."""
-    with Context(models(), PACKED) as saved, Context(models(), PACKED) as loaded:
-        saved.feed(random_tokens(600))
+@pytest.mark.parametrize("kv", SETTINGS, ids=IDS)
+@pytest.mark.parametrize("seq", [None, 0], ids=["whole", "sequence"])
+def test_holes_stay_open(models, kv, seq):
+    """llama.cpp would put the cells side by side: behind a hole they would leave their pages."""
+    with Context(models(), kv, n_ctx=3072, n_seq=2) as saved, Context(models(), kv, n_ctx=8192, n_seq=2) as loaded:
+        saved.feed(random_tokens(900))
         saved.rm(0, 300, 340)
-        loaded.unpack(saved.pack())
-        found, expected = (context.feed(random_tokens(60, 9)) for context in (loaded, saved))
-        assert kl(found, expected).mean() < 1e-3
+        saved.rm(0, 700, 701)
+        loaded.feed(random_tokens(300, 1))
+        loaded.unpack(saved.pack(seq), seq)
+        assert loaded.pos_max(0) == saved.pos_max(0) == 899
+        assert_same(saved.model.device, (goes_on(loaded), goes_on(saved)))
 
 
 def test_rewound_and_cut_contexts(models):
