@@ -79,7 +79,7 @@ class StateCache(BaseLlamaCache):
         raise KeyError("no entry begins like this")
 
     def __setitem__(self, key: Sequence[int], value: LlamaState) -> None:
-        """Keep a state that `Llama.save_state` has given. It is kept under the tokens that it holds, which are those of `key` but for the last."""
+        """Keep a state that `Llama.save_state` has given, under the tokens that it holds: those of `key` but for the last."""
         if not states.is_state(value.llama_state):
             raise SettingsError("This cache holds packed states, which only a bridge.Llama on a MixKVQ cache has; use one of llama-cpp-python's caches.")
         tokens = tuple(int(token) for token in value.input_ids[: value.n_tokens])
