@@ -13,7 +13,7 @@ import json
 import os
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,11 @@ class StateCache(BaseLlamaCache):
         view._can_go_back = can_go_back
         return view
 
-    def _best(self, key: Sequence[int]) -> Tokens | None:
+    def _best(self, key: Sequence[int], but: Container[Tokens] = ()) -> Tokens | None:
         best, longest = None, 0
         for tokens in self._keys():
             n = common_prefix(tokens, key)
-            if n > longest and (self._can_go_back or n == len(tokens)):
+            if n > longest and tokens not in but and (self._can_go_back or n == len(tokens)):
                 best, longest = tokens, n
         return best
 
@@ -72,10 +72,12 @@ class StateCache(BaseLlamaCache):
         return self._best(key) is not None
 
     def __getitem__(self, key: Sequence[int]) -> LlamaState:
-        while (best := self._best(key)) is not None:
+        gone: set[Tokens] = set()
+        while (best := self._best(key, gone)) is not None:
             state = self._take(best)
             if state is not None:
                 return state
+            gone.add(best)
         raise KeyError("no entry begins like this")
 
     def __setitem__(self, key: Sequence[int], value: LlamaState) -> None:

@@ -660,6 +660,17 @@ def test_a_file_appears_whole_or_not_at_all(state_file, tmp_path, monkeypatch):
     llama.close()
 
 
+def test_a_file_of_a_model_with_a_sliding_window(models, tmp_path):
+    """Tokens have left the window: llama.cpp would use their cells first."""
+    saved, loaded = (bridge.Llama(models("gemma2").path, n_ctx=1024, n_threads=1, device="cpu", verbose=False) for _ in range(2))
+    saved.eval(random_tokens(500))
+    saved.save_file(tmp_path / "state")
+    loaded.load_file(tmp_path / "state")
+    np.testing.assert_array_equal(loaded.forward(random_tokens(200, 1), 200), saved.forward(random_tokens(200, 1), 200))
+    for each in (saved, loaded):
+        each.close()
+
+
 @pytest.mark.parametrize("stock", ["f16", "q8_0"])
 def test_llama_cpps_own_caches_have_files_too(stock, tmp_path, state_file):
     llama, other = load(stock=stock), load(stock=stock, n_ctx=2048)
@@ -833,6 +844,12 @@ def test_files_of_a_disk_cache_serve_the_next_program_and_damage_costs_a_read(tm
     again.reset()
     assert answer(again, STORY) == (first, 0)
     again.close()
+    (path,) = folder.iterdir()
+    path.rename(path.with_name(path.name[:-20] + "00000" + path.name[-15:]))  # not the name of what it holds
+    renamed = load()
+    renamed.set_cache(bridge.DiskCache(folder))
+    assert answer(renamed, STORY)[0] == first
+    renamed.close()
     (folder / "junk.mixkvq-state").write_bytes(b"junk")
     assert bridge.DiskCache(folder).cache_size > 4
     with pytest.raises(bridge.SettingsError, match="cannot be a cache"):
