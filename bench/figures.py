@@ -23,7 +23,8 @@ import click
 import tables
 from _common import describe_run, save_json, split_names
 
-from mixkvq.profile import read_profile
+from mixkvq.cli.command import command_line
+from mixkvq.core.profile import read_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "figures"
@@ -147,7 +148,7 @@ NEEDS_TEXTS = ("caches", "codecs", "codecs-published", "variations")
 
 def note_calibration(seconds: dict[str, float]) -> None:
     """Profiles are not committed; what was measured of them is."""
-    result = describe_run("calibrate", MODEL, {"bits": list(PROFILES), "seed": 1}, hashed=True)
+    result = describe_run("calibrate", MODEL, {"bits": list(PROFILES), "seed": 1}, hashed=True, words=command_line())
     result["profiles"] = {}
     for bits in PROFILES:
         made = read_profile(WORK / profile(bits))

@@ -348,7 +348,7 @@ def calibration_table() -> str:
 
 def presets_table() -> str:
     """From the library itself."""
-    from bridge.library import native
+    from mixkvq.core.native import native
 
     rows = []
     for p in native().presets():
@@ -427,7 +427,7 @@ def out_of_date(documents: Iterable[Path] = DOCUMENTS) -> dict[Path, str]:
 
 def write_pictures() -> None:
     """docs/speed.svg and docs/codecs.svg."""
-    from mixkvq.plots import draw_evaluation
+    from mixkvq.study.plots import draw_evaluation
 
     plot.draw([result(name) for name in ("speed-8b-2layers", "speed-builtin")], ROOT / "docs" / "speed.svg")
     if (RESULTS / "codecs.json").exists():

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_cpp.llama import LlamaState
-from llama_cpp.llama_cache import BaseLlamaCache
+
+from mixkvq.core.errors import SettingsError, StateError
+from mixkvq.core.files import write_atomically
 
 from . import states
-from .errors import SettingsError, StateError
-from .files import write_atomically
+from ._compat import BaseLlamaCache, LlamaState
 
 Tokens = tuple[int, ...]
 DEFAULT_CAPACITY = 2 << 30
@@ -83,7 +83,7 @@ class StateCache(BaseLlamaCache):
     def __setitem__(self, key: Sequence[int], value: LlamaState) -> None:
         """Keep a state that `Llama.save_state` has given, under the tokens that it holds: those of `key` but for the last."""
         if not states.is_state(value.llama_state):
-            raise SettingsError("This cache holds packed states, which only a bridge.Llama on a MixKVQ cache has; use one of llama-cpp-python's caches.")
+            raise SettingsError("This cache holds packed states, which only bridge.Llama on a MixKVQ cache has; use one of llama-cpp-python's.")
         tokens = tuple(int(token) for token in value.input_ids[: value.n_tokens])
         for other in list(self._keys()):
             if other == tokens or (self._can_go_back and len(other) < len(tokens) and common_prefix(other, tokens) == len(other)):
@@ -120,6 +120,7 @@ class RamCache(StateCache):
 
     @property
     def cache_size(self) -> int:
+        """Bytes of all entries."""
         return sum(len(state.llama_state) + state.scores.nbytes for state in self._entries.values())
 
     def _keys(self) -> Iterator[Tokens]:
@@ -158,6 +159,7 @@ class DiskCache(StateCache):
 
     @property
     def cache_size(self) -> int:
+        """Bytes of all entries."""
         return sum(size for _, size, _ in self._files())
 
     def _files(self) -> list[tuple[int, int, Path]]:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from cffi import FFI
 
-from bridge import _native
-from mixkvq import reference
+from mixkvq.core import _native, reference
 
 HEADER = Path(__file__).parents[2] / "cpp" / "include" / "mixkvq" / "c_api.h"
 LIBRARY = Path(_native.__file__).parent / "lib" / "libmixkvq.so"
@@ -246,7 +245,7 @@ def test_an_instruction_set_that_cannot_be_had_is_an_error_in_both(monkeypatch):
     monkeypatch.setenv("MIXKVQ_ISA", "abacus")
     program = f"""
 from cffi import FFI
-from bridge import _native
+from mixkvq.core import _native
 ffi = FFI()
 ffi.cdef({declarations()!r})
 lib = ffi.dlopen({str(LIBRARY)!r})

@@ -13,10 +13,10 @@ from rich.console import Console
 
 import bridge
 from bridge import states
-from bridge.answer import Sampling
-from bridge.chat import Chat
-from bridge.conversations import cache_of
-from bridge.model_file import built_in_model
+from mixkvq.cli.answer import Sampling
+from mixkvq.cli.chat import Chat
+from mixkvq.cli.conversations import cache_of
+from mixkvq.core.model_file import built_in_model
 
 MODEL = str(built_in_model())
 STORY = "The old clerk walked slowly to the harbour, and nobody in the town knew why he went there. " * 10

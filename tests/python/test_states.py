@@ -18,10 +18,10 @@ from test_architectures import PLAIN, SERVED, WINDOWED
 
 import bridge
 from bridge import states
-from bridge.files import check_target, kind_of
-from bridge.library import native
-from bridge.model_file import open_model
 from bridge.sequences import Sequences
+from mixkvq.core.files import check_target, kind_of
+from mixkvq.core.model_file import open_model
+from mixkvq.core.native import native
 
 MODEL = Path(__file__).parents[2] / "models" / "cot-tiny-34m-q8_0.gguf"
 KV = bridge.Kv(preset="balanced", window=64, sinks=128)
@@ -618,7 +618,7 @@ def test_long_and_short_factors_of_rope(tmp_path):
 
 
 def test_a_profile_is_known_by_what_it_says(tmp_path):
-    from mixkvq.profile import uniform_profile, write_profile
+    from mixkvq.core.profile import uniform_profile, write_profile
 
     paths = [tmp_path / f"{name}.gguf" for name in "abc"]
     for path, preset in zip(paths, ("mix2.4", "mix2.4", "mix4.3")):
