@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from cffi import FFI
 
+from bridge.library import library_path
 from mixkvq.core import _native, reference
 
 HEADER = Path(__file__).parents[2] / "cpp" / "include" / "mixkvq" / "c_api.h"
-LIBRARY = Path(_native.__file__).parent / "lib" / "libmixkvq.so"
+LIBRARY = library_path().with_name("libmixkvq.so")
 
 # Head size, tiers, key group, value head size, value bits, value group: every tier, every packing, odd head sizes.
 FORMATS = [

@@ -21,6 +21,8 @@ from mixkvq.core.model_file import built_in_model
 from mixkvq.core.native import native
 from mixkvq.core.profile import LayerProfile, Profile, write_profile
 from mixkvq.core.reference import KeyFormat, ValueFormat
+from mixkvq.core.reference import keys as reference_keys
+from mixkvq.core.reference.checks import check_rows
 from mixkvq.core.reference.values import _rotated_mean
 from mixkvq.study import lab
 from mixkvq.study.lab import _tools, kvarn, mixed, paper, stock, turbo
@@ -374,9 +376,9 @@ def k_name(fmt):
 
 def comes_from_a_record(fmt, rows, valid, importance):
     """Whether the reference keeps what some channels of the keys were rounded to before."""
-    rows, valid = reference._check_rows(fmt.head_size, rows, valid)
-    settled, tiers = reference._settled_tiers(fmt, rows, valid, importance)
-    by_salience = np.argsort(-reference._salience(fmt, rows, valid, importance), kind="stable")
+    rows, valid = check_rows(fmt.head_size, rows, valid)
+    settled, tiers = reference_keys._settled_tiers(fmt, rows, valid, importance)
+    by_salience = np.argsort(-reference_keys._salience(fmt, rows, valid, importance), kind="stable")
     bits = np.empty(fmt.head_size, dtype=np.int64)
     bits[by_salience] = np.repeat(reference.KEY_BITS, fmt.tiers)
     return not np.array_equal(settled, rows) or not np.array_equal(tiers.bits, bits)

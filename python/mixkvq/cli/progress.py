@@ -35,8 +35,10 @@ class Bars(Steps):
             self.bar.remove_task(step)
 
     def __enter__(self) -> Bars:
-        self.bar.start()
+        if not self.bar.disable:  # older versions of rich end one that is disabled with an empty line
+            self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if not self.bar.disable:
+            self.bar.stop()
