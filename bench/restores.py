@@ -1,4 +1,5 @@
-"""What saving and loading a state costs: the divergence from F16 after so many rounds through llama_state_get_data and llama_state_set_data.
+"""What saving and loading a state costs: the divergence from F16 after so many rounds, with both kinds of state: llama.cpp's own, whose rows are F16
+(llama_state_get_data and llama_state_set_data), and packed ones.
 
     .venv/bin/python bench/restores.py models/cot-tiny-34m-q8_0.gguf --out build/bench/restores.json
 
@@ -43,8 +44,13 @@ TEXT = Path(__file__).parents[1] / "python" / "mixkvq" / "study" / "calibration.
 BATCH = 512
 
 
-def restore(llm: Any) -> None:
-    """The state of a context as llama.cpp gives it, put back into the emptied context."""
+def restore(llm: Any, kind: str) -> None:
+    """The state of a context, f16 as llama.cpp gives it or packed, put back into the emptied context."""
+    if kind == "packed":
+        state = llm.save_state()
+        llm.clear()
+        llm.load_state(state)
+        return
     context = llm._context
     data = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(context))()
     size = llama_cpp.llama_state_get_data(context, data, len(data))
@@ -53,20 +59,21 @@ def restore(llm: Any) -> None:
         raise click.ClickException("llama.cpp did not take its own state back.")
 
 
-def predictions(llm: Any, tokens: list[int], read: int, rounds: int) -> npt.NDArray[np.float32]:
+def predictions(llm: Any, tokens: list[int], read: int, rounds: int, kind: str = "f16") -> npt.NDArray[np.float32]:
     """Logits of the tokens after the first `read`."""
     llm.reset()
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm._context), True)
     feed(llm, tokens[:read], BATCH, 0)
     for _ in range(rounds):
-        restore(llm)
+        restore(llm, kind)
     return feed(llm, tokens[read:], BATCH, len(tokens) - read)
 
 
 @tool()
 @click.argument("model", type=Model())
 @click.option("--kv", default="balanced,mix2.4,near-lossless,paper", show_default=True, help=CACHE_HELP)
-@click.option("--rounds", default="0,1,4,12", show_default=True, help="How often a state goes out and comes back.")
+@click.option("--states", "kinds", default="f16,packed", show_default=True, help="Kinds of state.")
+@click.option("--rounds", default="0,1,4,12,100", show_default=True, help="How often a state goes out and comes back.")
 @click.option("--text", default=TEXT, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="[default: the calibration text]")
 @click.option("--read", default=768, show_default=True, type=COUNT, help="Tokens before the state goes out.")
 @click.option("--after", default=256, show_default=True, type=COUNT, help="Tokens after it has come back.")
@@ -76,7 +83,18 @@ def predictions(llm: Any, tokens: list[int], read: int, rounds: int) -> npt.NDAr
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
 @force_option()
 def main(
-    model: str, kv: str, rounds: str, text: Path, read: int, after: int, windows: int, seed: int, threads: int, out: Path | None, force: bool
+    model: str,
+    kv: str,
+    kinds: str,
+    rounds: str,
+    text: Path,
+    read: int,
+    after: int,
+    windows: int,
+    seed: int,
+    threads: int,
+    out: Path | None,
+    force: bool,
 ) -> None:
     if out is not None:
         check_result(out, "restores", force=force, inputs=(model, text))
@@ -89,17 +107,22 @@ def main(
     truth = [predictions(f16, part, read, 0) for part in parts]
     settings = {"read": read, "after": after, "windows": len(parts), "text": text.name, "baseline": "f16", "seed": seed}
     result = describe("restores", Path(model), settings, out) | {"caches": []}
-    table = Table("cache", *(f"{n} rounds" for n in counts), title="mean KLD from F16, nats, after so many restores")
+    if not set(split_names(kinds)) <= {"f16", "packed"}:
+        raise click.UsageError(f"{kinds!r} names another kind of state than f16 and packed.")
+    table = Table("cache", "states", *(f"{n} rounds" for n in counts), title="mean KLD from F16, nats, after so many restores")
     for name in split_names(kv):
         llm = open_model(Path(model), name, **options)
-        kld = []
-        for n in counts:
-            found = [predictions(llm, part, read, n) for part in parts]
-            kld.append(float(np.mean([native().compare_predictions(p, [q])[0].mean() for p, q in zip(truth, found, strict=True)])))
+        for kind in split_names(kinds):
+            if kind == "packed" and llm.stock is not None:
+                continue
+            kld = []
+            for n in counts:
+                found = [predictions(llm, part, read, n, kind) for part in parts]
+                kld.append(float(np.mean([native().compare_predictions(p, [q])[0].mean() for p, q in zip(truth, found, strict=True)])))
+            result["caches"].append({"cache": name, "state": kind, "rounds": counts, "kld": kld})
+            table.add_row(name, kind, *(f"{x:.5f}" for x in kld))
+            save_json(out, result)
         llm.close()
-        result["caches"].append({"cache": name, "rounds": counts, "kld": kld})
-        table.add_row(name, *(f"{x:.5f}" for x in kld))
-        save_json(out, result)
     wide_console().print(table)
 
 

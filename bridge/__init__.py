@@ -21,6 +21,7 @@ from mixkvq.core.errors import (
     ModelFileError,
     ProfileError,
     SettingsError,
+    StateError,
     VersionError,
 )
 from mixkvq.core.page import Page
@@ -29,6 +30,7 @@ from mixkvq.core.settings import Kv
 if TYPE_CHECKING:
     from .attachment import Attachment, attach
     from .llama import Llama
+    from .state_caches import DiskCache, RamCache
 
 __all__ = [
     "Attachment",
@@ -36,26 +38,29 @@ __all__ = [
     "CacheNotUsedError",
     "ContextError",
     "ContextTooLargeError",
+    "DiskCache",
     "GeometryError",
     "Kv",
     "Llama",
     "ModelFileError",
     "Page",
     "ProfileError",
+    "RamCache",
     "SettingsError",
+    "StateError",
     "VersionError",
     "attach",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Attachment", "Llama", "attach"):
+    if name in ("Attachment", "DiskCache", "Llama", "RamCache", "attach"):
         from .installed import require_llama
 
         require_llama()
-        from . import attachment, llama
+        from . import attachment, llama, state_caches
 
-        return getattr(llama if name == "Llama" else attachment, name)
+        return getattr({"Llama": llama, "DiskCache": state_caches, "RamCache": state_caches}.get(name, attachment), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

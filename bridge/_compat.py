@@ -18,6 +18,8 @@ import llama_cpp
 import numpy as np
 from llama_cpp import _logger, llama_chat_format, llama_tokenizer
 from llama_cpp import llama_cpp as C
+from llama_cpp.llama import LlamaState
+from llama_cpp.llama_cache import BaseLlamaCache
 
 from mixkvq.core.errors import ContextError
 
@@ -26,8 +28,10 @@ __all__ = [
     "BUSY",
     "CLOSED",
     "Base",
+    "BaseLlamaCache",
     "C",
     "Closed",
+    "LlamaState",
     "Tokenizer",
     "context_failed",
     "decoding_failed",
@@ -165,6 +169,24 @@ class Base(llama_cpp.Llama):
     def _keeps_all_logits(self) -> bool:
         """See `_keep_all_logits`."""
         return self._logits_all
+
+    def _forget_logits(self) -> None:
+        """What the context holds now has come from a state: the logits that are there are of something else."""
+        self._requires_eval = True
+
+    @property
+    def _logits_are_old(self) -> bool:
+        """See `_forget_logits`."""
+        return bool(self._requires_eval)
+
+    @property
+    def _sampler_seed(self) -> Any:
+        """Of what is sampled without one of its own."""
+        return self._seed
+
+    @_sampler_seed.setter
+    def _sampler_seed(self, seed: Any) -> None:
+        self._seed = seed
 
     def _remove_cells(self, sequence: int, start: int, end: int) -> None:
         """Forget the cells of a sequence (-1: all) from position `start` (-1: the first) up to `end` (-1: the last)."""

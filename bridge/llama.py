@@ -20,17 +20,18 @@ from mixkvq.core.profile import with_profile
 from mixkvq.core.settings import Kv, KvLike, resolve_kv, stock_type
 
 from . import report, streams
-from ._compat import ARGUMENTS, BUSY, CLOSED, Base, C, Tokenizer, decoding_failed
+from ._compat import ARGUMENTS, BUSY, C, Tokenizer, decoding_failed
 from .arguments import asks_for_something, check_name, check_threads, checked_context, refuse_unknown
 from .backend import Backend, backend, load_lock
 from .devices import check_device
+from .keeping import Keeping
 from .loading import Loading, explained
 from .log import log, sentence
 from .placement import Wish, device_options, find_placement
 from .prompt import prompt_tokens
 
 
-class Llama(Base):
+class Llama(Keeping):
     """`llama_cpp.Llama` with a quantised KV cache. Everything that is not listed here is inherited unchanged.
 
     Args:
@@ -268,7 +269,7 @@ class Llama(Base):
         """Logits of the last evaluated token, float32 [vocabulary]. Raises ContextError if there is none."""
         self._check_ready()
         with self._evaluating:
-            if self.n_tokens == 0 or not self._has_logits(-1):
+            if self.n_tokens == 0 or self._logits_are_old or not self._has_logits(-1):
                 raise ContextError("There are no logits yet; evaluate a token first.")
             return np.ctypeslib.as_array(self._output(-1), shape=(self.n_vocab(),)).copy()
 
@@ -384,23 +385,9 @@ class Llama(Base):
                 failure = self._failure(e, self._batch_size())
                 raise failure from failure.__cause__
 
-    def load_state(self, state: Any) -> None:
-        """As in `llama_cpp.Llama`."""
-        self._check_ready()
-        super().load_state(state)
-
     def tokenizer(self) -> Any:
         """The model's tokenizer. It keeps the model, and ends with it."""
         return Tokenizer(self)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ContextError(CLOSED)
-
-    def _check_ready(self) -> None:
-        self._check_open()
-        if self._coding:
-            raise ContextError(BUSY)
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         """Before anything is evaluated, and with the numbers: llama.cpp says only that it failed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from mixkvq.core.errors import ContextError, SettingsError
 from mixkvq.core.memory import SEQUENCES
 
+from . import states
 from .llama import Llama
 
 
@@ -25,7 +27,7 @@ class Sequences(Llama):
         if options.get("embedding"):
             raise SettingsError("A context of several sequences is made for logits, not for embeddings.")
         self.n_seq = n_seq
-        self._lengths = [0] * n_seq
+        self._tokens: list[list[int]] = [[] for _ in range(n_seq)]
         super().__init__(model_path, **options)
 
     def _adjust_context_params(self, params: Any) -> None:
@@ -58,15 +60,15 @@ class Sequences(Llama):
         self._check_sequence(sequence)
         with self._evaluating:
             self._remove_cells(sequence, -1, -1)
-            self.n_tokens -= self._lengths[sequence]
-            self._lengths[sequence] = 0
+            self.n_tokens -= len(self._tokens[sequence])
+            self._tokens[sequence] = []
 
     def reset(self) -> None:
         """Forget the tokens of all sequences and give their memory back."""
         super().reset()
         for sequence in range(self.n_seq):  # llama.cpp's own cache still holds them
             self._remove_cells(sequence, -1, -1)
-        self._lengths = [0] * self.n_seq
+        self._tokens = [[] for _ in range(self.n_seq)]
 
     def kv_stats(self) -> dict[str, Any]:
         """As `Llama.kv_stats`, of one sequence: its share of what all take. Raises ContextError after close()."""
@@ -81,9 +83,26 @@ class Sequences(Llama):
         """Raises ContextError: a state of `llama_cpp.Llama` holds one sequence."""
         raise ContextError(_BY_SEQUENCE)
 
-    def save_state(self) -> Any:
+    def save_state(self, packed: bool = True) -> Any:
         """Raises ContextError, as `load_state`."""
         raise ContextError(_BY_SEQUENCE)
+
+    def save_file(self, path: str | os.PathLike[str], sequence: int = 0) -> int:
+        """As `Llama.save_file`, of one sequence."""
+        self._check_ready()
+        self._check_sequence(sequence)
+        with self._evaluating:
+            return states.to_file(path, self, self._tokens[sequence], sequence)
+
+    def load_file(self, path: str | os.PathLike[str], sequence: int = 0) -> int:
+        """As `Llama.load_file`, into one sequence, whichever it was saved from, in a context of as many sequences; the others stay."""
+        self._check_ready()
+        self._check_sequence(sequence)
+        with self._evaluating:
+            tokens = states.from_file(path, self, sequence).tolist()
+            self.n_tokens += len(tokens) - len(self._tokens[sequence])
+            self._tokens[sequence] = tokens
+            return len(tokens)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -101,14 +120,14 @@ class Sequences(Llama):
         most = self.n_ctx() // self.n_seq
         for sequence, n in Counter(sequence for sequence, _ in tokens).items():
             self._check_sequence(sequence)
-            if self._lengths[sequence] + n > most:
-                raise ContextError(f"{n} tokens do not fit behind the {self._lengths[sequence]} of sequence {sequence} in a context of {most}.")
+            if len(self._tokens[sequence]) + n > most:
+                raise ContextError(f"{n} tokens do not fit behind the {len(self._tokens[sequence])} of sequence {sequence} in a context of {most}.")
 
     def _decode(self, tokens: Sequence[tuple[int, int]], n_logits: int) -> Any:
         """One batch; logits of its last tokens, a copy."""
         n = len(tokens)
         with self._evaluating:
-            ends, cells = list(self._lengths), []
+            ends, cells = [len(each) for each in self._tokens], []
             for sequence, token in tokens:
                 cells.append((sequence, ends[sequence], token))
                 ends[sequence] += 1
@@ -118,7 +137,9 @@ class Sequences(Llama):
             except RuntimeError as e:
                 failure = self._failure(e, n)
                 raise failure from failure.__cause__
-            self._lengths, self.n_tokens = ends, self.n_tokens + n
+            for sequence, token in tokens:
+                self._tokens[sequence].append(int(token))
+            self.n_tokens += n
             return self._logits(n_logits)
 
 

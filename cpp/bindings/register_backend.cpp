@@ -1,9 +1,17 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <unordered_map>
+
+#if defined(_WIN32)
+#include <io.h>
+#else
+#include <unistd.h>
+#endif
 
 #include "mixkvq/backend_api.h"
 #include "register.h"
@@ -78,6 +86,107 @@ int call_codec(void * user, const mixkvq_page * page, float * rows, double * bit
     }
     return 1;
 }
+
+// A packed state on its way out or in; see backend_api.h. Everything that is done with it, and with llama.cpp meanwhile, is done in one thread.
+class State {
+  public:
+    State(const mixkvq_backend_api * api, mixkvq_state * state, std::optional<py::buffer_info> data = std::nullopt)
+        : api_(api), state_(state), data_(std::move(data)) {}
+    ~State() { close(); }
+    State(const State &) = delete;
+    State & operator=(const State &) = delete;
+
+    void close() {
+        if (state_) api_->state_free(state_);
+        state_ = nullptr;
+        data_.reset();
+    }
+
+    std::pair<uintptr_t, size_t> data() const {
+        size_t size = 0;
+        void * const at = api_->state_data(open(), &size);
+        return {reinterpret_cast<uintptr_t>(at), size};
+    }
+
+    uint64_t n_bytes(size_t n) const {
+        uint64_t bytes = 0;
+        check(api_->state_write(open(), n, nullptr, nullptr, &bytes));
+        return bytes;
+    }
+
+    py::bytes to_bytes(size_t n) const {
+        const uint64_t bytes = n_bytes(n);
+        PyObject * const result = PyBytes_FromStringAndSize(nullptr, py::ssize_t(bytes));
+        if (!result) throw py::error_already_set();
+        auto all = py::reinterpret_steal<py::bytes>(result);
+        struct Rest {
+            char * at;
+            size_t left;
+        } rest = {PyBytes_AS_STRING(result), size_t(bytes)};
+        const auto append = [](void * user, const void * data, size_t size) {
+            auto & to = *static_cast<Rest *>(user);
+            if (size > to.left) return 1;
+            std::memcpy(to.at, data, size);
+            to.at += size, to.left -= size;
+            return 0;
+        };
+        check(api_->state_write(open(), n, append, &rest, nullptr));
+        return all;
+    }
+
+    uint64_t write(size_t n, int descriptor) const {
+        struct To {
+            int descriptor, error;
+        } to = {descriptor, 0};
+        const auto append = [](void * user, const void * data, size_t size) {
+            auto & file = *static_cast<To *>(user);
+            for (const auto * at = static_cast<const char *>(data); size > 0;) {
+                const auto done = ::write(file.descriptor, at, unsigned(std::min(size, size_t(1) << 30)));
+                if (done < 0 && errno == EINTR) continue;
+                if (done <= 0) return file.error = done < 0 ? errno : ENOSPC, 1;
+                at += done, size -= size_t(done);
+            }
+            return 0;
+        };
+        uint64_t bytes = 0;
+        int code;
+        {
+            const py::gil_scoped_release release;
+            code = api_->state_write(open(), n, append, &to, &bytes);
+        }
+        if (to.error) {
+            errno = to.error;
+            PyErr_SetFromErrno(PyExc_OSError);
+            throw py::error_already_set();
+        }
+        check(code);
+        return bytes;
+    }
+
+    int32_t finish(size_t n) const {
+        int code;
+        int32_t first = -1;
+        {
+            const py::gil_scoped_release release;
+            code = api_->state_finish(open(), n, &first);
+        }
+        check(code);
+        return first;
+    }
+
+  private:
+    mixkvq_state * open() const {
+        if (!state_) throw std::runtime_error("the state is closed");
+        return state_;
+    }
+    void check(int code) const {
+        if (code != 0) throw std::runtime_error(api_->error(nullptr));
+    }
+
+    const mixkvq_backend_api * api_;
+    mixkvq_state *             state_;
+    std::optional<py::buffer_info> data_;  // what it is loaded from
+};
 
 // The handle of one session. The caches live on without it.
 class Session {
@@ -165,7 +274,22 @@ class Session {
         return py::make_tuple(mean_abs, mean_sqr);
     }
 
+    std::unique_ptr<State> save_state(size_t size, int flags) const { return state_of(api_->state_save(session_, size, flags)); }
+
+    std::unique_ptr<State> load_state(const py::buffer & data, int flags) const {
+        py::buffer_info info = data.request();
+        if (info.ndim != 1 || info.itemsize != 1) throw py::value_error("a state is a sequence of bytes");
+        mixkvq_state * state = nullptr;
+        call([&] { return state = api_->state_load(session_, info.ptr, size_t(info.size), flags), 0; });
+        return state_of(state, std::move(info));
+    }
+
   private:
+    std::unique_ptr<State> state_of(mixkvq_state * state, std::optional<py::buffer_info> data = std::nullopt) const {
+        if (!state) throw py::value_error(api_->error(nullptr));
+        return std::make_unique<State>(api_, state, std::move(data));
+    }
+
     // A call that may wait for the thread that decodes, which may itself wait for the GIL, in a codec.
     template <class F> static int call(F && f) {
         const py::gil_scoped_release release;
@@ -250,6 +374,17 @@ class Backend {
 void register_backend(py::module_ & m) {
     using py::arg;
 
+    m.attr("STATE_SEQUENCE") = int(MIXKVQ_STATE_SEQUENCE);
+    m.attr("STATE_SHARED") = int(MIXKVQ_STATE_SHARED);
+
+    py::class_<State>(m, "State")
+        .def("data", &State::data)
+        .def("n_bytes", &State::n_bytes, arg("n"))
+        .def("to_bytes", &State::to_bytes, arg("n"))
+        .def("write", &State::write, arg("n"), arg("descriptor"))
+        .def("finish", &State::finish, arg("n"))
+        .def("close", &State::close);
+
     py::class_<Session>(m, "Session")
         .def("end", &Session::end)
         .def("stats", &Session::stats)
@@ -257,6 +392,8 @@ void register_backend(py::module_ & m) {
         .def("error", &Session::error)
         .def("codec_failure", &Session::codec_failure)
         .def("query_statistics", &Session::query_statistics, arg("index"))
+        .def("save_state", &Session::save_state, arg("size"), arg("flags") = 0)
+        .def("load_state", &Session::load_state, arg("data"), arg("flags") = 0)
         .def("__enter__", [](py::object self) { return self; })
         .def("__exit__", [](Session & s, const py::args &) { s.end(); });
 

@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "mixkvq/checksum.h"
 #include "mixkvq/page.h"
 #include "mixkvq/profile.h"
 #include "register.h"
@@ -99,6 +100,11 @@ void register_format(py::module_ & m) {
         .def("__eq__", [](const ValueFormat & a, const ValueFormat & b) { return text(a) == text(b); }, py::is_operator())
         .def("__hash__", [](const ValueFormat & f) { return py::hash(py::str(text(f))); });
 
+    m.def("checksum", [](const py::buffer & data) {
+        const py::buffer_info info = data.request();
+        const py::gil_scoped_release release;
+        return checksum_of(info.ptr, size_t(info.size) * size_t(info.itemsize));
+    }, py::arg("data"));
     m.def("body_bits", &body_bits, py::arg("key_format"), py::arg("value_format"));
     m.def("presets", []() {
         py::list list;

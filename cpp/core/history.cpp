@@ -68,6 +68,29 @@ void History::clear() {
     rows_ = 0;
 }
 
+// ---- states ----
+
+HistoryState History::state() const { return {now_, last_, marks_, sequences_, rows_, looks_}; }
+
+void History::restore(const HistoryState & state) {
+    History other(n_cells_, window_, keeps_first_);
+    other.now_.insert(other.now_.end(), state.now.begin(), state.now.end());
+    other.last_.insert(other.last_.end(), state.last.begin(), state.last.end());
+    other.sequences_ = state.sequences;
+    for (const Mark & mark : state.marks) {
+        if (mark.number < n_marks(n_cells_)) other.marks_.push_back(mark);
+    }
+    other.rows_ = state.rows, other.looks_ = state.looks;
+    *this = std::move(other);
+}
+
+void History::adopt(const HistoryState::Sequence & sequence) {
+    const auto is_here = [&](const Sequence & x) { return x.tip == sequence.tip; };
+    if (n_sequences() == kMostSequences || std::any_of(sequences_.begin(), sequences_.end(), is_here)) return;
+    sequences_.push_back(sequence);
+    sequences_.back().seen = looks_;
+}
+
 // ---- sequences ----
 
 // The sequence whose last row this token sees, -1 if there is none. Neighbours are mostly of the same one.
@@ -101,8 +124,7 @@ int History::begin(int cell, bool over) {
         oldest->recent.clear();
         return int(oldest - sequences_.begin());
     }
-    sequences_.emplace_back();
-    sequences_.back().first_page = page;
+    sequences_.push_back({-1, page, 0, 0, {}});
     return n_sequences() - 1;
 }
 

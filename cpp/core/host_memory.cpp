@@ -53,6 +53,11 @@ void HostMemory::unpack(const PageJob * jobs, int n, int n_threads) {
     parallel_for(n_threads, n * n_heads, [&](int i, int) { unpack_head(i % n_heads, jobs[i / n_heads].records, jobs[i / n_heads].rows); });
 }
 
+void HostMemory::unpack_from(const uint8_t * host, half * host_rows) {
+    const PageJob job = {host_rows, const_cast<uint8_t *>(host), {}};
+    unpack(&job, 1, 1);
+}
+
 void HostMemory::write(half * const * to, int n, const Rows & from) {
     const auto * source = static_cast<const uint8_t *>(from.data);
     for (int i = 0; i < n; ++i, source += from.stride) {
@@ -169,6 +174,25 @@ void HostMemory::copy_queries(int to, PageMemory & other, int from) {
     for (size_t i = 0; i < sums.marks.size(); ++i) {
         std::copy(source.marks[i].abs.begin(), source.marks[i].abs.end(), sums.marks[i].abs.begin());
         sums.marks[i].count = source.marks[i].count;
+    }
+}
+
+QueryState HostMemory::query_state(int stream, const std::vector<int> & marks) {
+    const QuerySums & sums = queries_[stream];
+    QueryState state = {sums.abs, sums.sqr, sums.count, {}};
+    for (int number : marks) state.marks.push_back({number, sums.marks[number].abs, sums.marks[number].count});
+    return state;
+}
+
+void HostMemory::restore_queries(int stream, const QueryState & state) {
+    QuerySums & sums = queries_[stream];
+    std::copy(state.abs.begin(), state.abs.end(), sums.abs.begin());
+    std::copy(state.sqr.begin(), state.sqr.end(), sums.sqr.begin());
+    sums.count = state.count;
+    for (const QueryState::Mark & mark : state.marks) {
+        if (mark.number >= int(sums.marks.size())) continue;
+        std::copy(mark.abs.begin(), mark.abs.end(), sums.marks[mark.number].abs.begin());
+        sums.marks[mark.number].count = mark.count;
     }
 }
 

@@ -17,7 +17,7 @@
 namespace mixkvq {
 
 #if defined(_WIN32)
-Region::Region(size_t bytes) : size_(bytes) {
+Region::Region(size_t bytes, bool) : size_(bytes) {
     if (bytes) data_ = static_cast<uint8_t *>(VirtualAlloc(nullptr, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE));
 }
 Region::~Region() {
@@ -32,9 +32,14 @@ uint64_t physical_memory() {
     return GlobalMemoryStatusEx(&status) ? status.ullTotalPhys : 0;
 }
 #else
-Region::Region(size_t bytes) : size_(bytes) {
+Region::Region(size_t bytes, bool only_addresses) : size_(bytes) {
     if (!bytes) return;
-    void * p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+#if defined(MAP_NORESERVE)
+    const int more = only_addresses ? MAP_NORESERVE : 0;
+#else
+    const int more = 0 * int(only_addresses);
+#endif
+    void * p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | more, -1, 0);
     data_ = p == MAP_FAILED ? nullptr : static_cast<uint8_t *>(p);
 }
 Region::~Region() {

@@ -607,6 +607,29 @@ void CudaMemory::read(const PageSpan * spans, int n, half * rows) {
     }
 }
 
+void CudaMemory::get_records(const uint8_t * from, uint8_t * host) {
+    queue_->note(cudaMemcpyAsync(host, from, layout_->record_bytes, cudaMemcpyDeviceToHost, on(*queue_)));
+    queue_->synchronize();
+}
+
+void CudaMemory::set_records(uint8_t * to, const uint8_t * host) {
+    queue_->note(cudaMemcpyAsync(to, host, layout_->record_bytes, cudaMemcpyHostToDevice, on(*queue_)));
+    queue_->synchronize();  // the bytes belong to the caller
+}
+
+void CudaMemory::unpack_from(const uint8_t * host, half * host_rows) {
+    auto * records = static_cast<uint8_t *>(queue_->get(layout_->record_bytes));
+    set_records(records, host);
+    const PageSpan span = {nullptr, records, 0, kPageCells};
+    try {
+        read(&span, 1, host_rows);
+    } catch (...) {
+        queue_->put(records, layout_->record_bytes);
+        throw;
+    }
+    queue_->put(records, layout_->record_bytes);
+}
+
 void CudaMemory::observe(const Queries & q, int) { observe_on(queue_->stream(), q); }
 
 cuda::Observation CudaMemory::observation(const Queries & q) {
@@ -652,6 +675,40 @@ void CudaMemory::recall_queries(int stream, int number) {
 
 void CudaMemory::copy_queries(int to, PageMemory & other, int from) {
     copy_bytes(sums(to).abs, static_cast<CudaMemory &>(other).sums(from).abs, sums_stride() * sizeof(float));
+}
+
+QueryState CudaMemory::query_state(int stream, const std::vector<int> & marks) {
+    const size_t n = n_sums();
+    const cuda::Queue::Piece all = {sums(stream).abs, sums_stride() * sizeof(float)};
+    const auto * at = reinterpret_cast<const float *>(queue_->fetch(&all, 1));
+    QueryState state = {{at, at + n}, {at + n, at + 2 * n}, at[3 * n], {}};
+    for (int number : marks) {
+        const float * then = at + 3 * n + 4 + number * (n + 4);
+        state.marks.push_back({number, {then, then + n}, then[n]});
+    }
+    return state;
+}
+
+void CudaMemory::restore_queries(int stream, const QueryState & state) {
+    const size_t n = n_sums();
+    forget_queries(stream);  // the importance before any query
+    std::vector<float> all(sums_stride());
+    std::copy(state.abs.begin(), state.abs.end(), all.begin());
+    std::copy(state.sqr.begin(), state.sqr.end(), all.begin() + n);
+    for (size_t i = 0; i < n && state.count > 0; ++i) all[2 * n + i] = state.abs[i] / float(state.count);
+    all[3 * n] = float(state.count);
+    for (const QueryState::Mark & mark : state.marks) {
+        if (mark.number >= layout_->n_marks) continue;
+        float * then = all.data() + 3 * n + 4 + mark.number * (n + 4);
+        std::copy(mark.abs.begin(), mark.abs.end(), then);
+        then[n] = float(mark.count);
+    }
+    const auto put = [&](size_t from, size_t end) {
+        queue_->note(cudaMemcpyAsync(sums(stream).abs + from, all.data() + from, (end - from) * sizeof(float), cudaMemcpyHostToDevice, on(*queue_)));
+    };
+    put(0, 2 * n);
+    put(state.count > 0 ? 2 * n : 3 * n, all.size());
+    queue_->synchronize();
 }
 
 size_t CudaMemory::query_bytes() const { return sums_ ? sums_floats() * sizeof(float) : 0; }

@@ -6,6 +6,7 @@
 
 #include "border.h"
 #include "buffer.h"
+#include "state.h"
 
 namespace mixkvq::glue {
 
@@ -405,6 +406,7 @@ void set_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t, const void *
     guarded(ggml_buffer, [&](Buffer & buffer) {
         buffer.touched = true;
         if (CacheTensor * cache = cache_of(t)) {
+            if (take_rows(*cache, data, offset_in_cache(t) + offset, size)) return;
             cache->write(offset_in_cache(t) + offset, data, size, buffer.session->n_threads);
         } else {
             buffer.memory->set(static_cast<uint8_t *>(t->data) + offset, data, size);
@@ -414,7 +416,8 @@ void set_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t, const void *
 
 void get_tensor(ggml_backend_buffer_t ggml_buffer, const ggml_tensor * t, void * data, size_t offset, size_t size) {
     guarded(ggml_buffer, [&](Buffer & buffer) {
-        if (const CacheTensor * cache = cache_of(t)) {
+        if (CacheTensor * cache = cache_of(t)) {
+            if (take_rows(*cache, data, offset_in_cache(t) + offset, size)) return;
             cache->read(offset_in_cache(t) + offset, data, size);
             buffer.memory->trim();
         } else {

@@ -6,10 +6,15 @@
 #include "buffer.h"
 #include "device.h"
 #include "session.h"
+#include "state.h"
 
 // The handle that a program holds.
 struct mixkvq_session {
     std::shared_ptr<mixkvq::glue::Session> session;
+};
+
+struct mixkvq_state {
+    std::shared_ptr<mixkvq::glue::State> state;
 };
 
 namespace mixkvq::glue {
@@ -301,6 +306,66 @@ const char * why_unused(const char * device) {
     return "";
 }
 
+// ---- packed states ----
+
+// A handle around what `begin` returns; without that, or where it throws, nullptr and a sentence in `last_error`.
+template <class F> mixkvq_state * begin_state(mixkvq_session * session, F && begin) noexcept {
+    return at_border("out of memory for a state", static_cast<mixkvq_state *>(nullptr), [&]() -> mixkvq_state * {
+        last_error = session ? "there is not enough memory for the state" : "there is no session: the handle is NULL";
+        if (!session) return nullptr;
+        auto handle = std::make_unique<mixkvq_state>();
+        handle->state = begin(session->session);
+        return handle->state ? handle.release() : nullptr;
+    });
+}
+
+mixkvq_state * state_save(mixkvq_session * session, size_t size, int flags) {
+    return begin_state(session, [&](auto & of) { return begin_saving(of, size, uint32_t(flags)); });
+}
+
+mixkvq_state * state_load(mixkvq_session * session, const void * data, size_t bytes, int flags) {
+    return begin_state(session, [&](auto & of) {
+        std::string why;
+        auto state = begin_loading(of, data, bytes, uint32_t(flags), why);
+        if (!state) last_error = why;
+        return state;
+    });
+}
+
+void * data_of(mixkvq_state * state, size_t * size) {
+    uint64_t n = 0;
+    void * const data = state ? state_data(*state->state, &n) : nullptr;
+    if (size) *size = size_t(n);
+    return data;
+}
+
+int state_write(mixkvq_state * state, size_t n, mixkvq_write write, void * user, uint64_t * bytes) {
+    return at_border("out of memory for a state", -1, [&] {
+        last_error = state ? "there is not enough memory to save the state" : "there is no state: the handle is NULL";
+        if (!state) return -1;
+        last_error = n ? "what took the state has refused to go on" : "llama.cpp did not save its state";
+        uint64_t count = 0;
+        const auto to = [&](const void * data, size_t size) { return write(user, data, size) == 0; };
+        const bool done = n && finish_saving(*state->state, n, write ? StateWriter::Write(to) : StateWriter::Write(), &count);
+        if (bytes) *bytes = count;
+        if (done) last_error.clear();
+        return done ? 0 : -1;
+    });
+}
+
+int state_finish(mixkvq_state * state, size_t n, int32_t * first_position) {
+    return at_border("out of memory while a state was loaded: reset the context", -1, [&] {
+        last_error = state ? "there is not enough memory to load the state" : "there is no state: the handle is NULL";
+        if (!state) return -1;
+        const std::string why = n ? finish_loading(*state->state) : "llama.cpp did not take it";
+        last_error = why;
+        if (first_position) *first_position = first_filler(*state->state);
+        return why.empty() ? 0 : -1;
+    });
+}
+
+void state_free(mixkvq_state * state) { delete state; }
+
 }  // namespace
 
 void Session::fail(const std::string & sentence, const std::string & topic) {
@@ -358,7 +423,8 @@ bool init_default_session(std::string & error) {
 
 const mixkvq_backend_api * backend_api() {
     static const mixkvq_backend_api api = {MIXKVQ_BACKEND_API_VERSION, begin, end, release, stats, n_layers, layer_stats, error, query_statistics,
-                                           why_unused};
+                                           why_unused,
+                                           state_save, state_load, data_of, state_write, state_finish, state_free};
     return &api;
 }
 

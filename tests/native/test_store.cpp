@@ -129,6 +129,15 @@ class FarMemory final : public PageMemory {
             host_.write(near.data(), int(near.size()), {rows.data(), stride, is_half});
         });
     }
+    void get_records(const uint8_t * from, uint8_t * host) override {
+        finish();
+        host_.get_records(bytes(from), host);
+    }
+    void set_records(uint8_t * to, const uint8_t * host) override {
+        finish();
+        host_.set_records(bytes(to), host);
+    }
+    void unpack_from(const uint8_t * host, half * host_rows) override { host_.unpack_from(host, host_rows); }
     void read(const PageSpan * spans, int n, half * rows) override {
         finish();
         std::vector<PageSpan> near(spans, spans + n);
@@ -162,6 +171,14 @@ class FarMemory final : public PageMemory {
     void copy_queries(int to, PageMemory & other, int from) override {
         finish();
         host_.copy_queries(to, static_cast<FarMemory &>(other).host_, from);
+    }
+    QueryState query_state(int stream, const std::vector<int> & marks) override {
+        finish();
+        return host_.query_state(stream, marks);
+    }
+    void restore_queries(int stream, const QueryState & state) override {
+        finish();
+        host_.restore_queries(stream, state);
     }
     size_t query_bytes() const override { return host_.query_bytes(); }
 
@@ -262,7 +279,7 @@ class Test {
                 case 2: copy(); break;
                 case 3: edit(); break;
                 case 4: any(0, 7) ? observe() : any(0, 1) ? clear() : rewind(); break;
-                case 5: run_out_of_memory(); break;
+                case 5: any(0, 1) ? run_out_of_memory() : restore(); break;
                 default: write_at_end(); break;
             }
             if (any(0, 2)) settle();
@@ -434,6 +451,34 @@ class Test {
         for (int p = 0; p < shape.n_pages() && from != to; ++p) {
             at(to, p) = at(from, p);
             CHECK(!store->page(to, p).settled() || at(from, p).settled, "%s: a copy has been packed", c.text().c_str());
+            at(to, p).settled = store->page(to, p).settled();  // not if there is no record left
+        }
+        clock[to] = clock[from], newest[to] = newest[from], end[to] = end[from], counted[to] = counted[from];
+    }
+
+    // A stream goes out as bytes and comes back, into the same place or another.
+    void restore() {
+        const int from = any(0, shape.n_streams - 1), to = any(0, shape.n_streams - 1);
+        std::vector<uint8_t> bytes;
+        StateWriter count, out([&](const void * data, size_t n) {
+            bytes.insert(bytes.end(), static_cast<const uint8_t *>(data), static_cast<const uint8_t *>(data) + n);
+            return true;
+        });
+        for (StateWriter * writer : {&count, &out}) store->save_stream(from, {{0, shape.n_cells}}, false, *writer);
+        CHECK(out.finish() && count.bytes() == bytes.size() && out.bytes() == bytes.size(), "%s: %zu bytes, not %zu", c.text().c_str(), bytes.size(), size_t(count.bytes()));
+        StateReader in(bytes.data(), bytes.size());
+        StreamState state;
+        const char * wrong = store->parse_stream(in, state);
+        CHECK(!wrong && in.left() == 0, "%s: a state is refused: %s", c.text().c_str(), wrong ? wrong : "it is too long");
+        store->load_stream(to, state, {{0, 0, shape.n_cells}}, true, 1);
+        for (int p = 0; p < shape.n_pages(); ++p) {
+            at(to, p) = at(from, p);
+            if (at(to, p).valid.empty()) at(to, p).written = 0;
+            // Of pages in F16 only cells that hold tokens go out.
+            for (int t = 0; t < kPageCells && (c.codec || !at(from, p).settled); ++t) {
+                if (!at(to, p).valid.test(t)) std::fill_n(at(to, p).rows.begin() + size_t(t) * shape.row, shape.row, half(0));
+            }
+            CHECK(!store->page(to, p).settled() || at(from, p).settled, "%s: a page has been packed while a state was loaded", c.text().c_str());
             at(to, p).settled = store->page(to, p).settled();  // not if there is no record left
         }
         clock[to] = clock[from], newest[to] = newest[from], end[to] = end[from], counted[to] = counted[from];

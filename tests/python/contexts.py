@@ -14,6 +14,7 @@ from bridge import Kv
 from bridge import backend as adapter
 from bridge._compat import C
 from bridge.log import log
+from bridge.state_port import StatePort
 from mixkvq.core.model_file import open_model
 from mixkvq.core.native import native
 from mixkvq.core.page import Codec
@@ -129,7 +130,7 @@ class Context:
         codec: Codec | None = None,
         **params,
     ):
-        self.model, self.n_seq, self.n_batch = model, n_seq, max(n_ubatch, 512)
+        self.model, self.n_seq, self.n_batch, self.unified = model, n_seq, max(n_ubatch, 512), unified
         p = C.llama_context_default_params()
         p.n_ctx, p.n_batch, p.n_ubatch, p.n_seq_max = n_ctx, self.n_batch, n_ubatch, n_seq
         p.n_threads = p.n_threads_batch = n_threads
@@ -242,6 +243,29 @@ class Context:
         if seq is None:
             return C.llama_state_set_data(self.ptr, data, len(state))
         return C.llama_state_seq_set_data_ext(self.ptr, data, len(state), seq, flags)
+
+    def pack(self, seq: int | None = None) -> bytes:
+        """The packed state of the whole context, or of one sequence."""
+        port = StatePort(self.ptr, seq)
+        state = self._session.save_state(port.size(), self._flags(seq))
+        try:
+            return state.to_bytes(port.get(*state.data()))
+        finally:
+            state.close()
+
+    def unpack(self, packed: bytes, seq: int | None = None) -> None:
+        """Raises ValueError, before anything has changed, if the state is none for this context."""
+        state = self._session.load_state(packed, self._flags(seq))
+        try:
+            port = StatePort(self.ptr, seq)
+            port.cut(state.finish(port.set(*state.data(), may_write=True)))
+        finally:
+            state.close()
+
+    def _flags(self, seq: int | None) -> int:
+        if seq is None:
+            return 0
+        return native().STATE_SEQUENCE | (native().STATE_SHARED if self.unified and self.n_seq > 1 else 0)
 
     # --- what our device says ---
 

@@ -218,17 +218,31 @@ def test_restores(tmp_path):
     assert "balanced" in done.stdout and "1 rounds" in done.stdout
     result = json.loads(path.read_text())
     assert result["bench"] == "restores" and result["settings"] | {"read": 300, "after": 40, "windows": 1} == result["settings"]
-    balanced, stock = result["caches"]
-    assert (balanced["cache"], stock["cache"]) == ("balanced", "f16") and balanced["rounds"] == stock["rounds"] == [0, 1]
-    assert stock["kld"] == [0, 0] and min(balanced["kld"]) > 0
+    balanced, packed, stock = result["caches"]
+    assert [(c["cache"], c["state"]) for c in result["caches"]] == [("balanced", "f16"), ("balanced", "packed"), ("f16", "f16")]
+    assert balanced["rounds"] == packed["rounds"] == stock["rounds"] == [0, 1]
+    assert stock["kld"] == [0, 0] and min(balanced["kld"]) > 0 and packed["kld"][0] == packed["kld"][1] == balanced["kld"][0]
 
 
+def test_states(tmp_path):
+    path = tmp_path / "states.json"
+    options = "--kv balanced,q8_0 --lengths 600,1500 --rounds 2 --threads 1"
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / "states.py"), str(MODEL), *options.split(), "--out", str(path)],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())["states"]
+    assert [(row["tokens"], row["cache"]) for row in found] == [(n, cache) for n in (600, 1500) for cache in ("balanced", "q8_0")]
+    assert all(row["same_bits"] and 0 < row["bytes"] and 0 < row["load_seconds"] < row["read_seconds"] for row in found)
+    assert all(row["bytes"] < 1.05 * row["bytes_used"] for row in found if row["cache"] == "balanced")
+
+
+@pytest.mark.parametrize("kind", ["f16", "packed"])
 @pytest.mark.parametrize("cache", ["balanced", "near-lossless"])
-def test_twelve_restores_change_no_prediction(cache):
+def test_twelve_restores_change_no_prediction(cache, kind):
     llm = open_model(MODEL, cache, n_ctx=768, n_batch=512, n_threads=1)
     tokens = llm.tokenize(restores.TEXT.read_bytes()[:8192])[:512]
     assert len(tokens) == 512
-    before, after = (restores.predictions(llm, tokens, 448, rounds) for rounds in (0, 12))
+    before, after = (restores.predictions(llm, tokens, 448, rounds, kind) for rounds in (0, 12))
     llm.close()
     np.testing.assert_array_equal(before, after)
 

@@ -208,7 +208,7 @@ def declarations() -> str:
 class FakeBackend:
     """The struct of function pointers, filled by Python: what the handle sends and what it makes of the answers."""
 
-    def __init__(self, version=3):
+    def __init__(self, version=4):
         # For good, as a library stays: a session that goes together with its backend, be it when the process ends, would call what is gone.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
         self.ffi = ffi = FFI()
@@ -495,7 +495,7 @@ def test_codecs_run_in_several_threads_at_once():
 
 
 def test_another_version_of_the_interface_is_refused():
-    with pytest.raises(RuntimeError, match="speaks version 1 of its interface, this package 3"):
+    with pytest.raises(RuntimeError, match="speaks version 1 of its interface, this package 4"):
         FakeBackend(version=1)
     with pytest.raises(ValueError, match="address is 0"):
         _native.Backend(0)

@@ -678,7 +678,7 @@ def test_a_codec_of_a_c_program(one_layer):
     registry = adapter.function("ggml_backend_dev_backend_reg", adapter.ctypes.c_void_p, adapter.ctypes.c_void_p)(one_layer.backend.cpu)
     get = adapter.function("ggml_backend_reg_get_proc_address", *[adapter.ctypes.c_void_p] * 2, adapter.ctypes.c_char_p)
     api = ffi.cast("mixkvq_backend_api *", get(registry, b"mixkvq_backend_api"))
-    assert api.version == 3
+    assert api.version == 4
     seen = []
 
     @ffi.callback("int(void *, const mixkvq_page *, float *, double *)")

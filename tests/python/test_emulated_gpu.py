@@ -101,6 +101,25 @@ def test_decoding_is_recorded_and_gives_the_numbers_of_the_cpu(tiny):
     assert far < FAR and launches >= 30 and device == "CUDA0" and said == []
 
 
+def test_packed_states_go_on_with_the_same_bits_and_from_one_device_to_another(tiny):
+    code = MODELS + """
+gpu.eval(tokens[150:390])
+state, other = gpu.save_state(), load("gpu")
+other.eval(tokens[:50])
+other.load_state(state)
+pages = [[(t["pages_packed"], t["pages_f16"]) for t in model._session.layers()] for model in (gpu, other)]
+same = all(np.array_equal(step(gpu, t), step(other, t)) for t in tokens[:150])
+again = other.save_state().llama_state == gpu.save_state().llama_state
+small = len(state.llama_state) < 1.05 * gpu.kv_stats()["bytes_used"]
+cpu.load_state(gpu.save_state())
+there = apart(tokens[:40])
+gpu.load_state(cpu.save_state())
+print(json.dumps([pages[0] == pages[1], same, again, small, there, apart(tokens[40:80])]))
+"""
+    (pages, same, again, small, there, back), said = run(code, tiny)
+    assert pages and same and again and small and there < 2 * FAR and back < 2 * FAR and said == []
+
+
 @pytest.mark.parametrize("call", ["capture", "instantiate", "launch"])
 def test_a_graph_for_which_there_is_no_memory_costs_only_time(tiny, call):
     """The operations are queued one by one then, and the context goes on."""

@@ -284,7 +284,7 @@ def test_doctor_on_the_built_in_model():
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines() if "  " in line)
     assert lines["llama-cpp-python"].startswith("0.3.36 (") and lines["ggml"].startswith("0.25")
     assert lines["instruction set"].startswith("scalar, of scalar") and lines["MIXKVQ_ISA"] == "scalar"
-    assert lines["interfaces"] == "version 3 of MixKVQ's, 2 of ggml's" and lines["devices"].startswith("CPU")
+    assert lines["interfaces"] == "version 4 of MixKVQ's, 2 of ggml's" and lines["devices"].startswith("CPU")
     assert lines["fingerprint"] == open_model(MODEL).fingerprint and lines["cache"] == "preset balanced, no profile found"
     assert re.fullmatch(r"1024 tokens: cache [\d.]+ MiB \(10\.0 MiB in F16\), [\d.]+ MiB with what is computed in", lines["full context"])
     assert lines["settings file"] == "none, as MIXKVQ_CONFIG says" and len(text.splitlines()) < 30

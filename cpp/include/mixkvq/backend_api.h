@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define MIXKVQ_BACKEND_API_VERSION 3
+#define MIXKVQ_BACKEND_API_VERSION 4
 
 /* A page that is about to leave the recent window: all heads of one layer's keys or values. */
 typedef struct mixkvq_page {
@@ -80,6 +80,32 @@ typedef struct mixkvq_layer_stats {
     double   body_bits;         /* as above, of this layer's keys or values alone */
 } mixkvq_layer_stats;
 
+/* A packed state on its way out or in: what llama_state_get_data or llama_state_seq_get_data gives, with the records of the caches, their F16 pages and
+ * query statistics in place of rows in F16. A program saves one by
+ *     size = llama_state_get_size(ctx);              // or llama_state_seq_get_size_ext
+ *     state = api->state_save(session, size, flags);
+ *     n = llama_state_get_data(ctx, api->state_data(state, &size), size);   // or llama_state_seq_get_data_ext, in the same thread
+ *     api->state_write(state, n, write, user, &bytes);
+ *     api->state_free(state);
+ * and loads one, into a context of the same model, settings, RoPE and adapters (which nothing here knows), by
+ *     state = api->state_load(session, data, bytes, flags);
+ *     n = llama_state_set_data(ctx, api->state_data(state, &size), size);   // or llama_state_seq_set_data_ext
+ *     api->state_finish(state, n, &first);
+ *     if (first >= 0) llama_memory_seq_rm(llama_get_memory(ctx), seq, first, -1);   // for each sequence
+ *     api->state_free(state);
+ * Of a session's contexts it is that of the calls. Logits are then the same bits as without it, if the cells come back to the places where they were,
+ * which llama.cpp decides: those of a whole context do, and those of a sequence that had a stream to itself. Others keep the records of pages that are moved
+ * as a whole. Loading needs no room in which rows in F16 would lie, nor does saving. */
+typedef struct mixkvq_state mixkvq_state;
+
+enum {
+    MIXKVQ_STATE_SEQUENCE = 1, /* of one sequence, not of the whole context */
+    MIXKVQ_STATE_SHARED   = 2  /* other sequences have cells in its stream: kv_unified, and more than one sequence */
+};
+
+/* Takes the next bytes of a state. Another result than 0 ends the call that writes them. */
+typedef int (*mixkvq_write)(void * user, const void * data, size_t bytes);
+
 typedef struct mixkvq_backend_api {
     int version;
     /* Checks the settings and makes them those of the contexts that this thread creates until `end`, which any thread may call. NULL: see error(). */
@@ -99,6 +125,17 @@ typedef struct mixkvq_backend_api {
     int (*query_statistics)(mixkvq_session * session, int index, float * mean_abs, float * mean_sqr);
     /* Why one of ggml's GPUs ("CUDA0") has no device of ours; "" if it has one or there is no such GPU. */
     const char * (*why_unused)(const char * device);
+    /* Packed states, see above. Between begin and free the thread saves and loads nothing else. NULL or -1: error(NULL) says why.
+     * state_load refuses what is damaged or does not fit, before anything is changed. `data` must stay until the state is freed. */
+    mixkvq_state * (*state_save)(mixkvq_session * session, size_t size, int flags);
+    mixkvq_state * (*state_load)(mixkvq_session * session, const void * data, size_t bytes, int flags);
+    void * (*state_data)(mixkvq_state * state, size_t * size); /* llama.cpp's part: where it writes it, or what it is to read */
+    /* What llama.cpp has written n bytes of. `bytes`: how many there are in all, if not NULL; without `write` they are only counted. Again if it is wanted. */
+    int (*state_write)(mixkvq_state * state, size_t n, mixkvq_write write, void * user, uint64_t * bytes);
+    /* n: what llama.cpp has read of it, 0 if it has refused it. first_position, if not -1 then: llama_memory_seq_rm(memory, seq, first_position, -1) has to
+     * remove cells that hold nothing, for the sequence of the state, or each one of a whole context. They kept the others in their places. */
+    int (*state_finish)(mixkvq_state * state, size_t n, int32_t * first_position);
+    void (*state_free)(mixkvq_state * state);
 } mixkvq_backend_api;
 
 #ifdef __cplusplus

@@ -10,6 +10,7 @@
 
 #include "mixkvq/history.h"
 #include "mixkvq/page_memory.h"
+#include "mixkvq/state.h"
 
 namespace mixkvq {
 
@@ -145,6 +146,16 @@ class PageStore {
     void copy_stream(const PageStore & other, int from, int to);
     void clear();
 
+    // Packed states, in state.cpp. What a stream holds, as far as pages hold one of the `live` cells; with `shared`, other cells of these pages belong
+    // to somebody else and are no part of it.
+    void save_stream(int stream, const CellRuns & live, bool shared, StateWriter & out) const;
+    // A stream as it was saved by a store of these formats. nullptr, or what is wrong with it; then `in` does not matter any more.
+    const char * parse_stream(StateReader & in, StreamState & state) const;
+    // The cells of `moves`, each once, become what they were in the state; those that are whole pages in the same order keep their records. alone: nothing
+    // else in the stream is needed, and it gets the state's statistics; if all cells stay where they were it goes on as the saved one would have. A page
+    // that comes to be where its records are already stays as it is. Throws std::bad_alloc.
+    void load_stream(int stream, const StreamState & state, const std::vector<CellMove> & moves, bool alone, int n_threads);
+
     PageMemory & memory() const { return *memory_; }
     size_t records_per_page() const { return layout_.record_bytes; }
     size_t table_bytes() const;  // of the books and the query statistics
@@ -181,6 +192,11 @@ class PageStore {
     bool pack(const std::vector<Place> & places, int n_threads);
     void pack_some(const Place * places, int n, int n_threads);
     bool code(Place place);
+    void load_whole(int stream, const StreamState & state);
+    void load_page(int stream, int p, const StreamState::Page & from, const CellMask & valid, uint64_t written);
+    void load_rows(int stream, int p, const StreamState & state, const int * sources, uint64_t written);
+    bool has_record(int stream, int p, const StreamState::Page & from) const;
+    void rows_of(const StreamState::Page & from, half * rows) const;
     template <class Cells> void write_cells(Cells && cells, int n, const Rows & rows);
     template <class Format> void lay_out(const std::vector<Format> & formats);
 

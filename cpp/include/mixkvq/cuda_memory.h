@@ -165,12 +165,17 @@ class CudaMemory final : public PageMemory {
     void unpack(const PageJob * jobs, int n, int n_threads) override;
     void write(half * const * to, int n, const Rows & from) override;
     void read(const PageSpan * spans, int n, half * rows) override;
+    void get_records(const uint8_t * from, uint8_t * host) override;
+    void set_records(uint8_t * to, const uint8_t * host) override;
+    void unpack_from(const uint8_t * host, half * host_rows) override;
     void observe(const Queries & queries, int n_threads) override;
     bool query_statistics(int stream, float * mean_abs, float * mean_sqr) override;
     void forget_queries(int stream) override;
     void mark_queries(int stream, int mark) override;
     void recall_queries(int stream, int mark) override;
     void copy_queries(int to, PageMemory & other, int from) override;
+    QueryState query_state(int stream, const std::vector<int> & marks) override;
+    void restore_queries(int stream, const QueryState & state) override;
     size_t query_bytes() const override;
     void observe_on(cuda::Stream stream, const Queries & queries) { cuda::observe(stream, observation(queries)); }
     cuda::Observation observation(const Queries & queries);  // which is then to be done

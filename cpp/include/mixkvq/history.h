@@ -23,6 +23,30 @@ struct MaskView {
     bool sees(int s, int t, int cell) const;
 };
 
+// What there is to know of a stream, as a state keeps it. A sequence's last cell is -1 where that has been written over.
+struct HistoryState {
+    struct Run {
+        int32_t first, n, over;
+    };
+    struct Mark {
+        int32_t number, cell;
+        uint64_t rows;
+    };
+    struct Recent {
+        int32_t page;
+        uint64_t row;  // of the sequence, the last one in the page
+    };
+    struct Sequence {
+        int32_t tip, first_page;
+        uint64_t rows, seen;
+        std::vector<Recent> recent;
+    };
+    std::vector<Run> now, last;
+    std::vector<Mark> marks;
+    std::vector<Sequence> sequences;
+    uint64_t rows = 0, looks = 0;
+};
+
 class History {
   public:
     // `n_cells` of the stream; `window` rows of each sequence are recent; keeps_first: so is the page of a sequence's first row.
@@ -47,6 +71,12 @@ class History {
     // The batch whose rows have been written last, before its attention.
     Step look(const MaskView & view, int s);
 
+    HistoryState state() const;
+    // Is what the state says; marks beyond those that this stream may have are left out. Throws std::bad_alloc, and is then as it was.
+    void restore(const HistoryState & state);
+    // A sequence of another stream, whose last cell is here now.
+    void adopt(const HistoryState::Sequence & sequence);
+
     int n_sequences() const { return int(sequences_.size()); }
     // How many pages of a sequence's window came after this one; 0 for that of its first row. kNotHeld: it is in no sequence's window.
     int rank(int page) const;
@@ -54,24 +84,10 @@ class History {
     size_t bytes() const;
 
   private:
-    struct Run {
-        int first, n;
-        bool over;
-    };
-    struct Mark {
-        int number, cell;
-        uint64_t rows;
-    };
-    struct Recent {
-        int page;
-        uint64_t row;  // of the sequence, the last one in the page
-    };
-    struct Sequence {
-        int tip;          // its last cell; -1: that has been written over
-        int first_page;
-        uint64_t rows = 0, seen = 0;
-        std::vector<Recent> recent;
-    };
+    using Run = HistoryState::Run;
+    using Mark = HistoryState::Mark;
+    using Recent = HistoryState::Recent;
+    using Sequence = HistoryState::Sequence;
 
     size_t most_recent() const { return window_ / kPageCells + 3; }  // pages of a sequence that is alone
     int find(const MaskView & view, int s, int t, int likely) const;

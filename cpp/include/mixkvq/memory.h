@@ -13,7 +13,8 @@ namespace mixkvq {
 class Region {
   public:
     Region() = default;
-    explicit Region(size_t bytes);  // data() is nullptr if there is not enough memory
+    // data() is nullptr if there is not enough memory. only_addresses: most of it will never be touched, so that nobody has to vouch for it.
+    explicit Region(size_t bytes, bool only_addresses = false);
     ~Region();
     Region(Region && other) noexcept;
     Region & operator=(Region && other) noexcept;

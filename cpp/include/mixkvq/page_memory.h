@@ -12,6 +12,7 @@
 
 #include "mixkvq/kernels.h"
 #include "mixkvq/memory.h"
+#include "mixkvq/state.h"
 
 namespace mixkvq {
 
@@ -79,6 +80,11 @@ class PageMemory {
     // The spans, one behind the other, as F16 rows in host memory, which hold them on return.
     virtual void read(const PageSpan * spans, int n, half * rows) = 0;
 
+    // The records of a page to host memory, which holds them on return, and back; what records in host memory (aligned as records are) read back as.
+    virtual void get_records(const uint8_t * from, uint8_t * host) = 0;
+    virtual void set_records(uint8_t * to, const uint8_t * host) = 0;
+    virtual void unpack_from(const uint8_t * host, half * host_rows) = 0;
+
     // Keys: counts queries for the I_d of their streams; once per batch, because old queries fade. What is not finite counts as 0.
     virtual void observe(const Queries & queries, int n_threads) = 0;
     // Mean |q_d| and mean q_d^2, [head][channel], on the host, of a stream or, at -1, of all; ones and false before any query.
@@ -89,6 +95,9 @@ class PageMemory {
     virtual void mark_queries(int stream, int mark) = 0;
     virtual void recall_queries(int stream, int mark) = 0;
     virtual void copy_queries(int to, PageMemory & other, int from) = 0;
+    // The statistics of a stream with what is remembered under these numbers; and back.
+    virtual QueryState query_state(int stream, const std::vector<int> & marks) = 0;
+    virtual void restore_queries(int stream, const QueryState & state) = 0;
     virtual size_t query_bytes() const = 0;
 };
 
@@ -107,12 +116,17 @@ class HostMemory final : public PageMemory {
     void unpack(const PageJob * jobs, int n, int n_threads) override;
     void write(half * const * to, int n, const Rows & from) override;
     void read(const PageSpan * spans, int n, half * rows) override;
+    void get_records(const uint8_t * from, uint8_t * host) override { copy_records(host, from); }
+    void set_records(uint8_t * to, const uint8_t * host) override { copy_records(to, host); }
+    void unpack_from(const uint8_t * host, half * host_rows) override;
     void observe(const Queries & queries, int n_threads) override;
     bool query_statistics(int stream, float * mean_abs, float * mean_sqr) override;
     void forget_queries(int stream) override;
     void mark_queries(int stream, int mark) override;
     void recall_queries(int stream, int mark) override;
     void copy_queries(int to, PageMemory & other, int from) override;
+    QueryState query_state(int stream, const std::vector<int> & marks) override;
+    void restore_queries(int stream, const QueryState & state) override;
     size_t query_bytes() const override;
 
   private:

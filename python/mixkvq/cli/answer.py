@@ -120,8 +120,9 @@ class _Interrupt:
 class _Reading:
     """The bar while a prompt of more than one batch is read, and the clock."""
 
-    def __init__(self, console: Console, interrupt: _Interrupt, n_batch: int) -> None:
-        self.console, self.interrupt, self.n_batch = console, interrupt, n_batch
+    def __init__(self, console: Console, interrupt: _Interrupt, n_batch: int, on_read: Callable[[], None] | None) -> None:
+        self.console, self.interrupt, self.n_batch, self.on_read = console, interrupt, n_batch, on_read
+        self.aside = 0.0  # seconds that on_read took
         self.progress: Progress | None = None
         self.started = self.ended = time.perf_counter()
         self.tokens = self.total = 0
@@ -147,6 +148,9 @@ class _Reading:
             self.progress.update(self.task, completed=done, speed=done / max(1e-9, self.ended - self.started))
         if done >= total:
             self.close()
+            if self.on_read is not None:
+                self.on_read()
+                self.aside = time.perf_counter() - self.ended
         if self.interrupt.asked:
             self.close()
             raise Interrupted
@@ -174,9 +178,17 @@ def prompt_tokens(llama: Llama, prompt: str | list[Message]) -> list[int]:
     return tokens
 
 
-def stream_answer(llama: Llama, prompt: str | list[Message], sampling: Sampling, write: Callable[[str], None], console: Console) -> Answer:
+def stream_answer(
+    llama: Llama,
+    prompt: str | list[Message],
+    sampling: Sampling,
+    write: Callable[[str], None],
+    console: Console,
+    on_read: Callable[[], None] | None = None,
+) -> Answer:
     """Evaluate a raw text or a conversation and write the answer piece by piece.
 
+    on_read: called when the prompt is in the context, unless all of it was.
     Ctrl-C ends the answer early; what was written by then is the answer. What `write` raises is passed on.
     Raises SettingsError if the prompt does not fit, ContextError if llama.cpp fails.
     """
@@ -184,7 +196,7 @@ def stream_answer(llama: Llama, prompt: str | list[Message], sampling: Sampling,
     answer = Answer(seed=sampling.seed, prompt_tokens=len(tokens))
     pieces: list[str] = []
     interrupt = _Interrupt()
-    reading = _Reading(console, interrupt, llama.n_batch)
+    reading = _Reading(console, interrupt, llama.n_batch, on_read)
     before, llama.on_read = llama.on_read, reading
     llama.generated = 0
     with interrupt.installed():
@@ -210,7 +222,7 @@ def stream_answer(llama: Llama, prompt: str | list[Message], sampling: Sampling,
     answer.cached_tokens = answer.prompt_tokens - reading.total
     answer.read_tokens, answer.read_seconds = reading.tokens, reading.ended - reading.started
     if sampling.max_tokens != 0:
-        answer.answer_tokens, answer.answer_seconds = llama.generated, time.perf_counter() - reading.ended
+        answer.answer_tokens, answer.answer_seconds = llama.generated, time.perf_counter() - reading.ended - reading.aside
     return answer
 
 

@@ -21,7 +21,7 @@ from ..core.files import check_target, write_atomically
 from ..core.memory import format_bytes
 from .answer import LARGEST_SEED, Answer, Message, Sampling, stream_answer
 from .command import for_command
-from .conversations import Autosave, folder, kept, parse_conversation, read_conversation, to_text
+from .conversations import Autosave, cache_of, folder, kept, load_cache, parse_conversation, read_conversation, save_cache, to_text
 from .running import Options, load, note_missing_template, print_report, why_it_ended, writer
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ HELP = """\
 /help        this list
 /reset       forget the conversation
 /memory      what the cache takes
-/save FILE   write the conversation to a JSON file
+/save FILE   write the conversation to a JSON file, and the cache beside it
 /load FILE   go on with a saved conversation
 /chats       list the conversations that were kept
 /resume [N]  go on with the last of them, or with number N of the list
@@ -72,8 +72,9 @@ class Chat:
         write: Callable[[str], None],
         ask: Callable[[str], str],
         autosave: bool = False,
+        on_read: Callable[[], None] | None = None,
     ) -> None:
-        self.llama, self.sampling, self.console, self.write, self.ask = llama, sampling, console, write, ask
+        self.llama, self.sampling, self.console, self.write, self.ask, self.on_read = llama, sampling, console, write, ask, on_read
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.autosave = Autosave(self.say, autosave)
         self.last: Answer | None = None
@@ -101,7 +102,7 @@ class Chat:
             self.write(piece)
 
         try:
-            answer = stream_answer(self.llama, fitted, self.sampling, write, self.console)
+            answer = stream_answer(self.llama, fitted, self.sampling, write, self.console, self.on_read)
         except BaseException:  # the terminal may be gone
             self.autosave.save([*self.transcript, question, {"role": "assistant", "content": "".join(pieces)}])
             raise
@@ -173,6 +174,7 @@ class Chat:
         """/save: write the conversation as JSON. What is there and is no conversation is not replaced. Raises SettingsError."""
         exists = os.path.isfile(path)
         check_target(path, force=True, what="JSON", inputs=[self.llama.model_path])
+        check_target(cache_of(path), force=True, what="state")
         if exists and os.path.getsize(path):
             try:
                 read_conversation(path)
@@ -183,9 +185,10 @@ class Chat:
             return
         try:
             write_atomically(path, to_text(self.transcript), overwrite=exists)
+            size = save_cache(path, self.llama)
         except OSError as e:
-            raise SettingsError(f"{path} cannot be written: {e.strerror or e}.") from None
-        self.say(f"{len(self.transcript)} messages saved to {path}.")
+            raise SettingsError(f"{e.filename or path} cannot be written: {e.strerror or e}.") from None
+        self.say(f"{len(self.transcript)} messages saved to {path}" + (f", and the cache ({format_bytes(size)}) beside it." if size else "."))
 
     def load(self, path: str) -> None:
         """/load: go on with a conversation from a file. Raises SettingsError if it is none, or the chat template refuses it."""
@@ -195,8 +198,9 @@ class Chat:
                 self.llama.chat_tokens(messages)  # the template may refuse it
             except SettingsError as e:
                 raise SettingsError(f"{path} cannot be loaded: {e}") from None
+        why = load_cache(path, self.llama)
         self.begin(messages)
-        self.say(f"{len(messages)} messages loaded from {path}.")
+        self.say(f"{len(messages)} messages loaded from {path}{'' if why is None else f'; they are read anew: {why}'}.")
 
     def list_kept(self) -> None:
         """/chats: the conversations that were kept, the newest first."""
@@ -260,8 +264,12 @@ def chat(options: Options, console: Console) -> int:
         )
         if options.autosave and kept(most=1):
             console.print("Earlier conversations are kept: /resume goes on with the last, /chats lists them.", markup=False)
-        conversation = Chat(llama, options.sampling, options.system, console, writer(), _reader(), options.autosave)
+        conversation = Chat(llama, options.sampling, options.system, console, writer(), _reader(), options.autosave, options.on_read(llama))
+        if options.prompt_cache is not None:
+            options.prompt_cache.begin(llama)
         conversation.loop()
+        if options.prompt_cache is not None:
+            options.prompt_cache.end(llama)
         if conversation.last is not None:
             print_report(llama, conversation.last, options, console)
         return 0

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 
-from ..core.errors import SettingsError, check_text
+from bridge.states import SUFFIX
+
+from ..core.errors import SettingsError, StateError, check_text
 from ..core.files import write_atomically
 from .answer import Message
+
+if TYPE_CHECKING:
+    from bridge.llama import Llama
 
 FORMAT, VERSION = "mixkvq-chat", 1
 ROLES = ("system", "user", "assistant")
@@ -57,6 +64,39 @@ def read_conversation(path: str | os.PathLike[str]) -> list[Message]:
         raise SettingsError(f"{path} is not UTF-8 text.") from None
     except SettingsError as e:
         raise SettingsError(f"{path} cannot be loaded: {e}") from None
+
+
+def cache_of(path: str | os.PathLike[str]) -> str:
+    """Where the cache of a saved conversation lies: chat.json.mixkvq-state beside chat.json."""
+    return os.fspath(path) + SUFFIX
+
+
+def save_cache(path: str | os.PathLike[str], llama: Llama) -> int:
+    """Write what the model has read beside a conversation that was saved; how many bytes, 0 if it has read nothing.
+
+    Raises OSError that names the file.
+    """
+    where = cache_of(path)
+    if llama.n_tokens:
+        return llama.save_file(where)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(where)  # it would be another conversation's
+    return 0
+
+
+def load_cache(path: str | os.PathLike[str], llama: Llama) -> str | None:
+    """Put the cache of a conversation back, if it has one. Why that was not possible, without a full stop, or None.
+
+    The conversation is then read anew.
+    """
+    where = cache_of(path)
+    if not os.path.exists(where):
+        return None
+    try:
+        llama.load_file(where)
+    except StateError as e:
+        return str(e).rstrip(".")
+    return None
 
 
 def folder() -> Path:

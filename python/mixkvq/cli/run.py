@@ -24,6 +24,7 @@ from ..core.settings import STOCK_TYPES, Kv, resolve_kv
 from . import streams
 from .answer import LARGEST_SEED, Answer, Message, Sampling, stream_answer
 from .command import INTERRUPTED, Number, files, run, typed_first
+from .prompt_cache import PromptCache
 from .running import DEFAULT_CONTEXT, Options, at_limit, load, note_missing_template, print_report, why_it_ended, writer
 
 CHAT_TEMPERATURE = 0.7
@@ -54,13 +55,17 @@ def answer_once(options: Options, console: Console) -> int:
             prompt = [{"role": "system", "content": options.system}] if options.system else []
             prompt.append({"role": "user", "content": options.prompt})
         write = writer()
-        answer = stream_answer(llama, prompt, options.sampling, write, console)
+        if options.prompt_cache is not None:
+            options.prompt_cache.begin(llama)
+        answer = stream_answer(llama, prompt, options.sampling, write, console, options.on_read(llama))
         if options.sampling.max_tokens != 0:
             write("\n")
         ended = why_it_ended(answer, options.sampling.max_tokens)
         if ended and options.report != "json":  # which says it as finish_reason
             console.print(ended, markup=False, highlight=False)
         print_report(llama, answer, options, console)
+        if options.prompt_cache is not None:
+            options.prompt_cache.end(llama)
         return exit_code(answer, options.sampling.max_tokens)
     finally:
         llama.close()
@@ -123,6 +128,9 @@ def complete_kv(context: click.Context, parameter: click.Parameter, incomplete: 
 @click.option("--report", type=click.Choice(["text", "json", "none"]), default="text", show_default=True, help="Report at the end, on stderr.")
 @click.option("--report-file", shell_complete=files, help="Write the report as JSON to this file as well.")
 @click.option("--force", is_flag=True, help="Replace the file of --report-file if there is one already.")
+@click.option("--prompt-cache", shell_complete=files, help="Go on from this file, if it is there, and keep in it what has been read of the prompt.")
+@click.option("--prompt-cache-all", is_flag=True, help="Keep the answers in it as well, at the end.")
+@click.option("--prompt-cache-ro", is_flag=True, help="Use it and leave it as it is.")
 @click.option("--no-autosave", is_flag=True, help="Do not keep this chat for /resume.")
 @click.option("--list-presets", "presets", is_flag=True, help="List the presets and exit.")
 @click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's own log.")
@@ -180,6 +188,12 @@ def check(given: dict[str, Any]) -> Options:
     if given["report_file"] is not None:
         inputs = [path for path in (model, given["prompt_file"], kv.profile) if path is not None]
         check_target(given["report_file"], force=given["force"], what="JSON", inputs=inputs)
+    prompt_cache = None
+    if given["prompt_cache"] is not None:
+        prompt_cache = PromptCache(given["prompt_cache"], given["prompt_cache_all"], given["prompt_cache_ro"])
+        prompt_cache.check(model)
+    elif given["prompt_cache_all"] or given["prompt_cache_ro"]:
+        raise SettingsError("--prompt-cache-all and --prompt-cache-ro go together with --prompt-cache FILE.")
     system = None if given["system"] is None else from_command_line(given["system"], "--system")
     prompt = read_prompt(given)
     if prompt is None and given["raw"]:
@@ -208,6 +222,7 @@ def check(given: dict[str, Any]) -> Options:
         force=given["force"],
         autosave=not given["no_autosave"],
         verbose=given["verbose"],
+        prompt_cache=prompt_cache,
     )
 
 

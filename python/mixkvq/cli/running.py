@@ -21,6 +21,7 @@ from ..core.model_file import open_model
 from ..core.settings import Kv
 from .answer import Answer, Sampling
 from .options import quiet_llama
+from .prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     from bridge.llama import Llama
@@ -50,6 +51,12 @@ class Options:
     force: bool
     autosave: bool
     verbose: bool
+    prompt_cache: PromptCache | None = None
+
+    def on_read(self, llama: Llama) -> Callable[[], None] | None:
+        """What to do once a prompt has been read."""
+        cache = self.prompt_cache
+        return None if cache is None else lambda: cache.has_read(llama)
 
 
 def load(options: Options, console: Console) -> Llama:

@@ -10,10 +10,13 @@ from typing import Any, TypedDict, final, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 __version__: str
 PAGE_CELLS: int
 FORMAT_VERSION: int
+STATE_SEQUENCE: int  # a state is of one sequence, not of the whole context
+STATE_SHARED: int  # other sequences have cells in its stream
 HAS_CUDA: bool  # whether the backend was built with kernels for NVIDIA GPUs
 
 @final
@@ -59,6 +62,9 @@ class PresetInfo(TypedDict):
     key_group: int
     value_bits: int
     value_group: int
+
+def checksum(data: Buffer) -> int:
+    """XXH64 of contiguous bytes, seed 0."""
 
 def body_bits(key_format: KeyFormat, value_format: ValueFormat) -> float:
     """Bits per element of a head's records, scales and order included."""
@@ -150,6 +156,28 @@ def compare_predictions(
     """
 
 @final
+class State:
+    """A packed state on its way out or in; all of it, and llama.cpp's part, in one thread. RuntimeError once it is closed."""
+
+    def data(self) -> tuple[int, int]:
+        """Address and size of llama.cpp's part: where it writes it, or what it is to read."""
+
+    def n_bytes(self, n: int) -> int:
+        """Of the state, n of which llama.cpp has written in its part; this and the next two raise RuntimeError if that is none."""
+
+    def to_bytes(self, n: int) -> bytes: ...
+    def write(self, n: int, descriptor: int) -> int:
+        """To an open file; how many bytes. Raises OSError as well."""
+
+    def finish(self, n: int) -> int:
+        """llama.cpp has read n bytes of its part: what it stands for takes effect. RuntimeError if it does not.
+
+        The position from which on cells hold nothing and are to be removed from llama.cpp's memory, -1 if there are none.
+        """
+
+    def close(self) -> None: ...
+
+@final
 class Session:
     """The caches of the contexts that are created between begin and end; also a context manager that ends itself.
 
@@ -174,6 +202,12 @@ class Session:
 
         None if it is not the keys of a packed layer, or no query has read it yet. IndexError if there is no such tensor.
         """
+
+    def save_state(self, size: int, flags: int = 0) -> State:
+        """A state whose part of llama.cpp's takes `size` bytes. flags: STATE_SEQUENCE, STATE_SHARED. ValueError if there is no memory."""
+
+    def load_state(self, data: Buffer, flags: int = 0) -> State:
+        """A state that was saved. ValueError if it is damaged or does not fit, with the reason; nothing has changed then."""
 
     def __enter__(self) -> Session: ...
     def __exit__(

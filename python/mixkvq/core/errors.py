@@ -32,6 +32,10 @@ class ProfileError(BridgeError, ValueError):
     """The profile is unreadable, of a newer format version, or made for another model."""
 
 
+class StateError(BridgeError, ValueError):
+    """A saved state is unreadable, damaged, of another version, or does not fit the context."""
+
+
 class GeometryError(BridgeError, ValueError):
     """No layer of the model has a key/value cache of a shape that MixKVQ can pack."""
 

@@ -21,7 +21,7 @@ from .model_file import read_header
 PathLike = Union[str, "os.PathLike[str]"]
 
 # What is written, and how it is called in a sentence.
-KINDS = {"profile": "a profile", "model": "a model", "JSON": "JSON", "plot": "a picture", "text": "text"}
+KINDS = {"profile": "a profile", "model": "a model", "JSON": "JSON", "plot": "a picture", "text": "text", "state": "a saved state"}
 
 _PICTURES = (b"\x89PNG", b"%PDF", b"%!PS", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"RIFF", b"\x1f\x8b")  # of matplotlib; the last is svgz
 _LARGEST_JSON = 256 << 20
@@ -33,6 +33,8 @@ def kind_of(path: PathLike) -> str:
         start = f.read(4096)
         if not start:
             return "empty"
+        if start[:8] == b"MIXKVQSF":
+            return KINDS["state"]
         if start[:4] == b"GGUF":
             return _kind_of_gguf(path)
         if start.startswith(_PICTURES) or b"<svg" in start:
