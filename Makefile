@@ -6,8 +6,9 @@
 #   make soak     a cache under load against an oracle [MINUTES=30] [SEED=1]; on a GPU as well where there is one
 #   make fuzz     damaged files, with libFuzzer and Atheris [MINUTES=10]
 #   make tsan     contexts in several threads, everything built with the thread sanitizer
-#   make lint     style and types      make clean    removes what was built (not .venv)
+#   make lint     style, layers, types     make clean    removes what was built (not .venv)
 #   make figures NOVEL=... WIKI=...    measures anew what the documents state   make tables   writes it into them, and docs/commands.md
+#   make pythons [PYTHONS="python3.10 python3.13"]   the Python tests on other versions of Python, on 3.10 with the oldest libraries
 #   make repeat N=10                   all tests N times on a busy machine, up to the first failure
 # The first call sets everything up in .venv; later ones only rebuild what has changed.
 
@@ -43,6 +44,9 @@ N ?= 10
 # How long `make soak` and `make fuzz` take; empty: a million operations, and ten minutes.
 MINUTES ?=
 SEED ?= 1
+# The Pythons of `make pythons`, and what pytest is told there.
+PYTHONS ?= python3.10 python3.12 python3.13
+TESTS ?= tests/python
 
 SOURCES := $(shell find cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt
 # With a CUDA compiler the GPU's kernels are built too: for the GPUs of this machine (Hopper's with its own instructions), or, to see that they compile,
@@ -56,7 +60,7 @@ CUDA ?= $(if $(and $(GPUS),$(shell command -v nvcc)),ON,OFF)
 # On a processor with AMX: whether the compiler's ldtilecfg reads 8 of the 64 bytes of a configuration, so that llama.cpp's is thrown away as unused.
 AMX_LOST := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && printf '\043include <immintrin.h>' | $${CXX:-c++} -mamx-tile -E -x c++ - 2>/dev/null | grep -q 'ldtilecfg.*%X0' && echo yes)
 
-.PHONY: run test repeat sanitize soak fuzz tsan neon bench figures tables lint clean
+.PHONY: run test pythons repeat sanitize soak fuzz tsan neon bench figures tables lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/.installed
@@ -73,6 +77,23 @@ test: .venv/.installed $(NATIVE)/.built
 	@ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error --parallel $(CORES)
 	@echo "== Python tests"
 	@$(PY) -m pytest $(if $(GPUS),,-n $(CORES) --dist worksteal)
+
+# Python 3.10 gets the oldest versions of all libraries that pyproject.toml allows.
+pythons: .venv/.llama
+	@mkdir -p build/pythons
+	@sed -n '/^dependencies/,/^]/s/^ *"\([A-Za-z0-9_-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml >build/pythons/oldest.txt
+	@$(PIP) wheel --quiet --no-deps --wheel-dir build/pythons --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
+	@for python in $(PYTHONS); do \
+	    command -v $$python >/dev/null || { echo "make pythons: there is no $$python" >&2; exit 1; }; \
+	    venv=build/pythons/$$(basename $$python); pip="$$venv/bin/python -m pip --disable-pip-version-check install --quiet"; \
+	    case $$python in *3.10) oldest="-c build/pythons/oldest.txt";; *) oldest=;; esac; \
+	    echo "== $$python"; \
+	    [ -x $$venv/bin/python ] || $$python -m venv $$venv || exit 1; \
+	    $$pip scikit-build-core pybind11 cmake ninja || exit 1; \
+	    $$pip $$oldest build/pythons/llama_cpp_python-*.whl || exit 1; \
+	    $$pip $$oldest --no-build-isolation --editable '.[test]' || exit 1; \
+	    $$venv/bin/python -m pytest -n $(CORES) --dist worksteal $(TESTS) || exit 1; \
+	done
 
 # A second program keeps a core busy, as it may be where others work.
 repeat: .venv/.installed $(NATIVE)/.built
@@ -158,7 +179,7 @@ bench: $(NATIVE)/.built .venv/.plot $(BENCH)/8b-2layers.gguf
 	@$(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --depths "$(DEPTHS)" --rounds 5 --force --out $(BENCH)/speed-builtin.json
 	@$(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --depths "$(DEPTHS)" --tokens 8 --rounds 5 --force --out $(BENCH)/speed-8b-2layers.json
 	@rm -f $(BENCH)/speed-*-cuda.json
-	@if $(PY) -c 'from bridge._llama import _backend; raise SystemExit("MIXKVQ-CUDA0" not in _backend().devices)' 2>/dev/null; then \
+	@if $(PY) -c 'from bridge.backend import backend; raise SystemExit("MIXKVQ-CUDA0" not in backend().devices)' 2>/dev/null; then \
 	    $(PY) bench/speed.py models/cot-tiny-34m-q8_0.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --force --out $(BENCH)/speed-builtin-cuda.json && \
 	    $(PY) bench/speed.py $(BENCH)/8b-2layers.gguf --device CUDA0 --depths "$(DEPTHS)" --rounds 5 --force --out $(BENCH)/speed-8b-2layers-cuda.json; \
 	fi
@@ -179,8 +200,9 @@ $(BENCH)/8b-2layers.gguf: bench/random_model.py | .venv/.installed
 
 lint: .venv/.dev
 	@$(PY) -m ruff check .
+	@.venv/bin/lint-imports --no-logo --no-cache
 	@$(PY) -m mypy
-	@$(PY) -m mypy.stubtest --allowlist tests/stubtest.txt bridge._native
+	@$(PY) -m mypy.stubtest --allowlist tests/stubtest.txt mixkvq.core._native
 
 clean:
 	rm -rf build .venv/.installed .pytest_cache .mypy_cache .ruff_cache .hypothesis

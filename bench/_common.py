@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bridge import Llama
-from mixkvq.caches import CACHE_HELP, split_names
-from mixkvq.caches import open_cache as open_model
-from mixkvq.command import COUNT, COUNT_OR_ZERO, SEED, THREADS, Model, force_option, run, tool
-from mixkvq.record import available_cores, check_result, describe_run, save_json
+from mixkvq.cli.command import command_line
+from mixkvq.cli.options import COUNT, COUNT_OR_ZERO, SEED, THREADS, Model, force_option, run, tool
+from mixkvq.study.caches import CACHE_HELP, split_names
+from mixkvq.study.caches import open_cache as open_model
+from mixkvq.study.record import available_cores, check_result, describe_run, save_json
 
 __all__ = [
     "CACHE_HELP",
@@ -60,7 +61,7 @@ def describe(bench: str, model: Path, settings: dict[str, Any], out: Path | None
     hashed = out is not None
     with Progress(console=Console(stderr=True), transient=True, disable=not hashed or not sys.stderr.isatty()) as bar:
         step = bar.add_task(f"SHA-256 of {model.name}", total=model.stat().st_size)
-        return describe_run(bench, model, settings, hashed=hashed, progress=lambda n: bar.advance(step, n))
+        return describe_run(bench, model, settings, hashed=hashed, words=command_line(), progress=lambda n: bar.advance(step, n))
 
 
 def round_up(n: int, step: int) -> int:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import click
 
-from bridge.defaults import COMMANDS, SHARED
-from mixkvq.cli import command as mixkvq
-from mixkvq.command import run, tool
+from mixkvq.cli.defaults import COMMANDS, SHARED
+from mixkvq.cli.main import command as mixkvq
+from mixkvq.cli.options import run, tool
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 WIDTH = 110

@@ -23,7 +23,8 @@ import click
 import tables
 from _common import describe_run, save_json, split_names
 
-from mixkvq.profile import read_profile
+from mixkvq.cli.command import command_line
+from mixkvq.core.profile import read_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "figures"
@@ -111,6 +112,11 @@ def commands(step: str, given: Given) -> list[list[str]]:
         return [evaluate("problems", names, "--problems", str(given.problems), "--levels", "medium,hard")]
     if step == "memory":
         return [[str(ROOT / "bench" / "memory.py"), str(MODEL), "--kv", "f16,balanced", "--ctx", "32768", "--threads", "1", "--out", "memory.json"]]
+    if step == "restores":
+        caches = ",".join((*PRESETS, "paper"))
+        return [[str(ROOT / "bench" / "restores.py"), str(MODEL), "--kv", caches, "--threads", "1", "--windows", "1", "--out", "restores.json"]]
+    if step == "states":
+        return [[str(ROOT / "bench" / "states.py"), str(MODEL), "--kv", "balanced,q8_0,f16", "--out", "states.json"]]
     if step == "speed":
         random_model = [str(ROOT / "bench" / "random_model.py"), "8b-2layers.gguf", "--layers", "2"]
         speed, common = str(ROOT / "bench" / "speed.py"), ["--depths", "0,2048,4096,8192,16384,32768", "--rounds", "5"]
@@ -130,16 +136,19 @@ STEPS = {
     "variations": ("variations",),
     "problems": ("problems",),
     "memory": ("memory",),
+    "restores": ("restores",),
+    "states": ("states",),
     "speed": ("speed-builtin", "speed-8b-2layers"),
 }
 """The files that a step leaves in bench/results."""
 
+QUIET = ("speed", "states")  # on a machine that does nothing else
 NEEDS_TEXTS = ("caches", "codecs", "codecs-published", "variations")
 
 
 def note_calibration(seconds: dict[str, float]) -> None:
     """Profiles are not committed; what was measured of them is."""
-    result = describe_run("calibrate", MODEL, {"bits": list(PROFILES), "seed": 1}, hashed=True)
+    result = describe_run("calibrate", MODEL, {"bits": list(PROFILES), "seed": 1}, hashed=True, words=command_line())
     result["profiles"] = {}
     for bits in PROFILES:
         made = read_profile(WORK / profile(bits))
@@ -203,7 +212,7 @@ def run_step(step: str, given: Given, head: str) -> None:
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.option("--steps", default=",".join(step for step in STEPS if step != "speed"), show_default=True, help="What is measured, in this order.")
+@click.option("--steps", default=",".join(step for step in STEPS if step not in QUIET), show_default=True, help="What is measured, in this order.")
 @click.option("--novel", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Frankenstein as text.")
 @click.option("--wiki", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="wiki.test.raw of WikiText-2.")
 @click.option("--problems", type=click.IntRange(min=1), default=200, show_default=True, help="Problems that are solved with every cache.")

@@ -40,8 +40,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bridge.library import library_path
-from bridge.settings import resolve_kv
-from mixkvq.caches import CACHE_HELP, NO_ROTATION, ROTATION_SWITCH, is_stock
+from mixkvq.core.settings import resolve_kv
+from mixkvq.study.caches import CACHE_HELP, NO_ROTATION, ROTATION_SWITCH, is_stock
 
 OURS = "MIXKVQ-"  # and ggml's name for the device
 

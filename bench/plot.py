@@ -13,7 +13,7 @@ from typing import Any
 import click
 from _common import force_option, run, tool
 
-from mixkvq import plots
+from mixkvq.study import plots
 
 
 def heading(result: dict[str, Any]) -> str:
@@ -21,7 +21,7 @@ def heading(result: dict[str, Any]) -> str:
     return f"{result['model']['name']} on " + machine.get("gpu", f"{machine['cpu']}, threads: {result['settings']['threads']}")
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
+def draw(results: list[dict[str, Any]], path: Path, *, overwrite: bool = True) -> None:
     pyplot = plots.load()
     figure, panels = pyplot.subplots(1, len(results), figsize=(6.4 * len(results), 4.2), squeeze=False, layout="constrained")
     for panel, result in zip(panels[0], results):
@@ -39,7 +39,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         panel.set_title(heading(result), fontsize="medium")
         panel.grid(alpha=0.3)
         panel.legend()
-    plots.save(figure, path)
+    plots.save(figure, path, overwrite=overwrite)
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def read_result(path: Path) -> dict[str, Any]:
 @force_option("the picture")
 def main(results: tuple[Path, ...], out: Path, force: bool) -> None:
     plots.check_path(out, force=force, inputs=results)
-    draw([read_result(path) for path in results], out)
+    draw([read_result(path) for path in results], out, overwrite=force)
 
 
 if __name__ == "__main__":

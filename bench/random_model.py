@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 from _common import COUNT, SEED, force_option, run, tool
 
-from mixkvq.outputs import check_output, writing
+from mixkvq.core.outputs import check_output, writing
 
 Q8_0_BLOCK = 32
 Q8_0_CODES = 127

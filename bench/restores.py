@@ -1,5 +1,5 @@
-"""What saving and loading a state costs: the divergence from F16 after so many rounds, with both kinds of state: llama.cpp's own (llama_state_get_data
-and llama_state_set_data), whose rows are F16, and packed ones.
+"""What saving and loading a state costs: the divergence from F16 after so many rounds, with both kinds of state: llama.cpp's own, whose rows are F16
+(llama_state_get_data and llama_state_set_data), and packed ones.
 
     .venv/bin/python bench/restores.py models/cot-tiny-34m-q8_0.gguf --out build/bench/restores.json
 
@@ -37,10 +37,10 @@ from _common import (
 )
 from rich.table import Table
 
-from bridge.library import native
-from mixkvq.compare import draw_windows, feed, tokenize_text
+from mixkvq.core.native import native
+from mixkvq.study.compare import draw_windows, feed, tokenize_text
 
-TEXT = Path(__file__).parents[1] / "python" / "mixkvq" / "calibration.txt"
+TEXT = Path(__file__).parents[1] / "python" / "mixkvq" / "study" / "calibration.txt"
 BATCH = 512
 
 
@@ -51,7 +51,7 @@ def restore(llm: Any, kind: str) -> None:
         llm.clear()
         llm.load_state(state)
         return
-    context = llm._ctx.ctx
+    context = llm._context
     data = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(context))()
     size = llama_cpp.llama_state_get_data(context, data, len(data))
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
@@ -62,7 +62,7 @@ def restore(llm: Any, kind: str) -> None:
 def predictions(llm: Any, tokens: list[int], read: int, rounds: int, kind: str = "f16") -> npt.NDArray[np.float32]:
     """Logits of the tokens after the first `read`."""
     llm.reset()
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm._ctx.ctx), True)
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm._context), True)
     feed(llm, tokens[:read], BATCH, 0)
     for _ in range(rounds):
         restore(llm, kind)
@@ -83,7 +83,18 @@ def predictions(llm: Any, tokens: list[int], read: int, rounds: int, kind: str =
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
 @force_option()
 def main(
-    model: str, kv: str, kinds: str, rounds: str, text: Path, read: int, after: int, windows: int, seed: int, threads: int, out: Path | None, force: bool
+    model: str,
+    kv: str,
+    kinds: str,
+    rounds: str,
+    text: Path,
+    read: int,
+    after: int,
+    windows: int,
+    seed: int,
+    threads: int,
+    out: Path | None,
+    force: bool,
 ) -> None:
     if out is not None:
         check_result(out, "restores", force=force, inputs=(model, text))

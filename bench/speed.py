@@ -51,11 +51,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bridge import Llama
-from bridge._llama import C
-from bridge.model_file import ModelFile
-from bridge.model_file import open_model as read_geometry
-from mixkvq.outputs import check_different
-from mixkvq.plots import check_path
+from bridge._compat import C
+from mixkvq.core.model_file import ModelFile
+from mixkvq.core.model_file import open_model as read_geometry
+from mixkvq.core.outputs import check_different
+from mixkvq.study.plots import check_path
 
 BATCH = 512  # tokens
 PREFILL_DEPTH = 8192
@@ -63,16 +63,10 @@ MEASURED, FILLING = 0, 1  # sequences
 
 
 class TwoSequences(Llama):
-    """A cache that two sequences share: llama_cpp.Llama has no argument for it, but what it assigns passes through here."""
+    """A cache that two sequences share: llama_cpp.Llama has no argument for it."""
 
-    @property
-    def context_params(self) -> Any:
-        return self._context_params
-
-    @context_params.setter
-    def context_params(self, params: Any) -> None:
+    def _adjust_context_params(self, params: Any) -> None:
         params.n_seq_max, params.kv_unified = 2, True
-        self._context_params = params
 
 
 # ---- filling and measuring -------------------------------------------------------------------------------
@@ -81,12 +75,9 @@ class TwoSequences(Llama):
 def append_chunk(llm: Llama, tokens: list[int]) -> None:
     """Append tokens that see only each other: they are read as a sequence of their own, then handed over to the measured one."""
     begin, end = llm.n_tokens, llm.n_tokens + len(tokens)
-    llm._batch.set_batch(batch=tokens, n_past=begin, logits_all=False)
-    for i in range(len(tokens)):
-        llm._batch.batch.seq_id[i][0] = FILLING
-    llm._ctx.decode(llm._batch)
-    llm._ctx.kv_cache_seq_cp(FILLING, MEASURED, begin, end)
-    llm._ctx.kv_cache_seq_rm(FILLING, -1, -1)
+    llm._decode_cells([(FILLING, begin + i, token) for i, token in enumerate(tokens)], 1)
+    llm._copy_cells(FILLING, MEASURED, begin, end)
+    llm._remove_cells(FILLING, -1, -1)
     llm.n_tokens = end
 
 
@@ -96,9 +87,9 @@ def seconds_to_read(llm: Llama, batches: list[list[int]]) -> float:
     begin = time.perf_counter()
     for batch in batches:
         llm.eval(batch)
-        C.llama_synchronize(llm._ctx.ctx)  # a GPU is still at work; who samples a token waits for it
+        C.llama_synchronize(llm._context)  # a GPU is still at work; who samples a token waits for it
     seconds = time.perf_counter() - begin
-    llm._ctx.kv_cache_seq_rm(MEASURED, depth, -1)
+    llm._remove_cells(MEASURED, depth, -1)
     llm.n_tokens = depth
     return seconds
 
@@ -281,7 +272,7 @@ def main(model, kv, depths, tokens, rounds, device, batch, ubatch, prefill, pref
     print_tables(wide_console(), result)  # they are there where a file cannot be written
     save_json(out, result)
     if plot:
-        draw([result], plot)
+        draw([result], plot, overwrite=force)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------

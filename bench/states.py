@@ -9,6 +9,7 @@ token after a resumption must have the same logits as without it, with MixKVQ bi
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -64,8 +65,7 @@ def measure(llm: Any, tokens: list[int], rounds: int, folder: Path) -> dict[str,
     seconds: dict[str, list[float]] = {"save": [], "disk": [], "load": []}
     for _ in range(rounds):
         seconds["save"].append(timed(lambda: llm.save_file(path)))
-        data = path.read_bytes()
-        seconds["disk"].append(timed(lambda: write_plainly(folder / "plain", data)))
+        seconds["disk"].append(timed(functools.partial(write_plainly, folder / "plain", path.read_bytes())))
     used = llm.kv_stats()["bytes_used"]
     truth = llm.forward([tokens[0]])
     for _ in range(rounds):
@@ -81,7 +81,7 @@ def measure(llm: Any, tokens: list[int], rounds: int, folder: Path) -> dict[str,
 @click.option("--kv", default="f16,q8_0,balanced", show_default=True, help=CACHE_HELP)
 @click.option("--lengths", default="4096,16384,32768", show_default=True, callback=parse_depths, help="Tokens that a context has read.")
 @click.option("--rounds", default=5, show_default=True, type=COUNT, help="How often each is saved and loaded.")
-@click.option("--text", default=TEXT, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Repeated to the length.  [default: the calibration text]")
+@click.option("--text", default=TEXT, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="[default: the calibration text]")
 @click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Where states are written.  [default: a temporary one]")
 @click.option("--threads", type=THREADS, default=available_cores, show_default="all cores")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")

@@ -215,6 +215,23 @@ def memory_table() -> str:
     return table(["cache", "before the context", "context created", "full", "the cache by our own count"], rows) + source("memory")
 
 
+def states_table() -> str:
+    rows = []
+    for r in result("states")["states"]:
+        times = [f"{r[f'{name}_seconds']:.3f}" for name in ("save", "disk", "load")]
+        sizes = [f"{r['bytes'] / MIB:.1f}", f"{r['bytes'] / r['bytes_used']:.3f}"]
+        rows.append([str(r["tokens"]), label(r["cache"]), *sizes, *times, f"{r['read_seconds']:.1f}"])
+    head = ["tokens", "cache", "file, MiB", "over what is in use", "save, s", "the disk alone, s", "resume, s", "read anew, s"]
+    return table(head, rows) + source("states")
+
+
+def restores_table() -> str:
+    """Sorted by the divergence without a restore."""
+    found = sorted(result("restores")["caches"], key=lambda r: (r["kld"][0], r["cache"], r["state"]))
+    rows = ([label(r["cache"]), {"f16": "F16"}.get(r["state"], r["state"]), *(f"{x:.5f}" for x in r["kld"])] for r in found)
+    return table(["cache", "states", *(f"{n} rounds" for n in found[0]["rounds"])], rows) + source("restores")
+
+
 # ---- quality ---------------------------------------------------------------------------------------------
 
 
@@ -331,7 +348,7 @@ def calibration_table() -> str:
 
 def presets_table() -> str:
     """From the library itself."""
-    from bridge.library import native
+    from mixkvq.core.native import native
 
     rows = []
     for p in native().presets():
@@ -354,6 +371,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-prompts": gpu_prompts,
     "gpu-attention": lambda: attention_alone(GPU),
     "memory": memory_table,
+    "states": states_table,
+    "restores": restores_table,
     "quality": quality_short,
     "caches": caches_table,
     "derivations": derivations_table,
@@ -365,7 +384,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets_table,
 }
 
-MEASURED = ("calibration", "caches", "codecs", "codecs-published", "variations", "problems", "memory")
+MEASURED = ("calibration", "caches", "codecs", "codecs-published", "variations", "problems", "memory", "restores", "states")
 COMMANDS = {name: f"make figures STEPS={name}" for name in MEASURED}
 COMMANDS |= {name: "make figures STEPS=speed" for name in ("speed-builtin", "speed-8b-2layers")}
 COMMANDS[GPU] = "python bench/llama_bench.py LLAMA-BENCH MODEL --depths 0,32768,131072 --tokens 128 --prefill 0 --rounds 1 --repetitions 3"
@@ -408,7 +427,7 @@ def out_of_date(documents: Iterable[Path] = DOCUMENTS) -> dict[Path, str]:
 
 def write_pictures() -> None:
     """docs/speed.svg and docs/codecs.svg."""
-    from mixkvq.plots import draw_evaluation
+    from mixkvq.study.plots import draw_evaluation
 
     plot.draw([result(name) for name in ("speed-8b-2layers", "speed-builtin")], ROOT / "docs" / "speed.svg")
     if (RESULTS / "codecs.json").exists():

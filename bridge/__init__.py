@@ -10,10 +10,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import (
+from mixkvq.core.errors import (
     BridgeError,
     CacheNotUsedError,
     ContextError,
@@ -25,12 +24,12 @@ from .errors import (
     StateError,
     VersionError,
 )
-from .library import llama
-from .page import Page
-from .settings import Kv
+from mixkvq.core.page import Page
+from mixkvq.core.settings import Kv
 
 if TYPE_CHECKING:
-    from ._llama import Attachment, Llama, attach
+    from .attachment import Attachment, attach
+    from .llama import Llama
     from .state_caches import DiskCache, RamCache
 
 __all__ = [
@@ -55,11 +54,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Attachment", "Llama", "attach"):
-        return getattr(llama(), name)
-    if name in ("DiskCache", "RamCache"):
-        llama()  # says what is missing
-        return getattr(importlib.import_module(".state_caches", __name__), name)
+    if name in ("Attachment", "DiskCache", "Llama", "RamCache", "attach"):
+        from .installed import require_llama
+
+        require_llama()
+        from . import attachment, llama, state_caches
+
+        return getattr({"Llama": llama, "DiskCache": state_caches, "RamCache": state_caches}.get(name, attachment), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,7 +1,10 @@
 """`python -m bridge` is `python -m bridge.run`."""
 
+from __future__ import annotations
+
 import sys
 
-from .run import main
+from mixkvq.cli.run import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import SettingsError
-from .memory import format_bytes
+from mixkvq.core.errors import SettingsError
+from mixkvq.core.memory import format_bytes
 
 DEVICE_HELP = "auto (a GPU if there is one), cpu, gpu (all of them), or GPUs by llama.cpp's names for them: CUDA0, or CUDA0,CUDA1"
 NO_GPU = "llama.cpp knows none; if this machine has an NVIDIA GPU, install llama-cpp-python with CUDA, as the README says"

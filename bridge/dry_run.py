@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .library import llama
-from .session import stock_stats
+from mixkvq.core.model_file import ModelFile
+from mixkvq.core.settings import Kv
+
+from ._compat import C
+from .backend import backend, load_lock, our_gpus
+from .log import log
+from .report import stock_stats
 
 # llama.cpp's own books about a cell: position, shift and sequences, and two nodes of trees if it is in use.
 CELL_BYTES = 48 + 2 * 48
@@ -36,6 +42,7 @@ class Need:
 
     @property
     def all(self) -> int:
+        """Everything, wherever it lies."""
         return self.cache + self.recurrent + self.books + sum(self.work.values())
 
     def largest_work(self) -> int:
@@ -61,7 +68,6 @@ class DryRun:
 
         begin: starts a native session; None for one of llama.cpp's own caches, of the type `stock`.
         """
-        C = llama().C
         self._options, self._begin, self._stock = options, begin, stock
         self._found: dict[int, Need | None] = {}
         params = C.llama_model_default_params()
@@ -69,7 +75,7 @@ class DryRun:
         self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
         params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
         params.n_gpu_layers = 0x7FFFFFFF if devices else 0
-        with llama()._log.kept():
+        with log.kept():
             self._model = C.llama_model_load_from_file(os.fsencode(path), params)
 
     def measure(self, n_ctx: int) -> Need | None:
@@ -88,12 +94,11 @@ class DryRun:
         return measure
 
     def _measure(self, n_ctx: int) -> Need | None:
-        C, log = llama().C, llama()._log
         session = self._begin() if self._begin is not None else None
         try:
             with log.kept():
                 log.forget_caches()
-                context = C.llama_init_from_model(self._model, _context_params(C, n_ctx, self._options))
+                context = C.llama_init_from_model(self._model, _context_params(n_ctx, self._options))
             if not context:
                 return None
             try:
@@ -105,7 +110,7 @@ class DryRun:
                 session.end()
 
     def _need(self, n_ctx: int, lines: Sequence[str], session: Any) -> Need:
-        C, text = llama().C, "\n".join(lines)
+        text = "\n".join(lines)
         work = {name: round(float(mib) * (1 << 20)) for name, mib in _WORK.findall(text)}
         books = GRAPH_BYTES + CELL_BYTES * sum(int(cells) * int(streams) for cells, streams in _CELLS.findall(text))
         if self._options.get("logits_all"):
@@ -123,8 +128,9 @@ class DryRun:
         return Need(stats["bytes"], layers, stats["bytes_recurrent"], books, work)
 
     def close(self) -> None:
+        """Free the model; safe to call twice."""
         if self._model:
-            llama().C.llama_model_free(self._model)
+            C.llama_model_free(self._model)
             self._model = None
 
     def __enter__(self) -> DryRun:
@@ -134,7 +140,21 @@ class DryRun:
         self.close()
 
 
-def _context_params(C: Any, n_ctx: int, options: dict[str, Any]) -> Any:
+def measure_context(file: ModelFile, kv: Kv | None, n_ctx: int) -> Need | None:
+    """What a context of the model takes, on GPUs if there are any; kv: checked settings, or None for llama.cpp's own cache in F16.
+
+    None: llama.cpp does not create such a context. Raises the errors of `backend.backend`.
+    """
+    loaded = backend()
+    with log.kept():
+        gpus = our_gpus(loaded)[0] if kv is not None else []
+    devices = [gpu.device for gpu in gpus] or ([loaded.cpu] if kv is not None else [])
+    begin = None if kv is None else functools.partial(loaded.begin, kv, file)
+    with load_lock, DryRun(file.path, devices, {}, begin, "f16") as dry:
+        return dry.measure(n_ctx)
+
+
+def _context_params(n_ctx: int, options: dict[str, Any]) -> Any:
     """What llama_cpp.Llama makes of its arguments, as far as sizes depend on it."""
     params = C.llama_context_default_params()
     params.n_ctx = n_ctx

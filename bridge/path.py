@@ -1,27 +1,10 @@
-"""`python -m bridge.path`: print the path of the ggml backend, for GGML_BACKEND_PATH of a stock llama.cpp program."""
+"""`python -m bridge.path`: see `mixkvq.cli.path`."""
 
 from __future__ import annotations
 
-import os
 import sys
 
-import click
-
-from .command import run
-from .library import library_path
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="mixkvq", message="%(package)s %(version)s")
-def command() -> None:
-    """Print the path of the ggml backend, for the variable GGML_BACKEND_PATH of a llama.cpp program."""
-    click.echo(os.fsencode(library_path()))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line. Returns 0, or 2 for a mistake of the user."""
-    return run(command, "bridge.path", arguments)
-
+from mixkvq.cli.path import main
 
 if __name__ == "__main__":
     sys.exit(main())

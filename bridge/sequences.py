@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from mixkvq.core.errors import ContextError, SettingsError
+from mixkvq.core.memory import SEQUENCES
+
 from . import states
-from ._llama import Llama
-from .errors import ContextError, SettingsError
-from .memory import SEQUENCES
+from .llama import Llama
 
 
 class Sequences(Llama):
@@ -29,19 +30,8 @@ class Sequences(Llama):
         self._tokens: list[list[int]] = [[] for _ in range(n_seq)]
         super().__init__(model_path, **options)
 
-    # As for model_params: llama_cpp.Llama makes its parameters inside __init__.
-    @property
-    def context_params(self) -> Any:
-        return self._context_params
-
-    @context_params.setter
-    def context_params(self, params: Any) -> None:
+    def _adjust_context_params(self, params: Any) -> None:
         params.n_seq_max, params.kv_unified = self.n_seq, False
-        self._context_params = params
-
-    def _checked_context(self, kwargs: dict[str, Any]) -> int:
-        """Of all sequences together."""
-        return self.n_seq * super()._checked_context(kwargs)
 
     def read(self, sequence: int, tokens: Sequence[int]) -> Any:
         """Evaluate tokens of one sequence, in batches of n_batch; logits of the last, float32 [vocabulary]. Raises as `step`."""
@@ -69,7 +59,7 @@ class Sequences(Llama):
         self._check_ready()
         self._check_sequence(sequence)
         with self._evaluating:
-            self._ctx.kv_cache_seq_rm(sequence, -1, -1)
+            self._remove_cells(sequence, -1, -1)
             self.n_tokens -= len(self._tokens[sequence])
             self._tokens[sequence] = []
 
@@ -77,7 +67,7 @@ class Sequences(Llama):
         """Forget the tokens of all sequences and give their memory back."""
         super().reset()
         for sequence in range(self.n_seq):  # llama.cpp's own cache still holds them
-            self._ctx.kv_cache_seq_rm(sequence, -1, -1)
+            self._remove_cells(sequence, -1, -1)
         self._tokens = [[] for _ in range(self.n_seq)]
 
     def kv_stats(self) -> dict[str, Any]:
@@ -127,7 +117,7 @@ class Sequences(Llama):
 
     def _check_sequences(self, tokens: Sequence[tuple[int, int]]) -> None:
         self._check_tokens([token for _, token in tokens])
-        most = self._n_ctx // self.n_seq
+        most = self.n_ctx() // self.n_seq
         for sequence, n in Counter(sequence for sequence, _ in tokens).items():
             self._check_sequence(sequence)
             if len(self._tokens[sequence]) + n > most:
@@ -137,15 +127,13 @@ class Sequences(Llama):
         """One batch; logits of its last tokens, a copy."""
         n = len(tokens)
         with self._evaluating:
-            batch, ends = self._batch.batch, [len(each) for each in self._tokens]
-            batch.n_tokens = n
-            for i, (sequence, token) in enumerate(tokens):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, ends[sequence], 1, sequence
-                batch.logits[i] = i >= n - n_logits
+            ends, cells = [len(each) for each in self._tokens], []
+            for sequence, token in tokens:
+                cells.append((sequence, ends[sequence], token))
                 ends[sequence] += 1
             try:
                 if n:
-                    self._ctx.decode(self._batch)
+                    self._decode_cells(cells, n_logits)
             except RuntimeError as e:
                 failure = self._failure(e, n)
                 raise failure from failure.__cause__

@@ -13,17 +13,17 @@ import json
 import os
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_cpp.llama import LlamaState
-from llama_cpp.llama_cache import BaseLlamaCache
+
+from mixkvq.core.errors import SettingsError, StateError
+from mixkvq.core.files import write_atomically
 
 from . import states
-from .errors import SettingsError, StateError
-from .files import write_atomically
+from ._compat import BaseLlamaCache, LlamaState
 
 Tokens = tuple[int, ...]
 DEFAULT_CAPACITY = 2 << 30
@@ -60,11 +60,11 @@ class StateCache(BaseLlamaCache):
         view._can_go_back = can_go_back
         return view
 
-    def _best(self, key: Sequence[int]) -> Tokens | None:
+    def _best(self, key: Sequence[int], but: Container[Tokens] = ()) -> Tokens | None:
         best, longest = None, 0
         for tokens in self._keys():
             n = common_prefix(tokens, key)
-            if n > longest and (self._can_go_back or n == len(tokens)):
+            if n > longest and tokens not in but and (self._can_go_back or n == len(tokens)):
                 best, longest = tokens, n
         return best
 
@@ -72,16 +72,18 @@ class StateCache(BaseLlamaCache):
         return self._best(key) is not None
 
     def __getitem__(self, key: Sequence[int]) -> LlamaState:
-        while (best := self._best(key)) is not None:
+        gone: set[Tokens] = set()
+        while (best := self._best(key, gone)) is not None:
             state = self._take(best)
             if state is not None:
                 return state
+            gone.add(best)
         raise KeyError("no entry begins like this")
 
     def __setitem__(self, key: Sequence[int], value: LlamaState) -> None:
-        """Keep a state that `Llama.save_state` has given. It is kept under the tokens that it holds, which are those of `key` but for the last."""
+        """Keep a state that `Llama.save_state` has given, under the tokens that it holds: those of `key` but for the last."""
         if not states.is_state(value.llama_state):
-            raise SettingsError("This cache holds packed states, and llama.cpp's own cache types have none; use one of llama-cpp-python's caches.")
+            raise SettingsError("This cache holds packed states, which only bridge.Llama on a MixKVQ cache has; use one of llama-cpp-python's.")
         tokens = tuple(int(token) for token in value.input_ids[: value.n_tokens])
         for other in list(self._keys()):
             if other == tokens or (self._can_go_back and len(other) < len(tokens) and common_prefix(other, tokens) == len(other)):
@@ -118,6 +120,7 @@ class RamCache(StateCache):
 
     @property
     def cache_size(self) -> int:
+        """Bytes of all entries."""
         return sum(len(state.llama_state) + state.scores.nbytes for state in self._entries.values())
 
     def _keys(self) -> Iterator[Tokens]:
@@ -156,6 +159,7 @@ class DiskCache(StateCache):
 
     @property
     def cache_size(self) -> int:
+        """Bytes of all entries."""
         return sum(size for _, size, _ in self._files())
 
     def _files(self) -> list[tuple[int, int, Path]]:

@@ -11,19 +11,17 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ContextError, StateError
-from .files import replacing
-from .library import native
-from .model_file import ModelFile, read_header
-from .settings import Kv
-
-if TYPE_CHECKING:
-    from ._llama import Llama
+from mixkvq.core.errors import ContextError, StateError
+from mixkvq.core.files import replacing
+from mixkvq.core.model_file import ModelFile, read_header
+from mixkvq.core.native import native
+from mixkvq.core.profile import read_profile, to_json
+from mixkvq.core.settings import Kv
 
 MAGIC, VERSION = b"MIXKVQSF", 1
 SUFFIX = ".mixkvq-state"
@@ -31,6 +29,12 @@ _FIXED = struct.Struct("<8sIIIIQ")  # magic, version, bytes of the fields, token
 _SUM = struct.Struct("<Q")
 _ALIGN = 64
 _LARGEST_FIELDS = 1 << 20
+
+# Of the context's parameters, those that say how keys are turned.
+ROPE = (
+    *("rope_scaling_type", "rope_freq_base", "rope_freq_scale"),
+    *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,31 +50,26 @@ class Head:
 # --- what a state is of ---------------------------------------------------------------------------------------------------------
 
 
-def identity(llama: Llama) -> dict[str, Any]:
-    """What a state must agree in with a context that it is loaded into; JSON."""
+def identity(llama: Any) -> dict[str, Any]:
+    """Of a `bridge.Llama`: what a state must agree in with a context that it is loaded into; JSON."""
     parameters = llama.context_params
-    rope = {
-        name: getattr(parameters, name)
-        for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow")
-    }
+    rope = {name: getattr(parameters, name) for name in ROPE}
     n_ctx = llama.n_ctx() // llama.n_seq
     return {
         "model": {"name": llama._file.name, "fingerprint": llama._file.fingerprint, "weights": _weights(llama._file)},
         "cache": _cache(llama),
-        "rope": {**rope, "yarn_orig_ctx": parameters.yarn_orig_ctx, "long_factors": _has_long_factors(llama._file, n_ctx)},
+        "rope": {**rope, "long_factors": _has_long_factors(llama._file, n_ctx)},
         "adapters": [] if not llama.lora_path else [{"file": _file_sum(llama.lora_path), "scale": llama.lora_scale}],
     }
 
 
-def _cache(llama: Llama) -> dict[str, Any]:
+def _cache(llama: Any) -> dict[str, Any]:
     if llama.stock is not None:
         return {"type": llama.stock}
     kv: Kv = llama.kv
     window, sinks = kv.window, kv.sinks
     profile = None
     if kv.profile is not None:
-        from mixkvq.profile import read_profile, to_json  # the only place here that needs the offline package
-
         found = read_profile(kv.profile)
         window, sinks = (found.window if window is None else window), (found.sinks if sinks is None else sinks)
         profile = hashlib.sha256(to_json(found).encode()).hexdigest()[:32]
@@ -243,7 +242,7 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
 class _Saving:
     """A state that is about to be written: its head, and how to write its body to a file or into memory."""
 
-    def __init__(self, llama: Llama, tokens: Sequence[int], sequence: int | None) -> None:
+    def __init__(self, llama: Any, tokens: Sequence[int], sequence: int | None) -> None:
         self._llama, self._state, self._plain = llama, None, b""
         port = llama._state_port(sequence)
         size = port.size()
@@ -263,7 +262,7 @@ class _Saving:
                 raise ContextError(f"The state cannot be saved: {e}.") from None
         kind = {"kind": "context" if sequence is None else "sequence", "n_tokens": len(tokens), "format": native().FORMAT_VERSION}
         self.head = _head({**kind, **identity(llama)}, tokens, n_body)
-        self.size = len(self.head) + n_body
+        self.size: int = len(self.head) + n_body
 
     def to_bytes(self) -> bytes:
         if self._state is None:
@@ -282,13 +281,13 @@ class _Saving:
             self._state.close()
 
 
-def to_bytes(llama: Llama, tokens: Sequence[int], sequence: int | None = None) -> bytes:
+def to_bytes(llama: Any, tokens: Sequence[int], sequence: int | None = None) -> bytes:
     """The state of a context, or of one sequence, that has read these tokens. Raises ContextError if llama.cpp does not give it."""
     with llama._evaluating, contextlib.closing(_Saving(llama, tokens, sequence)) as saving:
         return saving.to_bytes()
 
 
-def to_file(path: str | os.PathLike[str], llama: Llama, tokens: Sequence[int], sequence: int | None = None) -> int:
+def to_file(path: str | os.PathLike[str], llama: Any, tokens: Sequence[int], sequence: int | None = None) -> int:
     """The same into a file, which appears whole or not at all; how many bytes it has. Raises OSError that names it as well."""
     with replacing(path) as temporary, llama._evaluating, contextlib.closing(_Saving(llama, tokens, sequence)) as saving:
         try:
@@ -300,10 +299,10 @@ def to_file(path: str | os.PathLike[str], llama: Llama, tokens: Sequence[int], s
                 os.close(descriptor)
         except OSError as e:
             raise OSError(e.errno, e.strerror, os.fspath(path)) from None
-        return saving.size
+        return int(saving.size)
 
 
-def from_bytes(data: Any, llama: Llama, sequence: int | None = None) -> npt.NDArray[np.int32]:
+def from_bytes(data: Any, llama: Any, sequence: int | None = None) -> npt.NDArray[np.int32]:
     """Put a state into a context, or a sequence of it; its tokens. Raises StateError, "it ...", if it does not fit, and nothing has changed then."""
     head = parse_head(data)
     why = difference(head.fields, identity(llama))
@@ -334,21 +333,21 @@ def _load_plain(body: memoryview, port: Any) -> None:
         raise ContextError("llama.cpp did not take the state; the context is empty now.")
 
 
-def _load_packed(body: memoryview, port: Any, llama: Llama) -> None:
+def _load_packed(body: memoryview, port: Any, llama: Any) -> None:
     try:
         state = llama._session.load_state(body, port.flags)
     except ValueError as e:
         raise StateError(str(e)) from None
     try:
         address, size = state.data()
-        state.finish(port.set(address, size, may_write=True))
+        port.cut(state.finish(port.set(address, size, may_write=True)))
     except RuntimeError as e:
         raise ContextError(f"The state was not loaded: {e}; the context is empty now.") from None
     finally:
         state.close()
 
 
-def from_file(path: str | os.PathLike[str], llama: Llama, sequence: int | None = None) -> npt.NDArray[np.int32]:
+def from_file(path: str | os.PathLike[str], llama: Any, sequence: int | None = None) -> npt.NDArray[np.int32]:
     """The same from a file. Raises StateError that names it."""
     with opened(path) as data, _named(path):
         return from_bytes(data, llama, sequence)

@@ -1,4 +1,4 @@
-// The Python module bridge._native: a table of contents.
+// The Python module mixkvq.core._native: a table of contents.
 #include "register.h"
 
 // The handles of sessions rely on the GIL.

@@ -163,13 +163,15 @@ class State {
         return bytes;
     }
 
-    void finish(size_t n) const {
+    int32_t finish(size_t n) const {
         int code;
+        int32_t first = -1;
         {
             const py::gil_scoped_release release;
-            code = api_->state_finish(open(), n);
+            code = api_->state_finish(open(), n, &first);
         }
         check(code);
+        return first;
     }
 
   private:

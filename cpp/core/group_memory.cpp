@@ -1,4 +1,4 @@
-// The memory limit of this process's control groups. bridge/machine.py reads them the same way.
+// The memory limit of this process's control groups. mixkvq.core.machine reads them the same way.
 
 #include <algorithm>
 #include <cstdlib>

@@ -194,7 +194,7 @@ void PageStore::save_stream(int stream, const CellRuns & live, bool shared, Stat
         for (const HistoryState::Mark & mark : history.marks) marks.push_back(mark.number);
         put_queries(memory_->query_state(stream, marks), out);
     }
-    Aligned records(layout_.record_bytes);
+    std::vector<uint8_t> records(layout_.record_bytes);
     std::vector<half> rows(size_t(kPageCells) * shape_.row);
     for (int p : saved) {
         const Page & each = page(stream, p);
@@ -269,7 +269,7 @@ void PageStore::rows_of(const StreamState::Page & from, half * rows) const {
 bool PageStore::has_record(int stream, int p, const StreamState::Page & from) const {
     const Page & page = this->page(stream, p);
     if (!page.records || !from.packed) return false;
-    Aligned here(layout_.record_bytes);
+    std::vector<uint8_t> here(layout_.record_bytes);
     memory_->get_records(page.records, here.data());
     return std::memcmp(here.data(), from.data, layout_.record_bytes) == 0;
 }
@@ -277,10 +277,8 @@ bool PageStore::has_record(int stream, int p, const StreamState::Page & from) co
 // An empty page becomes one of the state's, of which `valid` cells hold tokens: packed if there is a record left.
 void PageStore::load_page(int stream, int p, const StreamState::Page & from, const CellMask & valid, uint64_t written) {
     if (from.packed && !free_records_.empty()) {
-        Aligned records(layout_.record_bytes);
-        std::memcpy(records.data(), from.data, layout_.record_bytes);
         take_record(stream, p);
-        memory_->set_records(at(stream, p).records, records.data());
+        memory_->set_records(at(stream, p).records, from.data);
     } else {
         std::vector<half> rows(size_t(kPageCells) * shape_.row);
         rows_of(from, rows.data());

@@ -353,12 +353,13 @@ int state_write(mixkvq_state * state, size_t n, mixkvq_write write, void * user,
     });
 }
 
-int state_finish(mixkvq_state * state, size_t n) {
+int state_finish(mixkvq_state * state, size_t n, int32_t * first_position) {
     return at_border("out of memory while a state was loaded: reset the context", -1, [&] {
         last_error = state ? "there is not enough memory to load the state" : "there is no state: the handle is NULL";
         if (!state) return -1;
         const std::string why = n ? finish_loading(*state->state) : "llama.cpp did not take it";
         last_error = why;
+        if (first_position) *first_position = first_filler(*state->state);
         return why.empty() ? 0 : -1;
     });
 }

@@ -3,8 +3,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
+#include <vector>
 
+#include "mixkvq/backend_api.h"
 #include "mixkvq/checksum.h"
 #include "state.h"
 
@@ -36,9 +37,19 @@ struct Span {
     uint32_t tensor = 0, stream = 0, n_streams = 1, runs = 0, n_cells = 0;
     uint64_t at = 0;
 
-    CellRuns cells;     // loading
+    CellRuns cells;   // loading
+    CellRuns padded;  // with cells that hold nothing between them, -1
     StreamState state;
 };
+
+uint64_t count_of(const CellRuns & runs) {
+    uint64_t n = 0;
+    for (const CellRun & run : runs) n += uint64_t(run.n);
+    return n;
+}
+
+constexpr size_t kCell = 12;     // of llama.cpp's description of a cell in one sequence
+constexpr size_t kBetween = 12;  // between the rows of two tensors
 
 Described describe(const CacheTensor & t) {
     Described d;
@@ -108,6 +119,7 @@ struct State {
     // Loading.
     std::vector<Described> tensors;
     std::vector<Span> spans;  // by rising place
+    int32_t filler = -1;      // the position of the first cell that holds nothing
 
     // Whether it takes care of these rows.
     bool takes(CacheTensor & cache, const void * data, size_t offset, size_t bytes);
@@ -116,6 +128,16 @@ struct State {
     bool write(const StateWriter::Write & to, uint64_t * n_bytes);
 
   private:
+    struct Cells {
+        size_t first = 0, end = 0;  // spans
+        size_t at = 0;              // of the first cell, in what stands before the first span
+        int32_t last = -1;          // position
+        bool known = false;
+    };
+
+    void fill_region(const uint8_t * own);
+    Cells cells_before(const uint8_t * bytes, size_t n_bytes, size_t first, size_t end) const;
+    CellRuns padded(const Span & span) const;
     std::string parse(StateReader & in);
     std::string fits(const Described & tensor, uint64_t n_cells) const;
     const CacheTensor * find(const Described & tensor) const;
@@ -286,20 +308,120 @@ std::string State::parse(StateReader & in) {
         spans.push_back(std::move(span));
     }
     if (!in.ok() || kept != size - holes) return damaged;
-    region = Region(size_t(size), true);
+    const uint8_t * const own = in.take(size_t(kept));
+    if (!own) return damaged;
+    fill_region(own);
     if (size && !region.data()) return "there is no memory for it";
-    at = 0;
-    for (size_t i = 0; i <= spans.size(); ++i) {
-        const uint64_t end = i < spans.size() ? spans[i].at : size;
-        const uint8_t * own = in.take(size_t(end - at));
-        if (!own) return damaged;
-        std::memcpy(region.data() + at, own, size_t(end - at));
-        if (i < spans.size()) at = end + counts[spans[i].runs] * tensors[spans[i].tensor].row_bytes;
-    }
     for (Span & span : spans) {
         if (find(tensors[span.tensor])->store->parse_stream(in, span.state)) return damaged;
     }
     return in.left() == kTrailer ? "" : damaged;
+}
+
+// llama.cpp's bytes into a region, with room for the rows of the spans. It will put the cells side by side, so where they did not lie so, or did not begin
+// with a page, pages would come apart: cells that hold nothing are put in between, which are to be removed again.
+void State::fill_region(const uint8_t * own) {
+    std::vector<const uint8_t *> before(spans.size() + 1);  // what stands before each span, and how much
+    std::vector<size_t> gap(spans.size() + 1);
+    uint64_t at = 0;
+    for (size_t i = 0; i <= spans.size(); ++i) {
+        before[i] = own;
+        gap[i] = size_t((i < spans.size() ? spans[i].at : size) - at);
+        own += gap[i];
+        if (i < spans.size()) at = spans[i].at + count_of(spans[i].cells) * tensors[spans[i].tensor].row_bytes;
+    }
+    // Spans of one cache follow each other, a type and a size between them.
+    std::vector<Cells> caches;
+    int32_t last = -1;
+    for (size_t i = 0, end; i < spans.size(); i = end) {
+        for (end = i + 1; end < spans.size() && gap[end] == kBetween; ++end) {}
+        caches.push_back(cells_before(before[i], gap[i], i, end));
+        last = std::max(last, caches.back().last);
+    }
+    const bool can = std::all_of(caches.begin(), caches.end(), [](const Cells & c) { return c.known; }) && last < 1 << 30;
+    uint64_t more = 0;
+    for (Cells & cells : caches) {
+        for (size_t i = cells.first; i < cells.end; ++i) spans[i].padded = can ? padded(spans[cells.first]) : spans[i].cells;
+        const uint64_t n = count_of(spans[cells.first].padded) - count_of(spans[cells.first].cells);
+        more += n * kCell;
+        for (size_t i = cells.first; i < cells.end; ++i) more += n * tensors[spans[i].tensor].row_bytes;
+        if (n) filler = last + 1;
+    }
+    size += more;
+    region = Region(size_t(size), true);
+    if (!region.data()) return;
+    uint8_t * to = region.data();
+    const auto put = [&](const void * data, size_t bytes) { std::memcpy(to, data, bytes), to += bytes; };
+    size_t next = 0;
+    for (size_t i = 0; i <= spans.size(); ++i) {
+        if (next < caches.size() && caches[next].first == i && filler >= 0) {
+            const Cells & cells = caches[next++];
+            const uint32_t n = uint32_t(count_of(spans[i].padded));
+            const uint8_t * from = before[i] + cells.at;
+            put(before[i], cells.at - sizeof(n));
+            put(&n, sizeof(n));
+            int32_t position = filler;
+            const uint8_t * const first = from;
+            for (const CellRun & run : spans[i].padded) {
+                for (int c = 0; run.first < 0 && c < run.n; ++c, ++position) {
+                    put(&position, sizeof(position));
+                    put(first + sizeof(position), kCell - sizeof(position));  // of the sequence of the first
+                }
+                if (run.first >= 0) put(from, run.n * kCell), from += run.n * kCell;
+            }
+            put(from, size_t(before[i] + gap[i] - from));
+        } else {
+            put(before[i], gap[i]);
+        }
+        if (i == spans.size()) break;
+        spans[i].at = uint64_t(to - region.data());
+        to += count_of(spans[i].padded) * tensors[spans[i].tensor].row_bytes;
+    }
+}
+
+// What llama.cpp says of the cells of a cache in front of their rows, where it is as expected: their number, for each its position, 1 and its sequence;
+// then whether values are transposed, the number of layers, and the type and size of the first rows.
+State::Cells State::cells_before(const uint8_t * bytes, size_t n_bytes, size_t first, size_t end) const {
+    Cells cells;
+    cells.first = first, cells.end = end;
+    const size_t n = size_t(count_of(spans[first].cells)), behind = 2 * sizeof(uint32_t) + kBetween, all = n * kCell + behind + sizeof(uint32_t);
+    if (n_bytes < all) return cells;
+    cells.at = n_bytes - behind - n * kCell;
+    const auto number = [&](size_t at) {
+        uint32_t x;
+        std::memcpy(&x, bytes + at, sizeof(x));
+        return x;
+    };
+    if (number(cells.at - 4) != n || number(n_bytes - behind) != 0 || 2 * size_t(number(n_bytes - behind + 4)) != end - first) return cells;
+    for (size_t i = 0; i < n; ++i) {
+        const auto position = int32_t(number(cells.at + i * kCell));
+        if (position < 0 || number(cells.at + i * kCell + 4) != 1) return cells;
+        cells.last = std::max(cells.last, position);
+    }
+    cells.known = true;
+    return cells;
+}
+
+// The cells of a span with those in between, -1: each as far behind the begin of a page as it was. The same where there is not so much room, or where
+// others have cells in the stream.
+CellRuns State::padded(const Span & span) const {
+    const PageStore & store = *find(tensors[span.tensor])->store;
+    bool empty = true;
+    for (int p = 0; p < store.shape().n_pages(); ++p) empty = empty && store.page(0, p).empty();
+    if ((flags & MIXKVQ_STATE_SHARED) && !empty) return span.cells;
+    const int end = span.cells.back().first + span.cells.back().n;
+    // What shared a stream begins with the first page, which stays in F16.
+    const bool moves = (flags & MIXKVQ_STATE_SHARED) || end > store.shape().n_cells;
+    const int start = moves ? span.cells.front().first / kPageCells * kPageCells : 0;
+    if (end - start > store.shape().n_cells) return span.cells;
+    CellRuns runs;
+    int at = start;
+    for (const CellRun & run : span.cells) {
+        if (run.first > at) runs.push_back({-1, run.first - at});
+        runs.push_back(run);
+        at = run.first + run.n;
+    }
+    return runs;
 }
 
 std::string State::read(const uint8_t * data, size_t bytes) {
@@ -333,7 +455,7 @@ std::string State::finish() {
     uint64_t rows = 0, expected = 0;
     for (const Access & a : accesses) rows += uint64_t(a.n) * a.cache->row_bytes;
     for (const Span & span : spans) {
-        for (const CellRun & run : span.cells) expected += uint64_t(run.n) * tensors[span.tensor].row_bytes;
+        expected += count_of(span.padded) * tensors[span.tensor].row_bytes;
     }
     if (rows != expected) return "llama.cpp asked for other rows than it holds";
     std::string why;
@@ -351,11 +473,12 @@ std::string State::finish() {
         size_t run = 0;
         int used = 0;
         for (size_t j = i; j < end; ++j) {
-            for (int to = accesses[j].first, left = accesses[j].n; left > 0 && run < span->cells.size();) {
-                const int n = std::min(left, span->cells[run].n - used);
-                moves.push_back({span->cells[run].first + used, to, n});
+            for (int to = accesses[j].first, left = accesses[j].n; left > 0 && run < span->padded.size();) {
+                const CellRun & from = span->padded[run];
+                const int n = std::min(left, from.n - used);
+                if (from.first >= 0) moves.push_back({from.first + used, to, n});
                 to += n, left -= n, used += n;
-                if (used == span->cells[run].n) ++run, used = 0;
+                if (used == from.n) ++run, used = 0;
             }
         }
         if (why.empty()) why = load(cache, *span, accesses[i].stream, moves);
@@ -396,6 +519,8 @@ bool finish_saving(State & state, uint64_t n, const StateWriter::Write & to, uin
     state.size = std::min(state.size, n);
     return state.write(to, bytes);
 }
+
+int32_t first_filler(const State & state) { return state.filler; }
 
 std::string finish_loading(State & state) {
     current.reset();

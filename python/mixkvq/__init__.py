@@ -1,1 +1,1 @@
-"""The offline half of MixKVQ: the page format in NumPy, calibration, bit allocation, profiles and evaluation."""
+"""MixKVQ: `core` (format, profiles, settings), `study` (calibration, evaluation, the laboratory) and `cli` (commands); `bridge` runs models."""

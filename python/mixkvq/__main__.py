@@ -1,8 +1,10 @@
 """`python -m mixkvq` is the command `mixkvq`."""
 
+from __future__ import annotations
+
 import sys
 
-from .cli import main
+from .cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(program="python -m mixkvq"))

@@ -21,10 +21,12 @@ import numpy as np
 from rich.console import Console
 
 import bridge
-from bridge import conversations, defaults, states
-from bridge.library import native
-from mixkvq import evaluate, inspect, problems, profile
-from mixkvq.profile import LayerProfile, Profile
+from bridge import states
+from mixkvq.cli import conversations, defaults, inspect
+from mixkvq.core import profile
+from mixkvq.core.native import native
+from mixkvq.core.profile import LayerProfile, Profile
+from mixkvq.study import evaluate, problems, profile_plots
 
 _FRESH = {
     **{"bench": "mixkvq.evaluate", "model": {"name": "m"}, "settings": {"ctx": 512}, "files": {"p.gguf": "0"}},
@@ -53,7 +55,7 @@ def profile_gguf(data: bytes) -> None:
     text = profile.to_json(found)
     assert profile.to_json(profile.from_json(text)) == text
     inspect.print_tables(found, Console(file=open(os.devnull, "w"), width=120))  # noqa: SIM115
-    inspect.maps(found)
+    profile_plots.maps(found)
 
 
 def profile_json(data: bytes) -> None:
@@ -71,7 +73,7 @@ def chat_json(data: bytes) -> None:
 
 def settings_toml(data: bytes) -> None:
     """The settings file, and every value in it as the command takes it."""
-    from bridge.run import command
+    from mixkvq.cli.run import command
 
     path = _file(data)
     os.environ[defaults.CONFIG] = str(path)
@@ -167,10 +169,7 @@ def main() -> None:
 
     target = TARGETS[sys.argv.pop(1)]
     counts = [0, 0]
-    for module in (bridge, conversations, defaults, states, evaluate, inspect, problems, profile):
-        for name, value in list(vars(module).items()):
-            if getattr(value, "__module__", None) == module.__name__ and callable(value) and not isinstance(value, type):
-                setattr(module, name, atheris.instrument_func(value))
+    atheris.instrument_all()
 
     def one(data: bytes) -> None:
         counts[accepts(target, data)] += 1

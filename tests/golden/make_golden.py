@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixkvq.reference import KeyFormat, ValueFormat, pack_keys, pack_values
+from mixkvq.core.reference import KeyFormat, ValueFormat, pack_keys, pack_values
 
 GOLDEN_FILE = Path(__file__).with_name("format_v3.npz")
 FULL_BYTES = 4096  # a record up to this size is stored in full

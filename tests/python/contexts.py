@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from bridge import Kv
-from bridge import _llama as adapter
-from bridge._llama import C
-from bridge.library import native
-from bridge.model_file import open_model
-from bridge.page import Codec
+from bridge import backend as adapter
+from bridge._compat import C
+from bridge.log import log
+from bridge.state_port import StatePort
+from mixkvq.core.model_file import open_model
+from mixkvq.core.native import native
+from mixkvq.core.page import Codec
 
 CPU, GPU = "MIXKVQ-CPU", "MIXKVQ-CUDA0"  # ours; without the first part of the name, ggml's own below
 FLASH_AUTO, FLASH_OFF, FLASH_ON = -1, 0, 1
@@ -33,7 +35,7 @@ GPU_NOISE = 5e-2
 def find_device(name: str) -> int | None:
     """A device of ggml, if there is one of this name."""
     C.llama_backend_init()
-    return adapter._function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)(name.encode())
+    return adapter.function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)(name.encode())
 
 
 def stock_name(device: str) -> str:
@@ -60,7 +62,7 @@ def devices() -> list[str]:
 def gpu_memory(device: str) -> tuple[int, int]:
     """Free and all bytes."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    memory = adapter._function("ggml_backend_dev_memory", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    memory = adapter.function("ggml_backend_dev_memory", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     memory(find_device(device), ctypes.byref(free), ctypes.byref(total))
     return free.value, total.value
 
@@ -85,7 +87,7 @@ class Model:
         self.path, self.ours = str(path), ours
         names = [device] if isinstance(device, str) else list(device)
         self.device = names[-1]
-        self.backend = adapter._backend()
+        self.backend = adapter.backend()
         for name in names:
             if name not in self.backend.devices:
                 pytest.fail(f"There is no device {name} to test, there is {', '.join(self.backend.devices)}.", pytrace=False)
@@ -244,7 +246,7 @@ class Context:
 
     def pack(self, seq: int | None = None) -> bytes:
         """The packed state of the whole context, or of one sequence."""
-        port = adapter.StatePort(self.ptr, seq)
+        port = StatePort(self.ptr, seq)
         state = self._session.save_state(port.size(), self._flags(seq))
         try:
             return state.to_bytes(port.get(*state.data()))
@@ -255,7 +257,8 @@ class Context:
         """Raises ValueError, before anything has changed, if the state is none for this context."""
         state = self._session.load_state(packed, self._flags(seq))
         try:
-            state.finish(adapter.StatePort(self.ptr, seq).set(*state.data(), may_write=True))
+            port = StatePort(self.ptr, seq)
+            port.cut(state.finish(port.set(*state.data(), may_write=True)))
         finally:
             state.close()
 
@@ -294,7 +297,7 @@ def logged(action):
     try:
         return action(), "".join(lines)
     finally:
-        C.llama_log_set(adapter._log._callback, ctypes.c_void_p(0))
+        log.attach()
 
 
 class Pair:

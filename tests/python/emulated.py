@@ -18,15 +18,16 @@ LIBRARY = ROOT / "build" / "native" / "libggml-mixkvq-emulated.so"
 
 def load() -> ctypes.CDLL:
     """Register the emulated GPUs with llama.cpp and then the backend, in this process. Before anything asks for a device."""
-    from bridge import _llama as adapter
+    from bridge import backend as adapter
+    from bridge._compat import C
 
     library = ctypes.CDLL(str(LIBRARY))
     library.emulated_cuda.restype, library.emulated_cuda.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     library.emulated_cuda_waits.restype = ctypes.c_bool
-    adapter.C.llama_backend_init()
-    cpu = adapter._function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)(b"CPU")
-    adapter._function("ggml_backend_register", None, ctypes.c_void_p)(library.emulated_cuda(cpu))
-    assert adapter._function("ggml_backend_load", ctypes.c_void_p, ctypes.c_char_p)(os.fsencode(LIBRARY))
+    C.llama_backend_init()
+    cpu = adapter.function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)(b"CPU")
+    adapter.function("ggml_backend_register", None, ctypes.c_void_p)(library.emulated_cuda(cpu))
+    assert adapter.function("ggml_backend_load", ctypes.c_void_p, ctypes.c_char_p)(os.fsencode(LIBRARY))
     return library
 
 
@@ -39,7 +40,7 @@ def run(code: str, *arguments: str, gpus: str = "8.0", **variables: str) -> tupl
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         env={**clean, "MIXKVQ_EMULATED_GPUS": gpus, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", **variables},
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     said = [line for line in done.stderr.splitlines() if line.startswith("mixkvq: ")]

@@ -90,12 +90,12 @@ def bytes_read_of_a_profile(path: str) -> dict[str, int]:
     """Bytes read from files, and memory taken at most, while a session with the profile begins."""
     import resource
 
-    from bridge._llama import _backend
+    from bridge.backend import backend
 
     def read() -> int:
         return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
 
-    begin = _backend().native.begin
+    begin = backend().native.begin
     peak, before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, read()
     begin(profile=path).end()
     return {"read": read() - before, "grown": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)}

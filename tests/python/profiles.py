@@ -12,7 +12,7 @@ from gguf import GGUFValueType, GGUFWriter
 from hypothesis import strategies as st
 
 import bridge
-from mixkvq.profile import LayerProfile, Profile
+from mixkvq.core.profile import LayerProfile, Profile
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "profile_v1.gguf"
 """Written by the last version of MixKVQ that wrote version 1 of the format."""

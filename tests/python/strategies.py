@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from mixkvq.reference import KeyFormat, ValueFormat
+from mixkvq.core.reference import KeyFormat, ValueFormat
 
 
 def _load(path):

@@ -30,7 +30,7 @@ from contexts import (
 )
 
 import bridge
-from bridge.model_file import open_model
+from mixkvq.core.model_file import open_model
 
 EXACT_BATCH, EXACT_TOKEN = 4e-3, 5e-2
 

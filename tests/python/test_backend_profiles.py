@@ -1,7 +1,7 @@
 """Profiles as the backend reads them by itself (MIXKVQ_PROFILE, bridge.attach without a model): both versions, both forms, and every kind of damage.
 
-The backend's reader is C++ and separate from mixkvq.profile, which looks at more. So: what Python accepts the backend accepts, with the same formats,
-and whatever it refuses it refuses with one sentence.
+The backend's reader is C++ and separate from mixkvq.core.profile, which looks at more. So: what Python accepts the backend accepts, with the same
+formats, and whatever it refuses it refuses with one sentence.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from profiles import GOLDEN, GOLDEN_LAYERS, profiles, write_gguf
 
 import bridge
 from bridge import Kv
-from bridge import _llama as adapter
-from mixkvq.profile import LayerProfile, Profile, read_profile, write_keys, write_profile
+from bridge import backend as adapter
+from mixkvq.core.profile import LayerProfile, Profile, read_profile, write_keys, write_profile
 
 T = GGUFValueType
 FORMS = {"side-car": write_profile, "in keys": write_keys}
@@ -29,7 +29,7 @@ FORMS = {"side-car": write_profile, "in keys": write_keys}
 def begin(path):
     """What the backend says of a profile: None if it takes it, else its sentence."""
     try:
-        adapter._backend().native.begin(profile=str(path)).end()
+        adapter.backend().native.begin(profile=str(path)).end()
     except ValueError as e:
         text = str(e)
         assert text and "\n" not in text and not text.endswith(".") and "gguf" in text.lower(), text
@@ -227,7 +227,7 @@ def test_a_tensor_that_is_cut_off(tmp_path):
 def test_no_file(tmp_path):
     for path in (tmp_path, tmp_path / "none.gguf"):
         try:
-            adapter._backend().native.begin(profile=str(path))
+            adapter.backend().native.begin(profile=str(path))
         except ValueError as e:
             assert str(e) == f"the profile {path} cannot be read"
         else:

@@ -17,12 +17,12 @@ import tiny_models
 from contexts import BALANCED, Context, Model, random_tokens
 from test_abi import COMPILER
 
-from bridge import _llama as adapter
-from mixkvq.profile import LayerProfile, Profile, write_profile
+from bridge import backend as adapter
+from mixkvq.core.profile import LayerProfile, Profile, write_profile
 
 P = ctypes.c_void_p
-f = adapter._function
-NATIVE = adapter._backend().native
+f = adapter.function
+NATIVE = adapter.backend().native
 
 
 class InitParams(ctypes.Structure):
@@ -34,7 +34,7 @@ class Cache:
 
     def __init__(self, row: int = 256) -> None:
         name = f("ggml_set_name", P, P, ctypes.c_char_p)
-        self.type = f("ggml_backend_dev_buffer_type", P, P)(adapter._backend().cpu)
+        self.type = f("ggml_backend_dev_buffer_type", P, P)(adapter.backend().cpu)
         self.context = f("ggml_init", P, InitParams)(InitParams(1 << 20, None, True))
         self.tensors = [f("ggml_new_tensor_3d", P, P, ctypes.c_int, *[ctypes.c_int64] * 3)(self.context, 1, row, 1024, 1) for _ in range(2)]
         for tensor, letter in zip(self.tensors, "kv"):
@@ -173,7 +173,7 @@ C.llama_free(context)
 print(json.dumps(results))
 """
     command = [sys.executable, "-c", code, model.path, str(tmp_path / "codec.so")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(result < 0 for result in json.loads(done.stdout.splitlines()[-1]))
     said = [line for line in done.stderr.splitlines() if line.startswith("mixkvq:")]
@@ -252,7 +252,7 @@ import sys, bridge, llama_cpp
 with bridge.attach():
     llama_cpp.Llama(sys.argv[1], n_gpu_layers=-1, flash_attn=True, n_ctx=256, n_threads=1)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=600, check=True)
     said = [line for line in done.stderr.splitlines() if line.startswith("mixkvq:")]
     assert said == ["mixkvq: keys or values of some layers are stored plainly in F16: its head size 100 is not a multiple of 8 from 32 to 256"]
 

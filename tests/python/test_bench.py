@@ -10,6 +10,7 @@ from pathlib import Path
 
 import _common
 import cuda_trace
+import imports
 import llama_bench
 import numpy as np
 import plot
@@ -21,6 +22,7 @@ from click.testing import CliRunner
 from contexts import GPU, devices, library_name
 
 from bridge import SettingsError
+from mixkvq.cli.options import run
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "cot-tiny-34m-q8_0.gguf"
@@ -117,7 +119,7 @@ def test_filled_context_is_seen_whole(cache):
     def next_logits():
         llm.eval([7])
         logits = llm.last_logits().copy()
-        llm._ctx.kv_cache_seq_rm(speed.MEASURED, llm.n_tokens - 1, -1)
+        llm._remove_cells(speed.MEASURED, llm.n_tokens - 1, -1)
         llm.n_tokens -= 1
         return logits
 
@@ -134,7 +136,7 @@ def test_filled_context_is_seen_whole(cache):
     assert np.isfinite(before).all()
     np.testing.assert_array_equal(next_logits(), before)
     for start in (0, 256, 512):
-        llm._ctx.kv_cache_seq_rm(speed.MEASURED, start, start + 200)
+        llm._remove_cells(speed.MEASURED, start, start + 200)
         after = next_logits()
         assert np.abs(after - before).max() > 0.01
         before = after
@@ -343,8 +345,9 @@ def test_cuda_trace(tmp_path):
 def test_plot(saved, tmp_path):
     pytest.importorskip("matplotlib")
     pictures = [tmp_path / name for name in ("one.svg", "same.svg", "one.png")]
-    for picture in pictures:
-        subprocess.run([sys.executable, str(ROOT / "bench" / "plot.py"), str(saved), str(saved), "--out", str(picture)], check=True)
+    subprocess.run([sys.executable, str(ROOT / "bench" / "plot.py"), str(saved), str(saved), "--out", str(pictures[0])], check=True)
+    for picture in pictures[1:]:
+        assert run(plot.main, "bench/plot.py", [str(saved), str(saved), "--out", str(picture)]) == 0
     svg, again, png = (picture.read_bytes() for picture in pictures)
     assert b"<svg" in svg and svg == again
     assert png.startswith(b"\x89PNG")
@@ -354,3 +357,32 @@ def test_plot_without_matplotlib(result, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SettingsError, match="Plots need matplotlib"):
         plot.draw([result], tmp_path / "speed.svg")
+
+
+# ---- imports ---------------------------------------------------------------------------------------------
+
+
+def test_the_picture_of_imports_knows_circles_and_heights():
+    edges = [("a", "b"), ("b", "c"), ("c", "b"), ("c", "d"), ("a", "e")]
+    assert imports.circles(edges) == [{"b", "c"}]
+    assert imports.depths(["a", "b", "c", "d", "e"], edges) == {"a": 2, "b": 1, "c": 1, "d": 0, "e": 0}
+    tree = imports.Tree("t", {"top": ["a"], "low": ["b", "c", "d", "e"]}, [*edges, ("d", "a")], ROOT)
+    up = [edge for edge in tree.edges if imports.is_up(tree, edge, imports.circles(edges))]
+    assert up == [("b", "c"), ("c", "b"), ("d", "a")]
+
+
+def test_no_import_of_ours_leads_up_or_in_a_circle():
+    pytest.importorskip("grimp")
+    tree = imports.read(ROOT, "now")
+    rings = imports.circles(tree.edges)
+    assert not rings and not [edge for edge in tree.edges if imports.is_up(tree, edge, rings)]
+    assert {"commands", "studies", "bridge: run time", "core"} <= set(tree.bands) and all(tree.bands.values()) and len(tree.edges) > 300
+    at, _ = imports.place(tree)
+    assert set(at) == {module for modules in tree.bands.values() for module in modules}
+
+
+def test_a_long_file_says_why():
+    """In its docstring or the comment at its head, and with the words "500 lines"."""
+    for path in imports.Tree("now", {}, [], ROOT).files():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 500 or "500 lines" in " ".join(lines[:12]), f"{path.name} has {len(lines)} lines"

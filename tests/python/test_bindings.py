@@ -1,4 +1,4 @@
-"""bridge._native: formats, presets, checks of arrays, and the handle of the backend over a backend made here."""
+"""mixkvq.core._native: formats, presets, checks of arrays, and the handle of the backend over a backend made here."""
 
 import ctypes
 import gc
@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from cffi import FFI
 
-from bridge import _native
-from mixkvq import reference
+from mixkvq.core import _native, reference
 
 # ------------------------------------------------------------------------------------------------ formats and presets
 

@@ -1,7 +1,9 @@
-"""The command line as a user meets it: separate processes, real model, real terminal (a pseudo-terminal)."""
+"""The command line as a user meets it: real model, real terminal (a pseudo-terminal), and separate processes where the process matters."""
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
 import re
@@ -17,10 +19,12 @@ import tiny_models
 from rich.console import Console
 
 import bridge
-from bridge.answer import Answer, Sampling, stream_answer
-from bridge.chat import Chat, drop_oldest, parse_conversation
-from bridge.model_file import built_in_model
-from bridge.run import exit_code, why_it_ended
+from bridge.log import log
+from mixkvq.cli import run as command_line
+from mixkvq.cli.answer import Answer, Sampling, stream_answer
+from mixkvq.cli.chat import Chat, drop_oldest, parse_conversation
+from mixkvq.cli.run import exit_code, why_it_ended
+from mixkvq.core.model_file import built_in_model
 
 MODEL = str(built_in_model())
 PROBLEM, SOLUTION = "Compute 48291 * 73.", "#### 3525243"
@@ -33,6 +37,20 @@ def run(*arguments, stdin=subprocess.DEVNULL, module="bridge.run", cwd=None, env
     command = [sys.executable, "-m", module, *threads, *arguments]
     done = subprocess.run(command, capture_output=True, timeout=600, cwd=cwd, env={**os.environ, **(env or {})}, **feed, **options)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """The command line in this process: like `run`."""
+    monkeypatch.setattr(log, "quiet", False)
+    monkeypatch.setattr(log, "_said", set())
+
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = command_line.main(["-t", "1", *map(os.fsdecode, arguments)])
+        return code, *capfd.readouterr()
+
+    return call
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +71,8 @@ def test_prompt_answer_on_stdout_and_the_rest_on_stderr():
     assert "MixKVQ balanced" in err and "times smaller" in err and "Traceback" not in err
 
 
-def test_demo():
-    code, out, err = run("--demo", "-c", "1024", "--report", "none")
+def test_demo(here):
+    code, out, err = here("--demo", "-c", "1024", "--report", "none")
     assert code == 0 and out.endswith(SOLUTION + "\n")
     assert err.strip() == f"Problem: {PROBLEM}"
 
@@ -72,24 +90,24 @@ def test_piped_prompt_and_json_report(tmp_path):
     assert cache["cache"] == "mixkvq" and cache["body_bits"] <= 3.3 and cache["times_smaller"] > 1 and cache["plain_layers"] == []
 
 
-def test_file_stock_cache_and_limit_of_tokens(tmp_path):
+def test_file_stock_cache_and_limit_of_tokens(here, tmp_path):
     (tmp_path / "prompt.txt").write_text(PROBLEM + "\n", encoding="utf-8")
-    code, out, err = run("-f", str(tmp_path / "prompt.txt"), "--stock", "q8_0", "-c", "512", "-n", "10", "--report", "json")
+    code, out, err = here("-f", str(tmp_path / "prompt.txt"), "--stock", "q8_0", "-c", "512", "-n", "10", "--report", "json")
     report = json.loads(err)
     assert code == 0 and out.startswith("a reversed") and report["answer_tokens"] == 10 and report["finish_reason"] == "length"
     assert report["cache"]["type"] == "q8_0" and report["cache"]["total_bits"] == 8.5
 
 
-def test_raw_long_prompt_in_small_batches():
+def test_raw_long_prompt_in_small_batches(here):
     text = "The old clerk walked slowly to the harbour. " * 60
-    code, _, err = run("--raw", "-b", "64", "-n", "4", "--preset", "mix2.5", "--window", "64", "--report", "json", stdin=text.encode())
+    code, _, err = here("--raw", "-b", "64", "-n", "4", "--preset", "mix2.5", "--window", "64", "--report", "json", stdin=text.encode())
     report = json.loads(err)
     assert code == 0 and report["read_tokens"] == report["prompt_tokens"] > 500
     assert report["cache"]["preset"] == "mix2.5" and report["cache"]["bytes_used"] > 0
 
 
-def test_sampling_is_repeatable_with_a_seed():
-    answers = {run("-p", "Once", "--raw", "--temp", "1.2", "--seed", str(s), "-n", "12", "-c", "256", "--report", "none")[1] for s in (1, 1, 2)}
+def test_sampling_is_repeatable_with_a_seed(here):
+    answers = {here("-p", "Once", "--raw", "--temp", "1.2", "--seed", str(s), "-n", "12", "-c", "256", "--report", "none")[1] for s in (1, 1, 2)}
     assert len(answers) == 2
 
 
@@ -158,17 +176,17 @@ def test_reader_that_goes_away():
         (["-p", "x", "--raw", "--system", "s"], "--system"),
     ],
 )
-def test_mistakes_get_one_sentence_and_exit_code_2(arguments, words):
-    code, out, err = run(*arguments)
+def test_mistakes_get_one_sentence_and_exit_code_2(here, arguments, words):
+    code, out, err = here(*arguments)
     assert code == 2, err
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err and "='" not in err
 
 
-def test_truncated_model_and_text_that_is_not_utf8(tmp_path):
+def test_truncated_model_and_text_that_is_not_utf8(here, tmp_path):
     (tmp_path / "cut.gguf").write_bytes(Path(MODEL).read_bytes()[:1_000_000])
-    code, out, err = run(str(tmp_path / "cut.gguf"), "-p", "x")
+    code, out, err = here(str(tmp_path / "cut.gguf"), "-p", "x")
     assert code == 2 and out == "" and "truncated" in err and err.count("\n") == 1
-    code, out, err = run(stdin=b"caf\xe9")
+    code, out, err = here(stdin=b"caf\xe9")
     assert code == 2 and out == "" and "UTF-8" in err and err.count("\n") == 1
 
 
@@ -196,7 +214,7 @@ class Terminal:
         os.close(slave)
         self.seen = ""
 
-    def expect(self, words, seconds=300):
+    def expect(self, words, seconds=600):
         """Wait until the terminal has shown `words`, and forget what came before."""
         deadline = time.monotonic() + seconds
         while True:
@@ -254,7 +272,7 @@ def test_chat_on_a_terminal(tmp_path):
     t.send("/exit")
     t.expect("times smaller")
     assert t.close() == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["talk.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["talk.json", "talk.json.mixkvq-state"]
 
 
 def test_what_is_said_while_a_model_loads_has_a_line_of_its_own(tmp_path):
@@ -314,20 +332,20 @@ def test_conversation_files(tmp_path):
 # --- nothing that was computed is lost ---
 
 
-def test_a_report_file_that_exists_is_replaced_only_if_asked(tmp_path):
+def test_a_report_file_that_exists_is_replaced_only_if_asked(here, tmp_path):
     path = tmp_path / "report.json"
     path.write_text('{"mine": 1}')
     ask = ("-p", "x", "-n", "2", "-c", "256", "--report-file", str(path))
-    code, out, err = run(*ask)
+    code, out, err = here(*ask)
     assert code == 2 and out == "" and err == f"error: {path} exists; give another name, or --force to replace it.\n"
     assert path.read_text() == '{"mine": 1}'
-    code, out, err = run(*ask, "--force")
+    code, out, err = here(*ask, "--force")
     assert code == 0 and out and json.loads(path.read_text())["answer_tokens"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_a_report_that_cannot_be_written_does_not_cost_the_answer():
-    code, out, err = run("-p", "x", "-n", "2", "-c", "256", "--report-file", "/dev/full")
+def test_a_report_that_cannot_be_written_does_not_cost_the_answer(here):
+    code, out, err = here("-p", "x", "-n", "2", "-c", "256", "--report-file", "/dev/full")
     assert code == 1 and out and "against F16" in err and err.endswith("error: /dev/full: No space left on device.\n")
 
 
@@ -357,7 +375,7 @@ SHORT = f"{sys.executable} -m bridge.run -t 1 -p '{PROBLEM}' -n 5 -c 256"
 
 @pytest.mark.parametrize("redirect", ["2>&-", "<&- 2>&-", "2>/dev/full", "2> >(head -c1 >/dev/null)"])
 def test_an_answer_needs_no_stderr(redirect):
-    done = subprocess.run(["bash", "-c", f"{SHORT} {redirect}"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", f"{SHORT} {redirect}"], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout.startswith("a reversed"), done.stderr) == (0, True, "")
 
 
@@ -371,7 +389,7 @@ def test_an_answer_needs_no_stderr(redirect):
     ],
 )
 def test_a_stdout_that_takes_no_answer(redirect, code, said):
-    done = subprocess.run(["bash", "-c", f"{SHORT} --report none {redirect}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", f"{SHORT} --report none {redirect}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=600)
     assert done.returncode == code and done.stdout == "" and "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert said is None or said == done.stderr
 
@@ -379,14 +397,14 @@ def test_a_stdout_that_takes_no_answer(redirect, code, said):
 def test_help_and_lists_into_a_pipe_that_closes():
     for arguments in ("bridge.run --help", "bridge.run --list-presets", "bridge.path"):
         command = f"{sys.executable} -m {arguments} | head -c1 >/dev/null; exit ${{PIPESTATUS[0]}}"
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=600)
         assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_warnings_are_errors_and_there_are_none():
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-W", "ignore:::llama_cpp", "-m", "bridge.run", "-t", "1", "-p", "x", "-n", "2", "-c", "256"],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0 and "Warning" not in "\n".join(line for line in done.stderr.splitlines() if "llama_cpp" not in line), done.stderr
 
@@ -394,27 +412,32 @@ def test_warnings_are_errors_and_there_are_none():
 # --- the command line's own words ---
 
 
-def test_mistakes_are_said_before_stdin_is_read(tmp_path):
-    mistakes = (["--kv", "nope"], ["missing.gguf"], ["--device", ","], ["--report-file", "/proc/x"], ["--profile", "missing.gguf"], ["--kv", MODEL])
-    for wrong in mistakes:
-        process = subprocess.Popen([sys.executable, "-m", "bridge.run", *wrong], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-        try:
-            assert process.wait(60) == 2  # stdin is still open
-            assert process.stderr.read().startswith(b"error: ")
-        finally:
-            process.kill()
-            process.communicate()
+def test_mistakes_are_said_before_stdin_is_read(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(command_line, "read_prompt", lambda *_: pytest.fail("stdin is read"))
+    for wrong in (["missing.gguf"], ["--device", ","], ["--report-file", "/proc/x"], ["--profile", "missing.gguf"], ["--kv", MODEL]):
+        assert command_line.main(wrong) == 2 and capfd.readouterr().err.startswith("error: ")
+    process = subprocess.Popen([sys.executable, "-m", "bridge.run", "--kv", "nope"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.wait(600) == 2  # stdin is still open
+        assert process.stderr.read().startswith(b"error: ")
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("module", ["bridge", "bridge.run", "bridge.path"])
-def test_every_command_has_help_and_a_version(module):
-    for option in ("-h", "--help"):
-        code, out, err = run(option, module=module)
-        assert code == 0 and out.startswith("Usage: python -m bridge.") and err == ""
-    code, out, err = run("--version", module=module)
-    assert code == 0 and re.fullmatch(r"mixkvq \d+\.\d+\.\d+\n", out) and err == ""
-    code, out, err = run("--nonsense", module=module)
-    assert code == 2 and out == "" and err.startswith("error: ") and err.endswith(" See --help.\n") and err.count("\n") == 1
+def test_every_command_has_help_and_a_version(module, capfd):
+    code, out, err = run("--help", module=module)
+    assert code == 0 and out.startswith("Usage: python -m bridge.") and err == ""
+    main = importlib.import_module("bridge.path" if module == "bridge.path" else "bridge.run").main
+    assert main(["-h"]) == 0 and capfd.readouterr() == (out, err)
+    assert main(["--version"]) == 0
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"mixkvq \d+\.\d+\.\d+\n", out) and err == ""
+    assert main(["--nonsense"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: ") and err.endswith(" See --help.\n") and err.count("\n") == 1
 
 
 def test_python_m_bridge_answers():
@@ -423,26 +446,26 @@ def test_python_m_bridge_answers():
 
 
 @pytest.mark.parametrize("make", [tiny_models.t5, tiny_models.bert, tiny_models.mamba])
-def test_models_without_a_cache_to_pack_get_advice_that_works(make, tmp_path):
+def test_models_without_a_cache_to_pack_get_advice_that_works(here, make, tmp_path):
     path = str(make(tmp_path / "m.gguf"))
-    code, out, err = run(path, "--raw", "-p", "abc", "-n", "2")
+    code, out, err = here(path, "--raw", "-p", "abc", "-n", "2")
     assert code == 2 and out == "" and err.count("\n") == 1 and make.__name__ in err and "embedding=True" not in err
     assert ("--stock f16" in err) == (make is tiny_models.mamba)
-    code, out, err = run(path, "--raw", "-p", "abc", "-n", "2", "--stock", "f16", "--report", "none")
+    code, out, err = here(path, "--raw", "-p", "abc", "-n", "2", "--stock", "f16", "--report", "none")
     assert code == (0 if make is tiny_models.mamba else 2), err
 
 
 # --- how an answer ended ---
 
 
-def test_an_answer_that_is_cut_off_says_so():
-    code, out, err = run("-p", PROBLEM, "-n", "5", "-c", "256", "--report", "none")
+def test_an_answer_that_is_cut_off_says_so(here):
+    code, out, err = here("-p", PROBLEM, "-n", "5", "-c", "256", "--report", "none")
     assert code == 0 and out and err == "(cut off: the limit of 5 tokens is reached, -n)\n"
-    code, out, err = run("-p", PROBLEM, "-c", "256", "--report", "none")
+    code, out, err = here("-p", PROBLEM, "-c", "256", "--report", "none")
     assert code == 3 and out and err == "(cut off: the context is full, -c)\n"
-    code, out, err = run("-p", PROBLEM, "-c", "256", "-n", "1000", "--report", "json")
+    code, out, err = here("-p", PROBLEM, "-c", "256", "-n", "1000", "--report", "json")
     assert code == 3 and json.loads(err)["finish_reason"] == "length" and json.loads(err)["answer_tokens"] == 256 - 23
-    code, out, err = run("-p", PROBLEM, "-n", "5", "-c", "256")
+    code, out, err = here("-p", PROBLEM, "-n", "5", "-c", "256")
     assert code == 0 and err.startswith("(cut off: the limit of 5 tokens is reached, -n)\n")
 
 
@@ -454,11 +477,11 @@ def test_an_answer_may_pass_its_limit_to_complete_a_character(n, max_tokens, sai
     assert said in why_it_ended(answer, max_tokens) and exit_code(answer, max_tokens) == code
 
 
-def test_no_tokens_reads_the_prompt_only():
-    code, out, err = run("-p", PROBLEM, "-n", "0", "-c", "256", "--report", "json")
+def test_no_tokens_reads_the_prompt_only(here):
+    code, out, err = here("-p", PROBLEM, "-n", "0", "-c", "256", "--report", "json")
     report = json.loads(err)
     assert code == 0 and out == "" and report["read_tokens"] == 23 and report["answer_tokens"] == 0
-    code, out, err = run("-p", PROBLEM, "-n", "0", "-c", "256", "--report", "none")
+    code, out, err = here("-p", PROBLEM, "-n", "0", "-c", "256", "--report", "none")
     assert (code, out, err) == (0, "", "")
 
 
@@ -474,8 +497,6 @@ def test_ctrl_c_while_a_prompt_is_read(tmp_path):
 
 def test_ctrl_c_while_a_model_is_loaded_on_a_terminal(monkeypatch, tmp_path):
     from rich.progress import Progress
-
-    from bridge import run as command_line
 
     updates = []
 
@@ -530,7 +551,7 @@ def test_a_terminal_that_is_closed_at_the_prompt(data_folder):
     t.expect("(cut off: the limit of 3 tokens is reached, -n)")
     os.close(t.master)
     os.kill(t.process.pid, signal.SIGHUP)
-    t.process.wait(60)
+    t.process.wait(600)
     assert len(json.loads(kept(data_folder)[0].read_text())["messages"]) == 2
 
 

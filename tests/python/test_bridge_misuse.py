@@ -21,8 +21,8 @@ from rich.console import Console
 
 import bridge
 from bridge import Llama
-from bridge.answer import LARGEST_SEED, Sampling, stream_answer
-from bridge.model_file import built_in_model
+from mixkvq.cli.answer import LARGEST_SEED, Sampling, stream_answer
+from mixkvq.core.model_file import built_in_model
 
 MODEL = str(built_in_model())
 ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
@@ -41,7 +41,7 @@ def load(**arguments):
 
 def program(code, **options):
     """A Python program of its own: (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True, timeout=600, **options)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -191,8 +191,13 @@ def test_a_model_that_was_never_loaded_is_closed():
 
 def test_close_waits_for_the_evaluation_of_another_thread():
     llama = load(n_ctx=2048, n_batch=32, n_ubatch=32)
-    started, failures = threading.Event(), []
-    llama.on_read = lambda done, total: started.set()
+    started, closing, failures = threading.Event(), threading.Event(), []
+
+    def before_a_batch(done, total):
+        started.set()
+        closing.wait()
+
+    llama.on_read = before_a_batch
 
     def read():
         try:
@@ -203,6 +208,7 @@ def test_close_waits_for_the_evaluation_of_another_thread():
     thread = threading.Thread(target=read)
     thread.start()
     started.wait()
+    closing.set()
     llama.close()
     thread.join()
     assert failures == ["The model is closed."]
@@ -328,15 +334,13 @@ def test_ctrl_c_stops_a_load(on_load):
 @pytest.mark.parametrize("stock", [None, "f16"])
 def test_ctrl_c_stops_the_look_at_devices_and_memory(stock, monkeypatch):
     """There the only Python that runs is the function for llama.cpp's log, and ctypes drops what is raised in it."""
-    from bridge import _llama
-
-    place, loads = _llama.Llama._place, []
+    place, loads = Llama._place, []
 
     def interrupted(*arguments):
         ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(signal.SIGINT))()
         place(*arguments)
 
-    monkeypatch.setattr(_llama.Llama, "_place", interrupted)
+    monkeypatch.setattr(Llama, "_place", interrupted)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         load(on_load=loads.append, **({} if stock is None else {"stock": stock}))
@@ -345,16 +349,16 @@ def test_ctrl_c_stops_the_look_at_devices_and_memory(stock, monkeypatch):
 
 def with_signal_at_the_first_callback():
     """As Ctrl-C does that arrives while llama.cpp loads: Python sees the signal when the next callback begins."""
-    from bridge import _llama
+    from bridge import llama, loading
 
-    class Loading(_llama._Loading):
+    class Loading(loading.Loading):
         def __call__(self, share, _):
             if share > 0:
                 os.kill(os.getpid(), signal.SIGINT)
             return super().__call__(share, _)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_llama, "_Loading", Loading)
+        patch.setattr(llama, "Loading", Loading)
         load()
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from cffi import FFI
 
-from bridge import _native
-from mixkvq import reference
+from bridge.library import library_path
+from mixkvq.core import _native, reference
 
 HEADER = Path(__file__).parents[2] / "cpp" / "include" / "mixkvq" / "c_api.h"
-LIBRARY = Path(_native.__file__).parent / "lib" / "libmixkvq.so"
+LIBRARY = library_path().with_name("libmixkvq.so")
 
 # Head size, tiers, key group, value head size, value bits, value group: every tier, every packing, odd head sizes.
 FORMATS = [
@@ -246,7 +246,7 @@ def test_an_instruction_set_that_cannot_be_had_is_an_error_in_both(monkeypatch):
     monkeypatch.setenv("MIXKVQ_ISA", "abacus")
     program = f"""
 from cffi import FFI
-from bridge import _native
+from mixkvq.core import _native
 ffi = FFI()
 ffi.cdef({declarations()!r})
 lib = ffi.dlopen({str(LIBRARY)!r})

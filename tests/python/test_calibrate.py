@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -19,14 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bridge
-from bridge.model_file import open_model
-from mixkvq import allocate, budget, caches, calibrate, sensitivity
-from mixkvq.allocate import CODED_BITS, VALUE_BITS, Tables
-from mixkvq.compare import Passage
-from mixkvq.profile import read_profile, uniform_profile
-from mixkvq.reference import KeyFormat, ValueFormat, pack_keys, pack_values, unpack_keys, unpack_values
-from mixkvq.sensitivity import SHORT
-from mixkvq.texts import DEFAULT_TEXT
+from mixkvq.cli import calibrate as command_line
+from mixkvq.core.model_file import open_model
+from mixkvq.core.profile import LayerProfile, read_profile, uniform_profile
+from mixkvq.core.reference import KeyFormat, ValueFormat, pack_keys, pack_values, unpack_keys, unpack_values
+from mixkvq.study import allocate, budget, caches, calibrate, material, measure, search, sensitivity
+from mixkvq.study import sizes as budgets
+from mixkvq.study.allocate import CODED_BITS, VALUE_BITS, Tables
+from mixkvq.study.compare import Passage
+from mixkvq.study.sensitivity import SHORT
+from mixkvq.study.texts import DEFAULT_TEXT
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "cot-tiny-34m-q8_0.gguf"
@@ -57,7 +60,7 @@ def test_allocation_keeps_the_budget_and_is_no_worse_than_uniform_formats(seed, 
     splits = [(0, 0, 8, 8, 16), (0, 0, 0, 32, 0), (0, 4, 8, 0, 20), (0, 0, 32, 0, 0), (0, 32, 0, 0, 0)]
     for counts, value_bits in itertools.product(splits, VALUE_BITS):
         tiers, values = np.array([(*counts, 128)] * 2, np.int32), np.array([(value_bits, 0)] * 2, np.int32)
-        uniform = [None if t is None else calibrate.LayerProfile(tiers, values) for t in layers]
+        uniform = [None if t is None else LayerProfile(tiers, values) for t in layers]
         # A record is a multiple of 64 bytes, so tenths of a bit of these short heads cannot be had.
         if allocate.body_bits(layers, uniform) <= size - 0.15:
             assert harm <= allocate.harm(layers, uniform)
@@ -109,11 +112,11 @@ def test_search_of_the_paper_keeps_the_budget():
             return 1 / self.seen[-1]
 
     calibration = Fake()
-    found = calibrate.best_thresholds(calibration, 5.0, 20, seed=1)
+    found = search.best_thresholds(calibration, 5.0, 20, seed=1)
     size = allocate.body_bits([tables], found)
     assert len(calibration.seen) == 20 and size == max(bits for bits in calibration.seen if bits <= 5)
     with pytest.raises(bridge.SettingsError, match="None of 20 trials"):
-        calibrate.best_thresholds(calibration, 2.0, 20, seed=1)
+        search.best_thresholds(calibration, 2.0, 20, seed=1)
 
 
 def test_every_kind_of_text_counts_whatever_its_scale_and_a_head_that_decides_one_gets_its_bits():
@@ -166,7 +169,7 @@ def test_key_error_is_that_of_the_packer(group):
 @pytest.fixture(scope="module")
 def reader():
     llm = bridge.Llama(str(MODEL), stock="f16", n_ctx=1024, verbose=False)
-    tokens = llm.tokenize(DEFAULT_TEXT.read_bytes())[:900]
+    tokens = llm.tokenize(DEFAULT_TEXT.read_bytes())[:800]
     llm.close()
     reader = sensitivity.Reader(str(MODEL), {"text": [Passage(tokens)]}, window=128, sinks=128, threads=1)
     yield reader
@@ -182,20 +185,20 @@ def test_exact_cache_does_not_diverge_and_rounding_does(reader):
     profile = uniform_profile(MODEL, "mix2.5")
     coarse = reader.divergence(profile.layers, tables, lambda n: None)["text"]
     fine = reader.divergence(uniform_profile(MODEL, "mix8.2").layers, tables, lambda n: None)["text"]
-    assert fine < coarse / 4  # what is left is the arithmetic of the cache itself
+    assert fine < coarse / 3  # what is left is the arithmetic of the cache itself
     reader.change_window(256)
     assert reader.divergence(profile.layers, tables, lambda n: None)["text"] < coarse
     reader.change_window(128)  # what the cache has learnt of the queries is gone
     assert reader.divergence(profile.layers, tables, lambda n: None)["text"] == pytest.approx(coarse, rel=0.05)
-    assert reader.passages_from(900) == {"text": [(0, 900)]} and reader.passages_from(901) == reader.sample(900)
+    assert reader.passages_from(800) == {"text": [(0, 800)]} and reader.passages_from(801) == reader.sample(800)
     sample = reader.sample(400)
     assert sample == {"text": [(0, SHORT + 1)]}
-    parts = sensitivity.parts_of(tables, profile.layers, 1, by_head=False)
-    assert sensitivity.measure_weights(reader, tables, profile.layers, parts, sample=sample, progress=lambda n: None) == 20
+    parts = sensitivity.parts_of(tables, profile.layers, 4, by_head=False)
+    assert sensitivity.measure_weights(reader, tables, profile.layers, parts, sample={"text": [(0, 513)]}, progress=lambda n: None) == 6
     assert allocate.harm([t.weighted({"text": 1.0}) for t in tables], profile.layers) == pytest.approx(1, rel=0.01)
     assert allocate.harm(tables, profile.layers) == pytest.approx(1, rel=0.01)
     weights = np.concatenate([t.key_weight / t.key_even for t in tables])
-    assert weights.min() > 0 and weights.max() / weights.min() > 2  # layers differ
+    assert weights.min() > 0 and weights.max() / weights.min() > 1.5  # layers differ
 
 
 def test_a_sample_cuts_long_passages_but_not_before_their_predictions(reader):
@@ -215,10 +218,10 @@ def test_a_sample_cuts_long_passages_but_not_before_their_predictions(reader):
 
 def test_half_of_the_problems_are_long_lookups():
     llm = bridge.Llama(str(MODEL), stock="f16", n_ctx=4096, vocab_only=True, verbose=False)
-    found = calibrate._derivations(llm, 8192, 4096, calibrate.Random(1))
+    found = material._derivations(llm, 8192, 4096, Random(1))
     hard = [p for p in found if len(p.tokens) > 2000 and b"Trace:" in llm.detokenize(p.tokens[p.first :])]
     assert 2 * sum(len(p.tokens) for p in hard) >= 8192 and len(found) > len(hard)
-    few = calibrate._derivations(llm, 1100, 1100, calibrate.Random(1))  # too few tokens for one of them
+    few = material._derivations(llm, 1100, 1100, Random(1))  # too few tokens for one of them
     assert few and sum(len(p.tokens) for p in few) <= 1100
     llm.close()
 
@@ -232,7 +235,7 @@ class Pace:
     def __init__(self, speed, monkeypatch):
         self.speed, self.now, self.tokens = speed, 0.0, 0
         self.when = {}  # what is done once so many tokens are read
-        for module in (calibrate, budget):
+        for module in (measure, budget):
             monkeypatch.setattr(module, "time", self)
         forward = bridge.Llama.forward
 
@@ -255,16 +258,11 @@ def stop():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return tiny_models.llama(tmp_path_factory.mktemp("models") / "tiny.gguf", n_layers=3)
+    return tiny_models.llama(tmp_path_factory.mktemp("models") / "tiny.gguf", n_kv=2, ratio=1, n_layers=3)
 
 
 def main(*arguments):
-    return calibrate.main([*map(str, arguments), "--threads", "1"])
-
-
-def run(*arguments):
-    """With one thread: those that wait for each other are slow on a busy machine."""
-    return subprocess.run([sys.executable, "-m", "mixkvq.calibrate", "--threads", "1", *map(str, arguments)], capture_output=True, text=True)
+    return command_line.main([*map(str, arguments), "--threads", "1"])
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +274,7 @@ def calibrated(tmp_path_factory):
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         Pace(60, patch)
-        assert main(model, "--bits", 3) == 0
+        assert main(model, "--bits", 3, "--minutes", 1) == 0
     return model, said.getvalue()
 
 
@@ -302,7 +300,8 @@ def test_existing_file_is_not_lost(calibrated):
     model, _ = calibrated
     path = model.with_name("model.mixkvq.gguf")
     before = path.read_bytes()
-    done = run(model, "--bits", 3)
+    # In a process of its own.
+    done = subprocess.run([sys.executable, "-m", "mixkvq.calibrate", str(model), "--bits", "3"], capture_output=True, text=True)
     assert done.returncode == 2 and "exists; give another name, or --force" in done.stderr and "Traceback" not in done.stderr
     assert path.read_bytes() == before
 
@@ -326,7 +325,7 @@ def test_targets_are_checked_before_anything_is_read(tiny, tmp_path, monkeypatch
 
 def test_what_was_measured_is_not_lost_where_it_can_no_longer_be_written(tiny, tmp_path, monkeypatch, capfd):
     Pace(60, monkeypatch)
-    out, written = tmp_path / "gone" / "out.gguf", calibrate.write_profile
+    out, written = tmp_path / "gone" / "out.gguf", command_line.write_profile
     out.parent.mkdir()
 
     def write(path, profile, **options):
@@ -334,7 +333,7 @@ def test_what_was_measured_is_not_lost_where_it_can_no_longer_be_written(tiny, t
             raise OSError(28, "No space left on device", str(path))
         written(path, profile, **options)
 
-    monkeypatch.setattr(calibrate, "write_profile", write)
+    monkeypatch.setattr(command_line, "write_profile", write)
     assert main(tiny, "--bits", 3, "--minutes", 2, "-o", out) == 2
     said, err = capfd.readouterr()
     instead = re.search(r"the profile is in (\S+)\.$", err.strip())
@@ -417,20 +416,20 @@ def test_ctrl_c_keeps_what_there_is(tiny, tmp_path, monkeypatch, capfd, tokens, 
 
 def test_the_preset_to_compare_with_is_that_of_the_nearest_size():
     """Not the largest that is no larger, which may be far smaller."""
-    presets = calibrate.presets_of(open_model(MODEL))
+    presets = budgets.presets_of(open_model(MODEL))
     sizes = [preset.bits for preset in presets]
     assert sizes == sorted(sizes) and len(sizes) >= 6
     for bits in (2.25, 2.6, 3.0, 3.2, 3.6, 5.0, 8.0):
-        within, nearest = calibrate.preset_within(presets, bits), calibrate.nearest_preset(presets, bits)
+        within, nearest = budgets.preset_within(presets, bits), budgets.nearest_preset(presets, bits)
         assert within.bits <= max(bits + 0.005, sizes[0]) and abs(nearest.bits - bits) == min(abs(size - bits) for size in sizes)
-    assert calibrate.preset_within(presets, 3.0).name == "mix2.5" and calibrate.nearest_preset(presets, 3.0).name == "mix3.2"
+    assert budgets.preset_within(presets, 3.0).name == "mix2.5" and budgets.nearest_preset(presets, 3.0).name == "mix3.2"
 
 
 def test_budget_holds_for_the_whole_cache(tmp_path):
     file = open_model(MODEL)
     for mib, n_ctx, window in ((20, 8192, 128), (70, 32768, 256), (9, 2048, 128)):
-        bits = calibrate.bits_of_budget(file, mib, n_ctx, window, 128)
-        preset = calibrate.preset_within(calibrate.presets_of(file), bits)
+        bits = budgets.bits_of_budget(file, mib, n_ctx, window, 128)
+        preset = budgets.preset_within(budgets.presets_of(file), bits)
         assert preset.bits <= bits
         llm = bridge.Llama(str(MODEL), kv=bridge.Kv(preset=preset.name, window=window), n_ctx=n_ctx, verbose=False)
         llm.eval(llm.tokenize(b"A short text."))
@@ -440,13 +439,13 @@ def test_budget_holds_for_the_whole_cache(tmp_path):
 
 def test_a_larger_window_leaves_fewer_bits_and_only_fitting_ones_are_tried():
     file = open_model(MODEL)
-    sizes = calibrate.sizes_of_budget(file, 70, 32768, None, None)
+    sizes = budgets.sizes_of_budget(file, 70, 32768, None, None)
     assert list(sizes) == [128, 256, 512] and list(sizes.values()) == sorted(sizes.values(), reverse=True)
     for window, bits in sizes.items():
-        assert bits == calibrate.bits_of_budget(file, 70, 32768, window, 128)
-    assert list(calibrate.sizes_of_budget(file, 20, 1024, None, None)) == [128, 256]  # at most a quarter of the context
-    assert list(calibrate.sizes_of_budget(file, 16, 8192, None, None)) == [128, 256]  # more cannot be paid for
-    assert list(calibrate.sizes_of_budget(file, 70, 32768, 200, None)) == [200]
+        assert bits == budgets.bits_of_budget(file, 70, 32768, window, 128)
+    assert list(budgets.sizes_of_budget(file, 20, 1024, None, None)) == [128, 256]  # at most a quarter of the context
+    assert list(budgets.sizes_of_budget(file, 16, 8192, None, None)) == [128, 256]  # more cannot be paid for
+    assert list(budgets.sizes_of_budget(file, 70, 32768, 200, None)) == [200]
 
 
 @pytest.mark.parametrize("window", [0, 512])
@@ -457,14 +456,14 @@ def test_the_budget_counts_what_lies_beside_the_pages(tiny, n_ctx, window):
         own = caches.sizes(llm, "balanced", [n_ctx], window=window)
         pages = caches.total_bits(own["body_bits_k"], own["body_bits_v"], n_ctx, window) * open_model(model).cache_elements(n_ctx) / 8
         beside = own["bytes"] - pages
-        assert beside <= calibrate.table_bytes(open_model(model), n_ctx) <= 1.1 * beside
+        assert beside <= budgets.table_bytes(open_model(model), n_ctx) <= 1.1 * beside
         llm.close()
 
 
 def test_a_window_is_chosen_where_the_budget_is_bytes(tiny, tmp_path, monkeypatch, capfd):
     out, file = tmp_path / "out.gguf", open_model(tiny)
     mib = caches.total_bits(3.6, 3.6, 32768) * file.cache_elements(32768) / 8 / 2**20
-    assert len(calibrate.sizes_of_budget(file, mib, 32768, None, None)) == 3
+    assert len(budgets.sizes_of_budget(file, mib, 32768, None, None)) == 3
     Pace(200, monkeypatch)
     assert main(tiny, "--budget-mib", mib, "--ctx", 32768, "--minutes", 5, "--tokens", 1024, "-o", out) == 0
     said = " ".join(capfd.readouterr().out.split())
@@ -472,7 +471,7 @@ def test_a_window_is_chosen_where_the_budget_is_bytes(tiny, tmp_path, monkeypatc
     if "No allocation was better" in said:
         assert profile.window is None
     else:
-        assert profile.window in calibrate.WINDOWS and f"a window of {profile.window} tokens" in said
+        assert profile.window in budgets.WINDOWS and f"a window of {profile.window} tokens" in said
     llm = bridge.Llama(str(tiny), kv=out, n_ctx=32768, verbose=False)
     llm.eval(llm.tokenize(b"A short text."))
     assert llm.kv_stats()["bytes"] <= mib * 2**20
@@ -494,20 +493,21 @@ def test_a_window_is_chosen_where_the_budget_is_bytes(tiny, tmp_path, monkeypatc
         (["-o", "/no/such/folder/x.gguf"], "folder"),
     ],
 )
-def test_mistakes_get_one_sentence(arguments, sentence, tmp_path):
+def test_mistakes_get_one_sentence(arguments, sentence, tmp_path, capfd):
     if "-o" not in arguments:
         arguments = [*arguments, "-o", tmp_path / "out.gguf"]
-    done = run(MODEL, *arguments)
-    assert done.returncode in (1, 2) and sentence in done.stderr and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert main(MODEL, *arguments) in (1, 2)
+    out, err = capfd.readouterr()
+    assert not out and sentence in err and len(err.strip().splitlines()) == 1
 
 
-def test_short_text_and_wrong_model_get_one_sentence(tmp_path):
+def test_short_text_and_wrong_model_get_one_sentence(tmp_path, capfd):
     text = tmp_path / "short.txt"
     text.write_text("Only a few words.")
     for arguments in ([MODEL, "--text", text, "-o", tmp_path / "out.gguf"], [text], [tmp_path / "none.gguf"]):
-        done = run(*arguments)
-        assert done.returncode in (1, 2) and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+        assert main(*arguments) in (1, 2)
+        out, err = capfd.readouterr()
+        assert not out and len(err.strip().splitlines()) == 1
 
 
 def test_measured_figures_are_json(calibrated):

@@ -21,10 +21,10 @@ from gguf import GGUFReader
 from test_bindings import declarations
 
 import bridge
-from bridge import Kv, _native
-from bridge import _llama as adapter
-from bridge.model_file import built_in_model
-from mixkvq import reference
+from bridge import Kv
+from bridge import backend as adapter
+from mixkvq.core import _native, reference
+from mixkvq.core.model_file import built_in_model
 
 MODEL = str(built_in_model())
 TEXT = ("It was a dark evening in the early spring, and the old clerk walked slowly to the harbour without saying a word. " * 40).encode()
@@ -61,9 +61,14 @@ def one_layer(tmp_path_factory, request):
     model.close()
 
 
-def load(codec=None, **kwargs):
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory):
+    return str(tiny_models.llama(tmp_path_factory.mktemp("codec") / "tiny.gguf"))
+
+
+def load(codec=None, model=MODEL, **kwargs):
     arguments = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "logits_all": True, "device": "cpu"}
-    return bridge.Llama(MODEL, codec=codec, **{**arguments, **kwargs})
+    return bridge.Llama(model, codec=codec, **{**arguments, **kwargs})
 
 
 def greedy(llama, n):
@@ -387,7 +392,7 @@ def test_bits_are_those_that_the_codec_counts():
     stats = llama.kv_stats()
     assert (stats["cache"], stats["codec"], stats["preset"], stats["body_bits"]) == ("codec", "by layer", None, 0)
     llama.eval(llama.tokenize(TEXT)[:900])
-    stats, layers = llama.kv_stats(), llama._session.layers()
+    stats, layers = llama.kv_stats(), llama.kv_layers()
     for layer in layers:
         assert layer["kind"] == "codec" and layer["tiers"] == (0,) * 5 and layer["pages_packed"] == 5
         assert layer["body_bits"] == pytest.approx(3.5 if layer["is_value"] else 2 + layer["layer"])
@@ -499,7 +504,7 @@ def test_an_interrupted_codec_is_an_interrupted_program():
     ],
     ids=["eval", "close", "save_state", "create_completion", "n_ctx", "ctx"],
 )
-def test_a_codec_cannot_use_the_model_that_calls_it(use):
+def test_a_codec_cannot_use_the_model_that_calls_it(use, tiny_path):
     def codec(page):
         if len(calls) < 2:
             calls.append(page)
@@ -507,7 +512,7 @@ def test_a_codec_cannot_use_the_model_that_calls_it(use):
         return page.rows, 1
 
     calls = []
-    llama, exact = load(codec, kv=NOTHING, n_ctx=512), load(kv=Kv(sinks=1 << 20), n_ctx=512)
+    llama, exact = (load(c, kv=kv, n_ctx=512, model=tiny_path) for c, kv in ((codec, NOTHING), (None, Kv(sinks=1 << 20))))
     tokens = llama.tokenize(TEXT)[:300]
     with pytest.raises(bridge.ContextError, match="cannot use the model"):
         llama.eval(tokens)
@@ -670,10 +675,10 @@ def test_a_codec_of_a_c_program(one_layer):
     """Through the struct of functions alone: what the codec returns is in the sentence, and NULL settings have none."""
     ffi = FFI()
     ffi.cdef(declarations())
-    registry = adapter._function("ggml_backend_dev_backend_reg", adapter.ctypes.c_void_p, adapter.ctypes.c_void_p)(one_layer.backend.cpu)
-    get = adapter._function("ggml_backend_reg_get_proc_address", *[adapter.ctypes.c_void_p] * 2, adapter.ctypes.c_char_p)
+    registry = adapter.function("ggml_backend_dev_backend_reg", adapter.ctypes.c_void_p, adapter.ctypes.c_void_p)(one_layer.backend.cpu)
+    get = adapter.function("ggml_backend_reg_get_proc_address", *[adapter.ctypes.c_void_p] * 2, adapter.ctypes.c_char_p)
     api = ffi.cast("mixkvq_backend_api *", get(registry, b"mixkvq_backend_api"))
-    assert api.version == 3
+    assert api.version == 4
     seen = []
 
     @ffi.callback("int(void *, const mixkvq_page *, float *, double *)")
@@ -687,7 +692,7 @@ def test_a_codec_of_a_c_program(one_layer):
     settings = ffi.new("mixkvq_settings *", [ffi.NULL, ffi.NULL, 0, 0, 0, ffi.NULL, ffi.NULL, codec, ffi.cast("void *", 42)])
 
     class Session:
-        """As much of bridge._native.Session as a Context needs."""
+        """As much of mixkvq.core._native.Session as a Context needs."""
 
         def __init__(self):
             self.handle = api.begin(settings)

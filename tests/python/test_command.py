@@ -18,21 +18,18 @@ import random_model
 import speed
 
 import bridge
-import bridge.model_file
-import mixkvq.cli
-import mixkvq.lab.__main__
-from bridge.command import command_line
-from mixkvq import calibrate, convert, evaluate, inspect
-from mixkvq.command import Number, run, tool
+from mixkvq.cli import calibrate, convert, evaluate, inspect, lab, main
+from mixkvq.cli.command import command_line
+from mixkvq.cli.options import Number, run, tool
 
 ROOT = Path(__file__).parents[2]
 TOOLS = {
-    "mixkvq": mixkvq.cli.command,
-    "mixkvq.calibrate": calibrate.cli,
+    "mixkvq": main.command,
+    "mixkvq.calibrate": calibrate.command,
     "mixkvq.evaluate": evaluate.command,
     "mixkvq.inspect": inspect.command,
     "mixkvq.convert": convert.command,
-    "mixkvq.lab": mixkvq.lab.__main__.main,
+    "mixkvq.lab": lab.command,
     "bench/speed.py": speed.main,
     "bench/memory.py": memory.main,
     "bench/llama_bench.py": llama_bench.main,
@@ -77,6 +74,7 @@ def test_what_is_no_number_for_it_is_refused_with_the_name_of_the_option(name, w
 
 def test_there_are_many_such_options():
     assert len(NUMBERS) > 45 and {name for name, _, _ in NUMBERS} >= {"mixkvq.calibrate", "mixkvq.evaluate", "bench/speed.py"}
+    assert {"--temp", "--top-p", "--min-p"} <= {option.opts[0] for _, _, option in NUMBERS}
 
 
 @pytest.mark.parametrize(
@@ -245,8 +243,8 @@ def test_the_command_line_is_known_while_it_runs():
 
 IN_THE_MIDDLE = """
 import signal, sys
-from bridge.files import replacing
-from mixkvq.command import run, tool
+from mixkvq.core.files import replacing
+from mixkvq.cli.options import run, tool
 
 signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "deaf" else signal.default_int_handler)
 

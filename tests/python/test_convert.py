@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from profiles import GOLDEN, GOLDEN_LAYERS, is_sentence, profiles, refused, same, write_gguf
 
 import bridge
-from bridge.model_file import built_in_model, open_model
-from mixkvq import convert
-from mixkvq.command import run
-from mixkvq.profile import Profile, read_profile, to_json, uniform_profile, write_profile
+from mixkvq.cli import convert
+from mixkvq.cli.options import run
+from mixkvq.core import embedding
+from mixkvq.core.model_file import built_in_model, open_model
+from mixkvq.core.profile import Profile, load_profile, read_profile, to_json, uniform_profile, write_profile
 
 MODEL = str(built_in_model())
 
@@ -56,7 +57,7 @@ def contents(path):
 
 def test_everything_else_in_the_model_stays(tiny, profile, tmp_path):
     out = tmp_path / "out.gguf"
-    convert.embed(tiny, profile, out)
+    embedding.embed(tiny, profile, out)
     assert same(read_profile(out, tiny), profile) and same(read_profile(out, out), profile)
     (fields, tensors), (new_fields, new_tensors) = contents(tiny), contents(out)
     added = {name for name in new_fields if name.startswith("mixkvq.profile.")}
@@ -68,30 +69,30 @@ def test_everything_else_in_the_model_stays(tiny, profile, tmp_path):
 
 def test_out_and_back_is_the_same_file(tiny, profile, tmp_path):
     out, back = tmp_path / "out.gguf", tmp_path / "back.gguf"
-    convert.embed(tiny, profile, out)
-    convert.remove(out, back)
+    embedding.embed(tiny, profile, out)
+    embedding.remove(out, back)
     assert back.read_bytes() == Path(tiny).read_bytes() != out.read_bytes()
     write_profile(tmp_path / "a.mixkvq.gguf", profile)
-    convert.extract(out, tmp_path / "b.mixkvq.gguf")
+    embedding.extract(out, tmp_path / "b.mixkvq.gguf")
     assert (tmp_path / "a.mixkvq.gguf").read_bytes() == (tmp_path / "b.mixkvq.gguf").read_bytes()
 
 
 def test_in_place_and_in_place_of_another(tiny, profile, tmp_path):
     out = tmp_path / "m.gguf"
     out.write_bytes(Path(tiny).read_bytes())
-    convert.embed(out, profile, out)
+    embedding.embed(out, profile, out)
     first = out.read_bytes()
     other = uniform_profile(tiny, "small")
-    convert.embed(out, other, out)
+    embedding.embed(out, other, out)
     assert same(read_profile(out), other) and b"a test" not in out.read_bytes()
-    convert.embed(out, profile, out)
+    embedding.embed(out, profile, out)
     assert out.read_bytes() == first
-    convert.remove(out, out)
+    embedding.remove(out, out)
     assert out.read_bytes() == Path(tiny).read_bytes() and [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_the_fingerprint_stays(tiny, profile, tmp_path):
-    convert.embed(tiny, profile, tmp_path / "m.gguf")
+    embedding.embed(tiny, profile, tmp_path / "m.gguf")
     before, after = open_model(tiny), open_model(tmp_path / "m.gguf")
     assert after.fingerprint == before.fingerprint and after.has_profile and not before.has_profile
 
@@ -128,11 +129,11 @@ def test_keys_of_every_type(tmp_path, data, alignment):
     writer_tensors = {f"t{i}": np.arange(n, dtype=np.float32) for i, n in enumerate(data.draw(st.lists(st.integers(1, 70), max_size=3)))}
     write_aligned(path, keys, writer_tensors, alignment)
     wanted = uniform_profile(path)
-    convert.embed(path, wanted, out)
+    embedding.embed(path, wanted, out)
     assert same(read_profile(out, path), wanted)
     fields, tensors = contents(out)
     assert {k: v for k, v in fields.items() if not k.startswith("mixkvq.")} == contents(path)[0] and tensors == contents(path)[1]
-    convert.remove(out, back)
+    embedding.remove(out, back)
     assert back.read_bytes() == path.read_bytes()
 
 
@@ -156,7 +157,7 @@ def test_json_and_side_cars_of_any_profile(tmp_path, profile):
     a, b, c = (str(tmp_path / name) for name in ("a.gguf", "b.json", "c.gguf"))
     write_profile(a, profile)
     assert run(convert.command, "x", ["to-json", a, "-o", b, "--force"]) == run(convert.command, "x", ["from-json", b, "-o", c, "--force"]) == 0
-    assert Path(a).read_bytes() == Path(c).read_bytes() and same(convert.load_profile(b), profile)
+    assert Path(a).read_bytes() == Path(c).read_bytes() and same(load_profile(b), profile)
 
 
 def test_a_large_model_is_copied_in_blocks(tmp_path):
@@ -168,7 +169,7 @@ def test_a_large_model_is_copied_in_blocks(tmp_path):
     profile, seen = uniform_profile(path), []
     assert path.stat().st_size > 80 << 20
     tracemalloc.start()
-    convert.embed(path, profile, tmp_path / "out.gguf", lambda done, total: seen.append((done, total)))
+    embedding.embed(path, profile, tmp_path / "out.gguf", lambda done, total: seen.append((done, total)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20, peak
@@ -211,14 +212,14 @@ def test_a_model_in_several_files(tiny, profile, tmp_path):
     first, second = split(tiny, tmp_path)
     before = second.read_bytes()
     assert open_model(first).fingerprint == open_model(tiny).fingerprint
-    convert.embed(first, profile, first)
+    embedding.embed(first, profile, first)
     assert same(read_profile(first, first), profile) and second.read_bytes() == before
     assert np.array_equal(logits(first), logits(tiny))
     with refused("give .*-00001-of-00002", bridge.ModelFileError):
-        convert.embed(second, profile, tmp_path / "x-00002-of-00002.gguf")
+        embedding.embed(second, profile, tmp_path / "x-00002-of-00002.gguf")
     with refused("must end in -00001-of-00002.gguf", bridge.ModelFileError):
-        convert.embed(first, profile, tmp_path / "whole.gguf")
-    convert.remove(first, tmp_path / "other-00001-of-00002.gguf")
+        embedding.embed(first, profile, tmp_path / "whole.gguf")
+    embedding.remove(first, tmp_path / "other-00001-of-00002.gguf")
     assert sorted(p.name[:5] for p in tmp_path.iterdir()) == ["m-000", "m-000", "other"]
 
 
@@ -226,7 +227,7 @@ def test_a_model_in_several_files(tiny, profile, tmp_path):
 def test_llama_cpp_loads_the_model_and_gives_the_same_logits(tiny, tmp_path, which):
     path = tiny if which == "tiny" else MODEL
     out = tmp_path / "out.gguf"
-    convert.embed(path, uniform_profile(path, "small"), out)
+    embedding.embed(path, uniform_profile(path, "small"), out)
     assert np.array_equal(logits(out), logits(path))
 
 
@@ -235,9 +236,9 @@ def test_llama_cpp_loads_the_model_and_gives_the_same_logits(tiny, tmp_path, whi
 
 def test_no_room_on_the_disk(tiny, profile, tmp_path, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda folder: usage(1 << 40, 0, 1 << 17))
+    monkeypatch.setattr(embedding.shutil, "disk_usage", lambda folder: usage(1 << 40, 0, 1 << 17))
     with refused(r"takes [\d.]+ KiB, and 128.0 KiB are free in "):
-        convert.embed(tiny, profile, tmp_path / "out.gguf")
+        embedding.embed(tiny, profile, tmp_path / "out.gguf")
     assert not list(tmp_path.iterdir())
 
 
@@ -246,7 +247,7 @@ def test_a_copy_that_is_not_the_same_is_not_kept(tiny, profile, tmp_path, monkey
     out = tmp_path / "out.gguf"
     old = Path(tiny).read_bytes()
     out.write_bytes(old)
-    copy = convert._copy
+    copy = embedding._copy
 
     def wrong(f, start, to, report):
         result = copy(f, start, to, report)
@@ -255,22 +256,22 @@ def test_a_copy_that_is_not_the_same_is_not_kept(tiny, profile, tmp_path, monkey
             to.write(b"!")
         return result
 
-    monkeypatch.setattr(convert, "_copy", wrong)
+    monkeypatch.setattr(embedding, "_copy", wrong)
     with pytest.raises(bridge.BridgeError) as e:
-        convert.embed(tiny, profile, out)
+        embedding.embed(tiny, profile, out)
     assert is_sentence(e.value)
     assert out.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
 
 
 def test_a_damaged_profile_can_be_taken_out(tiny, profile, tmp_path):
     out = tmp_path / "out.gguf"
-    convert.embed(tiny, profile, out)
+    embedding.embed(tiny, profile, out)
     raw = out.read_bytes()
     assert raw.count(profile.fingerprint.encode()) == 1
     out.write_bytes(raw.replace(profile.fingerprint.encode(), b"?" * 32))
     with refused("which model"):
         read_profile(out)
-    convert.remove(out, out)
+    embedding.remove(out, out)
     assert out.read_bytes() == Path(tiny).read_bytes()
 
 
@@ -326,7 +327,7 @@ def files(tiny, profile, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("sub").mkdir()
     Path("m.gguf").write_bytes(Path(tiny).read_bytes())
-    convert.embed(tiny, profile, "e.gguf")
+    embedding.embed(tiny, profile, "e.gguf")
     write_profile("p.gguf", profile)
     Path("p.json").write_text(to_json(profile))
     Path("result.json").write_text('{"bench": "evaluate"}')
@@ -394,13 +395,13 @@ def test_a_device_and_a_folder_that_is_read_only(files, tmp_path, capfd):
 
 
 def test_functions_do_not_replace_a_file_of_another_kind_either(files, profile):
-    for write in (lambda out: convert.extract("e.gguf", out), lambda out: write_profile(out, profile)):
+    for write in (lambda out: embedding.extract("e.gguf", out), lambda out: write_profile(out, profile)):
         for out in ("m.gguf", "e.gguf", "p.json", "notes.txt", "link.gguf"):
             with refused("not replaced by a profile", bridge.SettingsError):
                 write(out)
     for out in ("p.gguf", "p.json", "picture.png"):
         with refused("not replaced by a model", bridge.SettingsError):
-            convert.embed("m.gguf", profile, out)
+            embedding.embed("m.gguf", profile, out)
     assert {path: path.read_bytes() for path in files} == files
 
 

@@ -11,8 +11,8 @@ from contexts import BALANCED, GPU, Context, Model, devices, random_tokens
 
 from bridge import Llama
 from bridge.devices import WORKSPACE, Gpu, Placement, check_device, place
-from bridge.errors import SettingsError
-from bridge.model_file import built_in_model
+from mixkvq.core.errors import SettingsError
+from mixkvq.core.model_file import built_in_model
 
 GIB = 1 << 30
 A, B = Gpu("CUDA0", 1, 8 * GIB), Gpu("CUDA1", 2, 4 * GIB)

@@ -35,9 +35,9 @@ from test_operations import random_operation
 
 import mixkvq
 from bridge import Kv
-from bridge.model_file import built_in_model
-from mixkvq.caches import open_cache
-from mixkvq.compare import Comparison, cut, feed, summarise, tokenize_text
+from mixkvq.core.model_file import built_in_model
+from mixkvq.study.caches import open_cache
+from mixkvq.study.compare import Comparison, cut, feed, summarise, tokenize_text
 
 PAPER = Kv(preset="paper", window=0, sinks=0)
 WINDOW = Kv(preset="balanced", window=40, sinks=1)
@@ -190,7 +190,7 @@ def test_both_lose_the_same(models, kv):
 
 
 def divergence(device: str, name: str, n_tokens: int) -> dict:
-    """Of the named cache from llama.cpp's F16 cache, both on the device, as mixkvq.compare measures it."""
+    """Of the named cache from llama.cpp's F16 cache, both on the device, as mixkvq.study.compare measures it."""
     options = {"n_ctx": n_tokens, "n_batch": 128, "n_ubatch": 128, "device": library_name(device)}
     with closing(open_cache(built_in_model(), "f16", **options)) as stock, closing(open_cache(built_in_model(), name, **options)) as ours:
         text = (Path(mixkvq.__file__).parent / "calibration.txt").read_bytes()

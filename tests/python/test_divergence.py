@@ -9,9 +9,9 @@ import pytest
 import tiny_models
 
 from bridge import ContextError
-from bridge.library import native
-from mixkvq import compare, sensitivity
-from mixkvq.compare import Comparison, Passage, add_predictions, feed
+from mixkvq.core.native import native
+from mixkvq.study import compare, sensitivity
+from mixkvq.study.compare import Comparison, Passage, add_predictions, feed
 
 INF = math.inf
 

@@ -15,8 +15,8 @@ import figures
 import pytest
 import tables
 
-from bridge.library import native
-from mixkvq import caches
+from mixkvq.core.native import native
+from mixkvq.study import caches
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "models/README.md")] + sorted((ROOT / "docs").glob("*.md"))
@@ -143,14 +143,15 @@ def test_links_and_paths_exist(document):
 
 
 def commands_of(module: str) -> set[str]:
-    """The options of a command line, long and short."""
+    """The options of a command line, long and short: of `python -m module`, or of a script."""
+    module = re.sub(r"^(?:bridge|mixkvq)\.(?=\w+$)", "mixkvq.cli.", module)
     found = [x for x in vars(importlib.import_module(module)).values() if isinstance(x, click.Command)]
     group = [command for x in found if isinstance(x, click.Group) for command in x.commands.values()]
     options = {name for x in found + group for param in x.params for name in (*param.opts, *param.secondary_opts)}
     return options | {name for x in found + group for name in x.context_settings.get("help_option_names", ["--help"])} | {"--help"}
 
 
-MODULES = ["bridge.run", *(f"mixkvq.{name}" for name in ("calibrate", "evaluate", "convert", "inspect"))]
+MODULES = ["bridge.run", *(f"mixkvq.{name}" for name in ("calibrate", "evaluate", "convert", "inspect", "lab"))]
 SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if "click.command" in path.read_text(encoding="utf-8"))
 
 
@@ -158,8 +159,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if "click.c
 def test_options_exist(document):
     """Those of a command line belong to its program; one that is named alone belongs to some program of ours."""
     text = re.sub(r"\\\n", " ", document.read_text(encoding="utf-8"))
-    known = {name: commands_of(name) for name in (*MODULES, "mixkvq.lab.__main__", *SCRIPTS)}
-    known["mixkvq.lab"] = known["mixkvq.lab.__main__"]
+    known = {name: commands_of(name) for name in (*MODULES, *SCRIPTS)}
     for block, words in re.findall(r"^```\w*\n(.*?)^```|`([^`]+)`", text, flags=re.DOTALL | re.MULTILINE):
         for line in block.splitlines() or [" ".join(words.split())]:
             program = re.search(r"-m ((?:mixkvq|bridge)\.\w+)|bench/(\w+)\.py", line.split("#")[0])

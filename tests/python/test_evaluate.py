@@ -19,14 +19,18 @@ import pytest
 import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats as scipy_stats
 
 from bridge import ContextError, GeometryError, Kv, Llama, SettingsError
-from bridge.library import native
-from bridge.model_file import built_in_model
-from mixkvq import caches, calibrate, compare, evaluate, plots, problems, record
-from mixkvq.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed
-from mixkvq.profile import uniform_profile, write_profile
-from mixkvq.texts import default_text
+from mixkvq.cli import calibrate as calibrate_command
+from mixkvq.cli import evaluate as evaluate_command
+from mixkvq.cli.evaluate import main
+from mixkvq.core.model_file import built_in_model
+from mixkvq.core.native import native
+from mixkvq.core.profile import uniform_profile, write_profile
+from mixkvq.study import caches, compare, evaluate, plots, problems, record
+from mixkvq.study.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed
+from mixkvq.study.texts import default_text
 
 MODEL = str(built_in_model())
 PROSE = Path(evaluate.__file__).with_name("calibration.txt")
@@ -51,7 +55,7 @@ def random_tokens(n, seed=0):
 
 def run(capfd, *arguments):
     """The command line in this process: exit code, stdout, stderr."""
-    code = evaluate.main([str(a) for a in arguments])
+    code = main([str(a) for a in arguments])
     out, err = capfd.readouterr()
     assert "Traceback" not in err
     return code, out, err
@@ -155,7 +159,7 @@ def test_cuts_are_where_pages_are_packed(n, windows):
 
 
 def packed(llm):
-    return [layer["pages_packed"] for layer in llm._session.layers()]
+    return [layer["pages_packed"] for layer in llm.kv_layers()]
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(128, 128), (0, 0), (64, 128), (200, 128), (256, 0)])
@@ -185,18 +189,18 @@ def test_decode_style_is_token_by_token(tiny, window, sinks):
     assert kld(r) > 0.005
 
 
-@pytest.mark.parametrize("name", ["balanced", "q4_0"])
-def test_decode_style_has_the_divergence_of_single_tokens(prose, name):
-    passage = Passage(prose[:900])
+def test_decode_style_has_the_divergence_of_single_tokens(prose):
+    passage, names = Passage(prose[:530]), {"balanced": 0.01, "q4_0": 0.2}
     found = {}
     for style in ("decode", "token"):
-        ((one,),) = [list(g.values()) for g in compare_caches(MODEL, [name], [passage], style=style, threads=1)]
-        found[style] = one.summary()
-    decode, token = found["decode"], found["token"]
-    assert decode["tokens"] == token["tokens"] == 899 and decode["total_bits"] == token["total_bits"]
-    assert decode["kld_mean"] == pytest.approx(token["kld_mean"], abs=0.0005 + 3 * decode["kld_standard_error"] * 0.3)
-    assert decode["perplexity"] == pytest.approx(token["perplexity"], rel=0.01)
-    assert 0.0005 < decode["kld_mean"] < (0.01 if name == "balanced" else 0.2)
+        groups = compare_caches(MODEL, list(names), [passage], style=style, threads=1)
+        found[style] = {name: one.summary() for group in groups for name, one in group.items()}
+    for name, most in names.items():
+        decode, token = found["decode"][name], found["token"][name]
+        assert decode["tokens"] == token["tokens"] == 529 and decode["total_bits"] == token["total_bits"]
+        assert decode["kld_mean"] == pytest.approx(token["kld_mean"], abs=0.0005 + 3 * decode["kld_standard_error"] * 0.3)
+        assert decode["perplexity"] == pytest.approx(token["perplexity"], rel=0.01)
+        assert 0.0005 < decode["kld_mean"] < most
 
 
 def test_only_wanted_rows_come_back(tiny):
@@ -259,11 +263,15 @@ def test_sign_test(lost, won):
     assert problems.sign_test(lost, won) == pytest.approx(min(1.0, expected))
 
 
-def test_wilson():
+@pytest.mark.parametrize(("right", "n"), [(203, 208), (0, 10), (10, 10), (1, 1), (57, 200), (1, 100000)])
+def test_wilson(right, n):
+    interval = scipy_stats.binomtest(right, n).proportion_ci(0.95, "wilson")
+    assert problems.wilson(right, n) == pytest.approx((interval.low, interval.high), abs=1e-12)
     assert problems.wilson(0, 0) == (0.0, 1.0)
-    assert problems.wilson(203, 208) == pytest.approx((0.945, 0.990), abs=5e-4)
-    low, high = problems.wilson(0, 10)
-    assert low == 0 and high == pytest.approx(0.2775, abs=5e-4)
+    for lost, won in ((right, n - right), (n - right, right), (0, right)):
+        p = scipy_stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
+        if lost + won < 1000:
+            assert problems.sign_test(lost, won) == pytest.approx(p, rel=1e-9)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1))
@@ -286,8 +294,8 @@ def run_file(tmp_path_factory):
     profile = folder / "mine.gguf"
     write_profile(profile, uniform_profile(MODEL, "mix8.2", window=256))
     out = folder / "kld.json"
-    arguments = [MODEL, "--kv", f"q4_0,balanced,{profile}", "--kv", "lab:kivi-2", "--ctx", "640", "--style", "decode,prefill", *THREADS]
-    assert evaluate.main([*arguments, "--out", str(out)]) == 0
+    arguments = [MODEL, "--kv", f"q4_0,balanced,{profile}", "--kv", "lab:kivi-2", "--ctx", "520", "--style", "decode,prefill", *THREADS]
+    assert main([*arguments, "--out", str(out)]) == 0
     return out, arguments, str(profile)
 
 
@@ -301,13 +309,13 @@ def test_result_is_consistent(run_file):
     decode, prefill = result["sections"]
     assert (decode["style"], prefill["style"]) == ("decode", "prefill")
     assert decode["text"]["name"] == "the default text" and decode["offsets"] == prefill["offsets"]
-    assert decode["offsets"][0] % 640 == 0
+    assert decode["offsets"][0] % 520 == 0
     for section in (decode, prefill):
         assert list(section["caches"]) == [NOISE_FLOOR, "q4_0", "balanced", profile, "lab:kivi-2"]
         for name, f in section["caches"].items():
-            assert f["tokens"] == 639 and f["kld_mean"] >= 0 and f["kld_standard_error"] > 0 and f["seconds"] > 0
+            assert f["tokens"] == 519 and f["kld_mean"] >= 0 and f["kld_standard_error"] > 0 and f["seconds"] > 0
             assert f["kld_median"] <= f["kld_99%"] <= f["kld_99.9%"] <= f["kld_max"]
-            assert f["same_top"] == pytest.approx(1 - f["flips"] / 639)
+            assert f["same_top"] == pytest.approx(1 - f["flips"] / 519)
             assert f["perplexity_ratio"] == pytest.approx(f["perplexity"] / f["perplexity_baseline"])
             assert np.mean(f["kld_by_quarter"]) == pytest.approx(f["kld_mean"], rel=0.01)
             assert list(f["total_bits"]) == ["768", "8192", "32768"]
@@ -402,12 +410,27 @@ def test_targets_are_checked_before_anything_is_measured(tiny, short, option, mo
 def test_a_plot_that_cannot_be_written_does_not_cost_the_tables(tiny, short, monkeypatch, capfd):
     pytest.importorskip("matplotlib")
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(28, "No space left on device", "x.svg")
 
-    monkeypatch.setattr(plots, "draw_evaluation", fail)
-    code, printed, err = run(capfd, tiny, *short, "--kv", "balanced", "--plot", "x.svg", "--out", "x.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "draw_evaluation", fail)
+        code, printed, err = run(capfd, tiny, *short, "--kv", "balanced", "--plot", "x.svg", "--out", "x.json")
     assert code == 1 and "balanced" in printed and "No space left" in err and json.loads(Path("x.json").read_text())["sections"]
+
+
+def test_a_picture_that_appears_while_measuring_stays_unless_forced(tiny, short, monkeypatch, capfd):
+    pytest.importorskip("matplotlib")
+    measure = evaluate_command.evaluate
+
+    def appears(*arguments):
+        measure(*arguments)
+        Path("x.svg").write_text("<svg>mine</svg>")
+
+    monkeypatch.setattr(evaluate_command, "evaluate", appears)
+    code, printed, err = run(capfd, tiny, *short, "--kv", "balanced", "--plot", "x.svg")
+    assert code == 1 and "balanced" in printed and err == "error: x.svg: File exists.\n" and Path("x.svg").read_text() == "<svg>mine</svg>"
+    assert run(capfd, tiny, *short, "--kv", "balanced", "--plot", "x.svg", "--force")[0] == 0 and "balanced" in Path("x.svg").read_text()
 
 
 def test_figures_that_cannot_be_written_are_printed(tiny, short, monkeypatch, capfd):
@@ -555,10 +578,10 @@ def test_windows_and_skip(tiny, tmp_path, capfd):
 
 def test_guarantee_picks_the_smallest_that_holds(tmp_path, capfd):
     out = tmp_path / "g.json"
-    arguments = [MODEL, "--ctx", 1024, "--out", out, *THREADS]
+    arguments = [MODEL, "--ctx", 640, "--out", out, *THREADS]
     code, printed, _ = run(capfd, *arguments, "--guarantee", 10)
     assert code == 0
-    assert "measured on your model: tiny (2.41 body bits) keeps mean KLD at" in printed and "<= 10 on the default text (1023 predictions" in printed
+    assert "measured on your model: tiny (2.41 body bits) keeps mean KLD at" in printed and "<= 10 on the default text (639 predictions" in printed
     assert printed.rstrip().endswith("use --kv tiny")
     result = json.loads(out.read_text())
     klds = {name: f["kld_mean"] + f["kld_standard_error"] for name, f in result["sections"][0]["caches"].items()}
@@ -620,7 +643,7 @@ def test_answers_do_not_depend_on_what_came_before():
     source = problems.BuiltIn(("chain",), ("medium",))
     vocabulary = caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
     drawn = source.draw(3, 2)
-    n_ctx = problems.add_tokens(vocabulary, drawn, 150)
+    n_ctx = problems.add_tokens(vocabulary, drawn, 80)
     solver = problems.Solver(MODEL, source, n_ctx, 1)
     first, second = (solver.answers(problem, ["tiny"])["tiny"]["tokens"] for problem in drawn)
     fresh = problems.Solver(MODEL, source, n_ctx, 1)
@@ -630,7 +653,7 @@ def test_answers_do_not_depend_on_what_came_before():
 
 def test_problems_from_a_file(tmp_path, capfd):
     file = tmp_path / "gsm.jsonl"
-    sums = [(48291, 73), (917, 46), (1234, 8)]
+    sums = [(917, 46), (1234, 8), (56, 37)]
     lines = [{"question": f"Compute {a} * {b}.", "answer": f"We say {a}*{b}.\n#### {a * b:,}"} for a, b in sums]
     lines.append({"question": "Compute 91 * 7.", "answer": "Wrong on purpose\n#### 638"})
     file.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
@@ -657,7 +680,7 @@ def test_numbers():
 
 
 CHECKER = """
-from mixkvq import tasks
+from mixkvq.study import tasks
 
 def problems(rng, n):
     for _ in range(n):
@@ -755,7 +778,7 @@ def test_an_encoder_decoder_model_is_refused(tmp_path, tool):
     assert done.returncode == 2 and done.stderr.startswith("error: t5") and len(done.stderr.splitlines()) == 1, done.stderr[-500:]
 
 
-@pytest.mark.parametrize("tool", [evaluate, calibrate])
+@pytest.mark.parametrize("tool", [evaluate_command, calibrate_command])
 def test_a_model_that_bridge_refuses_is_one_sentence(tiny, tool, monkeypatch, capfd):
     def refuse(*_, **__):
         raise GeometryError("It has an encoder.")

@@ -1,4 +1,4 @@
-"""bridge.files: what may be written, and that it appears whole or not at all."""
+"""core.files: what may be written, and that it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from gguf import GGUFWriter
 
 from bridge import SettingsError
-from bridge.files import check_target, kind_of, replacing, write_atomically
+from mixkvq.core.files import check_target, kind_of, replacing, write_atomically
 
 UNWRITABLE = "/proc/result"  # not even the administrator can make a file there
 

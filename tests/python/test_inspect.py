@@ -15,10 +15,13 @@ import tiny_models
 from profiles import GOLDEN_LAYERS, refused
 
 import bridge
-from mixkvq import convert, inspect
-from mixkvq.command import run
-from mixkvq.profile import LayerProfile, Profile, to_json, uniform_profile, write_profile
-from mixkvq.reference import KeyFormat, ValueFormat
+from mixkvq.cli import inspect
+from mixkvq.cli.options import run
+from mixkvq.core import embedding
+from mixkvq.core.native import native
+from mixkvq.core.profile import LayerProfile, Profile, to_json, uniform_profile, write_profile
+from mixkvq.core.reference import KeyFormat, ValueFormat
+from mixkvq.study import profile_plots
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def test_heads_with_one_format_share_a_row():
 
 
 def test_bits_of_a_profile_are_those_of_the_preset(tiny):
-    body = {p["name"]: p["body_bits"] for p in bridge.library.native().presets()}
+    body = {p["name"]: p["body_bits"] for p in native().presets()}
     model = Profile("0" * 32, [LayerProfile(np.array([[0, 8, 120, 0, 0, 128]], np.int32), np.array([[3, 0]], np.int32))])
     assert dict(inspect.summary(model))["body bits"].startswith(f"{body['mix3.8']:.3f} (")
     assert dict(inspect.summary(model, [128]))["body bits"] == f"{body['mix3.8']:.3f}"
@@ -90,7 +93,7 @@ def test_printed(tiny, tmp_path, capfd):
 def test_every_place_of_a_profile(tiny, tmp_path, capfd):
     """Beside the model comes before inside it, as when the model is run."""
     model = tmp_path / "m.gguf"
-    convert.embed(tiny, uniform_profile(tiny, "small"), model)
+    embedding.embed(tiny, uniform_profile(tiny, "small"), model)
     beside = uniform_profile(tiny, "quality")
     (tmp_path / "p.json").write_text(to_json(beside))
 
@@ -108,7 +111,7 @@ def test_every_place_of_a_profile(tiny, tmp_path, capfd):
 
 
 def test_maps(profile):
-    m = inspect.maps(profile)
+    m = profile_plots.maps(profile)
     assert m.rows == [(0, 0), (0, 1), (2, 0)] and m.by_rank.tolist() == [False, False, True]
     first = profile.layers[0]
     assert np.array_equal(m.query_prior[:2, :64], first.query_prior) and np.array_equal(m.key_range[:2, :64], first.key_range)
@@ -125,15 +128,15 @@ def test_tiers_by_one_statistic_alone_and_ties():
     tiers, values = np.array([[0, 4, 0, 0, 60, 128]], np.int32), np.array([[3, 0]], np.int32)
     prior = np.ones((1, 64), np.float32)
     prior[0, [9, 20]] = 2
-    assert np.flatnonzero(inspect.likely_tiers(LayerProfile(tiers, values, prior))[0] == 8).tolist() == [0, 1, 9, 20]  # ties: the lower index
-    assert np.flatnonzero(inspect.likely_tiers(LayerProfile(tiers, values, None, 3 - prior))[0] == 8).tolist() == [0, 1, 2, 3]
+    assert np.flatnonzero(profile_plots.likely_tiers(LayerProfile(tiers, values, prior))[0] == 8).tolist() == [0, 1, 9, 20]  # ties: the lower index
+    assert np.flatnonzero(profile_plots.likely_tiers(LayerProfile(tiers, values, None, 3 - prior))[0] == 8).tolist() == [0, 1, 2, 3]
 
 
 def test_figure(profile):
     pytest.importorskip("matplotlib")
-    drawn = inspect.figure(profile)
+    drawn = profile_plots.figure(profile)
     panels = [axes for axes in drawn.axes if axes.images]
-    m = inspect.maps(profile)
+    m = profile_plots.maps(profile)
     assert len(panels) == 4
     for axes, values in zip(panels, (m.tiers, m.salience, m.key_range, m.query_prior)):
         assert np.array_equal(np.ma.filled(axes.images[0].get_array().astype(float), np.nan), values, equal_nan=True)
@@ -145,20 +148,20 @@ def test_figure(profile):
     for layer in profile.layers:
         if layer is not None:
             layer.query_prior = layer.key_range = None
-    assert len([axes for axes in inspect.figure(profile).axes if axes.images]) == 1
+    assert len([axes for axes in profile_plots.figure(profile).axes if axes.images]) == 1
 
 
 def test_statistics_of_nothing_but_zeros_are_drawn(profile, tmp_path):
     pytest.importorskip("matplotlib")
     profile.layers[0].query_prior[:] = 0
-    inspect.plot(profile, tmp_path / "p.png")
+    profile_plots.draw_profile(profile, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 5000
 
 
 def test_pictures(profile, tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("p.png", "p.svg", "again.svg"):
-        inspect.plot(profile, tmp_path / name)
+        profile_plots.draw_profile(profile, tmp_path / name)
     raw = (tmp_path / "p.png").read_bytes()
     assert raw[:8] == b"\x89PNG\r\n\x1a\n"
     at, pixels = 8, b""
@@ -179,7 +182,7 @@ def test_pictures(profile, tmp_path):
 def test_without_matplotlib(profile, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with refused(r"pip install 'mixkvq\[plot\]'", bridge.SettingsError):
-        inspect.plot(profile, tmp_path / "p.png")
+        profile_plots.draw_profile(profile, tmp_path / "p.png")
     assert not list(tmp_path.iterdir())
 
 

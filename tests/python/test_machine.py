@@ -7,8 +7,8 @@ import os
 import psutil
 import pytest
 
-from bridge.machine import free_memory, physical_cores
-from bridge.memory import Free, check_fits, format_bytes, largest_that_fits
+from mixkvq.core.machine import free_memory, physical_cores
+from mixkvq.core.memory import Free, check_fits, format_bytes, largest_that_fits
 
 MIB = 1 << 20
 V2_MOUNT = "30 20 0:27 {root} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw"
@@ -102,18 +102,18 @@ def test_a_path_outside_what_is_mounted(tmp_path):
     ("quota", "cores"), [("max 100000", 8), ("150000 100000", 1), ("350000 100000", 3), ("20000 100000", 1), ("", 8), ("x y", 8)]
 )
 def test_quota_of_processors(tmp_path, monkeypatch, quota, cores):
-    monkeypatch.setattr("bridge.machine._cores_of_affinity", lambda: 8)
+    monkeypatch.setattr("mixkvq.core.machine._cores_of_affinity", lambda: 8)
     root = tree(tmp_path, "0::/a/b", V2_MOUNT.format(root="/"), {"a/cpu.max": quota, "a/b/cpu.max": "max 100000"})
     assert physical_cores(root) == cores
 
 
 def test_commands_take_their_threads_from_here():
-    import bridge.run
-    import mixkvq.calibrate
-    from bridge import machine
+    from mixkvq.cli import running
+    from mixkvq.core import machine
+    from mixkvq.study import calibrate
 
-    assert bridge.run.physical_cores is machine.physical_cores
-    assert mixkvq.calibrate.physical_cores is machine.physical_cores
+    assert running.physical_cores is machine.physical_cores
+    assert calibrate.physical_cores is machine.physical_cores
 
 
 # --- whether it fits ---

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-from bridge.model_file import built_in_model
-from mixkvq import caches, evaluate, problems
+from mixkvq.cli.evaluate import main
+from mixkvq.core.model_file import built_in_model
+from mixkvq.study import caches, evaluate, problems
+from mixkvq.study.steps import Steps
 
 MODEL = str(built_in_model())
 OPTIONS = {"n_batch": 512, "n_threads": 1, "n_threads_batch": 1, "device": "cpu"}
@@ -88,27 +88,34 @@ def test_a_problem_gets_the_caches_that_it_lacks(drawn):
     assert sorted(pairs) == [(0, "f16"), (0, "tiny"), (3, "tiny"), (7, "f16"), (7, "q8_0")]
 
 
+# Ends as SIGKILL ends it, once it has saved the first answers.
+KILLED = """
+import os, signal, sys
+from mixkvq.cli.evaluate import main
+from mixkvq.study import evaluate
+
+def save(path, result, save=evaluate.save_json):
+    save(path, result)
+    if result["problems"]["records"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+evaluate.save_json = save
+main(sys.argv[1:])
+"""
+
+
 def test_a_killed_run_goes_on(tmp_path):
     out = tmp_path / "answers.json"
     command = [
-        sys.executable, "-m", "mixkvq.evaluate", MODEL, "--problems", "8", "--tasks", "add,mul", "--levels", "easy", "--kv", "tiny",
+        sys.executable, "-m", "mixkvq.evaluate", MODEL, "--problems", "6", "--tasks", "add,mul", "--levels", "easy", "--kv", "tiny",
         "--out", out, "--threads", "1", "--workers", "2", "--device", "cpu", "-q",
     ]  # fmt: skip
-    running = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
-    records = []
-    while running.poll() is None:
-        if out.exists():
-            records = json.loads(out.read_text())["problems"]["records"]
-            if len(records) >= 2:
-                break
-        time.sleep(0.02)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
-    assert records and running.returncode == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, command[3:])], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     left = json.loads(out.read_text())["problems"]["records"]
-    assert evaluate.main([str(a) for a in command[3:]]) == 0
+    assert main([str(a) for a in command[3:]]) == 0
     part = json.loads(out.read_text())["problems"]
-    assert len(part["records"]) == 8 and part["summary"]["tiny"]["problems"] == part["summary"]["f16"]["problems"] == 8
+    assert len(part["records"]) == 6 and part["summary"]["tiny"]["problems"] == part["summary"]["f16"]["problems"] == 6
     for old in left:
         (new,) = (r for r in part["records"] if r["index"] == old["index"])
         assert all(new["answers"][cache] == answer for cache, answer in old["answers"].items())
@@ -142,8 +149,7 @@ def test_writing_a_long_result_does_not_take_over(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.problems, "summarise", lambda *_: {})
     vocabulary = caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
     result = {"settings": {"baseline": "f16", "seed": 1}, "model": {"name": "m"}}
-    bar = evaluate.Progress(disable=True)
-    run = evaluate.Evaluation(MODEL, result, tmp_path / "x.json", bar, set(), 1, 1, {})
+    run = evaluate.Evaluation(MODEL, result, tmp_path / "x.json", Steps(), set(), 1, 1, {})
     source = problems.BuiltIn(("add",), ("easy",))
     evaluate.answer_problems(run, vocabulary, source, 50, ["tiny"], max_tokens=5, first=1, workers=1, threads=1)
     assert saved == [1, 50] and len(result["problems"]["records"]) == 50

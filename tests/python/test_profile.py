@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from profiles import GOLDEN, GOLDEN_LAYERS, is_sentence, profiles, refused, same, same_layer, write_gguf
 
 import bridge
-from bridge.model_file import built_in_model, open_model
-from mixkvq.profile import LayerProfile, Profile, from_json, read_profile, to_json, uniform_profile, write_keys, write_profile
+from mixkvq.core.model_file import built_in_model, open_model
+from mixkvq.core.native import native
+from mixkvq.core.profile import LayerProfile, Profile, from_json, read_profile, to_json, uniform_profile, write_keys, write_profile
 
 MODEL = str(built_in_model())
 FORMS = {"side-car": write_profile, "embedded": write_keys}
@@ -465,7 +466,7 @@ def test_uniform_profile_of_gemma4(tmp_path):
 
 def test_uniform_profile_is_the_preset():
     profile = uniform_profile(MODEL, "small", window=64, sinks=0)
-    bits = next(p["body_bits"] for p in bridge.library.native().presets() if p["alias"] == "small")
+    bits = next(p["body_bits"] for p in native().presets() if p["alias"] == "small")
     assert profile.packed_bits() == pytest.approx(bits) and (profile.window, profile.sinks) == (64, 0)
     with refused("no preset 'nope'", bridge.SettingsError):
         uniform_profile(MODEL, "nope")

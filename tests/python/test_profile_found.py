@@ -15,10 +15,10 @@ from profiles import GOLDEN_LAYERS, refused
 
 import bridge
 from bridge import Kv
-from bridge.model_file import open_model
-from bridge.settings import resolve_kv, side_car, with_profile
-from mixkvq import convert
-from mixkvq.profile import Profile, uniform_profile, write_profile
+from mixkvq.core import embedding
+from mixkvq.core.model_file import open_model
+from mixkvq.core.profile import Profile, side_car, uniform_profile, with_profile, write_profile
+from mixkvq.core.settings import resolve_kv
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def put_beside(model, preset="near-lossless", **changes):
 
 
 def put_inside(model, preset="small", **changes):
-    convert.embed(model, uniform_profile(model, preset, **changes), model)
+    embedding.embed(model, uniform_profile(model, preset, **changes), model)
 
 
 def load(model, **arguments):

@@ -13,10 +13,10 @@ from rich.console import Console
 
 import bridge
 from bridge import states
-from bridge.answer import Sampling
-from bridge.chat import Chat
-from bridge.conversations import cache_of
-from bridge.model_file import built_in_model
+from mixkvq.cli.answer import Sampling
+from mixkvq.cli.chat import Chat
+from mixkvq.cli.conversations import cache_of
+from mixkvq.core.model_file import built_in_model
 
 MODEL = str(built_in_model())
 STORY = "The old clerk walked slowly to the harbour, and nobody in the town knew why he went there. " * 10
@@ -24,7 +24,8 @@ STORY = "The old clerk walked slowly to the harbour, and nobody in the town knew
 
 def run(*arguments, status=0):
     """An answer to a raw prompt in a process of its own: the text and the report."""
-    command = [sys.executable, "-m", "bridge.run", MODEL, "--raw", "-t", "1", "-c", "1024", "-n", "6", "--device", "cpu", "--report", "json", *arguments]
+    fixed = ["--raw", "-t", "1", "-c", "1024", "-n", "6", "--device", "cpu", "--report", "json"]
+    command = [sys.executable, "-m", "bridge.run", MODEL, *fixed, *arguments]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=600)
     assert done.returncode == status, done.stderr.decode()
     return (done.stdout.decode(), json.loads(done.stderr)) if status == 0 else done.stderr.decode()

@@ -12,8 +12,9 @@ import click
 import pytest
 
 from bridge import SettingsError
-from mixkvq import record
-from mixkvq.command import run, tool
+from mixkvq.cli.command import command_line
+from mixkvq.cli.options import run, tool
+from mixkvq.study import record
 
 GIT = ["git", "-c", "user.name=A", "-c", "user.email=a@example.com", "-c", "init.defaultBranch=main"]
 
@@ -66,7 +67,7 @@ def describe(tmp_path, hashed, *words):
     @click.option("--out")
     @click.option("--kv")
     def command(words, out, kv):
-        found.append(record.describe_run("test", model, {"seed": 1}, hashed=hashed, progress=seen.append))
+        found.append(record.describe_run("test", model, {"seed": 1}, hashed=hashed, words=command_line(), progress=seen.append))
 
     assert run(command, "mixkvq.test", [str(w) for w in words]) == 0
     return found[0], seen

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import golden, key_pages, rows, seeds, value_pages
 
-from mixkvq import reference
-from mixkvq.reference import (
+from mixkvq.core.reference import (
     KEY_BITS,
     KeyFormat,
     ValueFormat,
@@ -23,6 +22,8 @@ from mixkvq.reference import (
     unpack_keys,
     unpack_values,
 )
+from mixkvq.core.reference import keys as keys_module
+from mixkvq.core.reference import values as values_module
 
 CELLS = 128
 QUICK = settings(max_examples=40)
@@ -189,7 +190,7 @@ def test_key_records_follow_the_tables(page):
     fmt, x, importance, valid = page
     record = KeyRecord(fmt, pack_keys(fmt, x, importance, valid))
     # Rows and bits are settled before: a page that came from a record keeps its bits, however few its channels would do with.
-    settled, tiers = reference._settled_tiers(fmt, np.where(valid[:, None], x, np.float16(0)).astype(np.float32), valid, importance)
+    settled, tiers = keys_module._settled_tiers(fmt, np.where(valid[:, None], x, np.float16(0)).astype(np.float32), valid, importance)
     x = settled.astype(np.float16)
     assert record.order.tolist() == select_tiers(fmt, x, importance, valid).tolist()
     for i in range(fmt.tiers[0]):
@@ -258,7 +259,7 @@ def test_value_records_follow_the_tables(page):
 
 def comes_from_a_record(fmt, x, valid):
     wide = np.where(valid[:, None], x, np.float16(0)).astype(np.float32)
-    return reference._rotated_mean(fmt, wide, rotate(wide, fmt.rotation_block), valid)[1]
+    return values_module._rotated_mean(fmt, wide, rotate(wide, fmt.rotation_block), valid)[1]
 
 
 def slow_rotate(x, block):
@@ -493,7 +494,7 @@ def test_keys_come_back_within_half_a_step(page):
     packed = pack_keys(fmt, x, importance, valid)
     back = unpack_keys(fmt, packed).astype(np.float64)
     held_rows = np.where(valid[:, None], x, np.float16(0)).astype(np.float32)
-    tiers = reference._tiers(fmt, held_rows, valid, importance)  # packing a page a second time loses nothing more
+    tiers = keys_module._tiers(fmt, held_rows, valid, importance)  # packing a page a second time loses nothing more
     assert np.isfinite(back).all()
     for d, bits in enumerate(tiers.bits.tolist()):
         for g in range(0, CELLS, fmt.group):

@@ -9,10 +9,11 @@ import pytest
 import tiny_models
 
 import bridge
-from bridge import ContextError, ContextTooLargeError, Llama, SettingsError, _llama
+from bridge import ContextError, ContextTooLargeError, Llama, SettingsError, placement
+from bridge._compat import C
 from bridge.dry_run import DryRun
-from bridge.memory import SEQUENCES, Free
 from bridge.sequences import Sequences
+from mixkvq.core.memory import SEQUENCES, Free
 
 SPARE = {"n_threads": 1, "n_threads_batch": 1, "device": "cpu", "verbose": False}
 CACHES = [{"stock": "f16"}, {"kv": "tiny"}]
@@ -74,7 +75,7 @@ def test_what_others_hold_does_not_change_a_bit(tiny, options):
         for at in range(150):
             rows.append(llm.step([(0, 7), (1, at + 3), (2, 9)])[1])
         if options != {"stock": "f16"}:
-            assert all(layer["pages_packed"] > 3 for layer in llm._session.layers())
+            assert all(layer["pages_packed"] > 3 for layer in llm.kv_layers())
         found.append(np.array(rows))
         llm.close()
     np.testing.assert_array_equal(*found)
@@ -119,7 +120,7 @@ def test_what_does_not_fit_together_is_refused_and_changes_nothing(tiny):
             Sequences(tiny, n_seq=n_seq, **SPARE)
     with pytest.raises(SettingsError, match="embeddings"):
         Sequences(tiny, n_seq=2, stock="f16", embedding=True, **SPARE)
-    assert SEQUENCES == _llama.C.llama_max_parallel_sequences()
+    assert SEQUENCES == C.llama_max_parallel_sequences()
     llm.close()
 
 
@@ -196,7 +197,7 @@ def test_the_size_is_estimated_for_all_sequences(tmp_path, make, stock, monkeypa
 
 
 def test_what_cannot_fit_is_refused(tiny, monkeypatch):
-    monkeypatch.setattr(_llama, "free_memory", lambda: Free(64 << 20))
+    monkeypatch.setattr(placement, "free_memory", lambda: Free(64 << 20))
     Sequences(tiny, n_seq=1, n_ctx=8192, stock="f16", **SPARE).close()
     with pytest.raises(ContextTooLargeError, match="A context of 131072 tokens needs at least"):
         Sequences(tiny, n_seq=16, n_ctx=8192, stock="f16", **SPARE)

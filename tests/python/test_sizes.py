@@ -19,12 +19,16 @@ from contexts import BALANCED, EXACT, PACKED, Context, Model, devices, library_n
 from test_architectures import PLAIN, SERVED
 
 import bridge
-from bridge import Kv, _llama
+from bridge import Kv, placement
+from bridge.backend import backend
 from bridge.dry_run import DryRun, Need
-from bridge.settings import STOCK_TYPES
+from mixkvq.core.model_file import open_model
+from mixkvq.core.profile import with_profile
+from mixkvq.core.settings import STOCK_TYPES, resolve_kv
 
 SPARE = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
 ARCHITECTURES = {**SERVED, "gemma4": tiny_models.gemma4, "two layers of eight heads": lambda path: tiny_models.llama(path, 128, 8, 1)}
+WINDOWED = ("gemma2", "gpt-oss", "gemma4")  # of the others every layer has all cells
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
@@ -47,12 +51,12 @@ def paths(tmp_path_factory):
 
 
 def estimate(path, device, n_ctx, kv="balanced", stock=None, codec=None, **options):
-    backend = _llama._backend()
+    loaded = backend()
     if stock:
         options.update(type_k=STOCK_TYPES[stock][0], type_v=STOCK_TYPES[stock][0])
-    settings = _llama.with_profile(_llama.resolve_kv(kv), _llama.open_model(path))
-    begin = None if stock else lambda: backend.begin(settings, _llama.open_model(path), codec)
-    with DryRun(path, [] if stock else [backend.devices[device]], options, begin, stock or "f16") as dry:
+    settings = with_profile(resolve_kv(kv), open_model(path))
+    begin = None if stock else lambda: loaded.begin(settings, open_model(path), codec)
+    with DryRun(path, [] if stock else [loaded.devices[device]], options, begin, stock or "f16") as dry:
         return dry.measure(n_ctx)
 
 
@@ -64,8 +68,7 @@ def packed_within(stats, expected, tolerance=0.03):
 
 
 @pytest.mark.parametrize("n_ctx", [256, 1024, 32768])
-@pytest.mark.parametrize("swa_full", [None, False], ids=["all cells", "windowed"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "swa_full"), [*((name, None) for name in ARCHITECTURES), *((name, False) for name in WINDOWED)])
 def test_the_estimate_is_what_the_backend_counts(paths, device, name, swa_full, n_ctx):
     path = paths(name)
     need = estimate(path, device, n_ctx, swa_full=swa_full)
@@ -156,8 +159,7 @@ FILLED = {**ARCHITECTURES, **{name: make for name, (make, _) in PLAIN.items()}}
 
 
 @pytest.mark.parametrize(("n_seq", "unified"), [(1, False), (3, False), (3, True)], ids=["one", "streams", "unified"])
-@pytest.mark.parametrize("full", [True, False], ids=["all cells", "windowed"])
-@pytest.mark.parametrize("name", FILLED)
+@pytest.mark.parametrize(("name", "full"), [*((name, True) for name in FILLED), *((name, False) for name in WINDOWED)])
 def test_a_context_that_fills_touches_what_was_estimated(models, name, full, n_seq, unified):
     """Pages of both kinds, the most there ever were of each: what has been touched stays in memory. Tables come on top."""
     loaded, dry_model = models(name)
@@ -207,13 +209,13 @@ def in_a_process(code: str, *arguments: str, group: str = "") -> dict:
 FILL = """
     import ctypes, gc, json, os, sys
     import bridge
-    from bridge import _llama
+    from bridge import placement
     options = {"n_threads": 1, "n_threads_batch": 1, "verbose": False, "n_batch": 128, "n_ubatch": 128, "device": "cpu", **json.loads(sys.argv[2])}
-    check, needs, taken, stats = _llama.check_fits, [], [], {}
+    check, needs, taken, stats = placement.check_fits, [], [], {}
     def note(n, free, least, measure):
         needs.append(measure(n))
         check(n, free, least, measure)
-    _llama.check_fits = note
+    placement.check_fits = note
     def resident():
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
@@ -294,11 +296,11 @@ def test_under_the_limit_of_a_control_group(paths, memory_group):
 
 
 def test_what_cannot_fit_is_refused_before_weights_are_read(paths, monkeypatch):
-    from bridge.memory import Free
+    from mixkvq.core.memory import Free
 
     path = paths("two layers of eight heads")
     free = Free(64 << 20, 70 << 20)
-    monkeypatch.setattr(_llama, "free_memory", lambda: free)
+    monkeypatch.setattr(placement, "free_memory", lambda: free)
     loaded = []
     for swa_full in (True, False):
         with pytest.raises(bridge.ContextTooLargeError, match="A context of 65536 tokens needs at least .* MiB and 64.0 MiB of memory are free") as e:
@@ -312,9 +314,9 @@ def test_what_cannot_fit_is_refused_before_weights_are_read(paths, monkeypatch):
 
 
 def test_a_window_lets_a_larger_context_fit(paths, monkeypatch):
-    from bridge.memory import Free
+    from mixkvq.core.memory import Free
 
-    monkeypatch.setattr(_llama, "free_memory", lambda: Free(64 << 20))
+    monkeypatch.setattr(placement, "free_memory", lambda: Free(64 << 20))
     fits = []
     for swa_full in (True, False):
         with pytest.raises(bridge.ContextTooLargeError) as e:
@@ -325,9 +327,9 @@ def test_a_window_lets_a_larger_context_fit(paths, monkeypatch):
 
 def test_what_a_program_asks_for_beside_the_cache_counts(paths, monkeypatch):
     """logits_all keeps a row of the vocabulary for every token."""
-    from bridge.memory import Free
+    from mixkvq.core.memory import Free
 
-    monkeypatch.setattr(_llama, "free_memory", lambda: Free(56 << 20))
+    monkeypatch.setattr(placement, "free_memory", lambda: Free(56 << 20))
     path = paths("llama-64x2-gqa2")
     bridge.Llama(path, n_ctx=32768, device="cpu", **SPARE).close()
     with pytest.raises(bridge.ContextTooLargeError):
@@ -393,8 +395,8 @@ def test_the_chat_forgets_and_gives_the_memory_back(paths, device):
 
     from rich.console import Console
 
-    from bridge.answer import Sampling
-    from bridge.chat import Chat
+    from mixkvq.cli.answer import Sampling
+    from mixkvq.cli.chat import Chat
 
     llama = bridge.Llama(paths("llama-64x2-gqa2"), n_ctx=4096, device=library_name(device), **SPARE)
     chat = Chat(llama, Sampling(max_tokens=2, temperature=0.0), None, Console(file=io.StringIO()), lambda s: None, lambda s: "")

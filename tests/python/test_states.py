@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import tiny_models
 from contexts import BALANCED, EXACT, PACKED, Context, Model, assert_same, devices, kl, random_tokens
+from gguf import GGUFWriter
 from test_architectures import PLAIN, SERVED, WINDOWED
 
 import bridge
 from bridge import states
-from bridge.files import check_target, kind_of
-from bridge.library import native
 from bridge.sequences import Sequences
+from mixkvq.core.files import check_target, kind_of
+from mixkvq.core.model_file import open_model
+from mixkvq.core.native import native
 
 MODEL = Path(__file__).parents[2] / "models" / "cot-tiny-34m-q8_0.gguf"
 KV = bridge.Kv(preset="balanced", window=64, sinks=128)
@@ -45,7 +47,8 @@ def models(tmp_path_factory, request):
 
 def goes_on(context, seq=0):
     """Logits of what is read next: a batch, single tokens, and enough for pages to be packed on the way."""
-    return np.concatenate([context.feed(random_tokens(70, 5), seq), *[context.feed([t], seq) for t in (7, 8, 9)], context.feed(random_tokens(200, 6), seq, chunk=50)])
+    batch, tokens = context.feed(random_tokens(70, 5), seq), [context.feed([t], seq) for t in (7, 8, 9)]
+    return np.concatenate([batch, *tokens, context.feed(random_tokens(200, 6), seq, chunk=50)])
 
 
 def assert_same_pages(a, b):
@@ -127,26 +130,48 @@ def test_cells_that_lie_elsewhere_keep_the_records_of_whole_pages(models):
         assert kl(found, expected).mean() < 1e-6  # the same numbers in another order
 
 
-def test_cells_between_pages_are_as_close_as_f16_states(models):
-    with Context(models(), PACKED, n_ctx=3072, n_seq=2, unified=True) as saved, Context(models(), PACKED, n_ctx=3072, n_seq=2, unified=True) as loaded:
+@pytest.mark.parametrize("step", [600, 50], ids=["together", "interleaved"])
+def test_a_sequence_of_a_unified_cache_in_another_context(models, step):
+    """Its cells lie in the middle of pages, or among those of another one. They keep their places within pages, and pages their records."""
+    params = {"n_ctx": 3072, "n_seq": 2, "unified": True}
+    with Context(models(), PACKED, **params) as saved, Context(models(), PACKED, **params) as loaded:
+        for at in range(0, 600, step):
+            saved.feed(random_tokens(step // 2, at), 0)
+            saved.feed(random_tokens(step, 900 + at), 1)
+        loaded.unpack(saved.pack(1), 1)
+        assert loaded.pos_max(1) == saved.pos_max(1) == 599 and loaded.pos_max(0) == -1
+        assert all(t["pages_packed"] >= 3 and t["pages_packed_ever"] == 0 for t in loaded.layers())
+        found, expected = (context.feed(random_tokens(40, 9), 1) for context in (loaded, saved))
+        assert kl(found, expected).mean() < 1e-6  # the same numbers in another order
+
+
+def test_a_sequence_beside_others_is_as_close_as_an_f16_state(models):
+    """Where another sequence has cells already llama.cpp chooses the places."""
+    params = {"n_ctx": 3072, "n_seq": 2, "unified": True}
+    with Context(models(), PACKED, **params) as saved, Context(models(), PACKED, **params) as loaded:
         saved.feed(random_tokens(300, 1), 0)
         saved.feed(random_tokens(600, 2), 1)
         packed, f16 = saved.pack(1), saved.save(1)
         expected = saved.feed(random_tokens(60, 9), 1)
+        loaded.feed(random_tokens(70, 3), 0)
         loaded.unpack(packed, 1)
         found = loaded.feed(random_tokens(60, 9), 1)
         loaded.load(f16, 1)
         assert kl(found, expected).mean() < 2 * max(5e-4, kl(loaded.feed(random_tokens(60, 9), 1), expected).mean())
 
 
-def test_holes_close_as_in_an_f16_state(models):
-    """llama.cpp puts the cells of a whole state side by side: what lies behind a hole moves."""
-    with Context(models(), PACKED) as saved, Context(models(), PACKED) as loaded:
-        saved.feed(random_tokens(600))
+@pytest.mark.parametrize("kv", SETTINGS, ids=IDS)
+@pytest.mark.parametrize("seq", [None, 0], ids=["whole", "sequence"])
+def test_holes_stay_open(models, kv, seq):
+    """llama.cpp would put the cells side by side: behind a hole they would leave their pages."""
+    with Context(models(), kv, n_ctx=3072, n_seq=2) as saved, Context(models(), kv, n_ctx=8192, n_seq=2) as loaded:
+        saved.feed(random_tokens(900))
         saved.rm(0, 300, 340)
-        loaded.unpack(saved.pack())
-        found, expected = (context.feed(random_tokens(60, 9)) for context in (loaded, saved))
-        assert kl(found, expected).mean() < 1e-3
+        saved.rm(0, 700, 701)
+        loaded.feed(random_tokens(300, 1))
+        loaded.unpack(saved.pack(seq), seq)
+        assert loaded.pos_max(0) == saved.pos_max(0) == 899
+        assert_same(saved.model.device, (goes_on(loaded), goes_on(saved)))
 
 
 def test_rewound_and_cut_contexts(models):
@@ -191,8 +216,8 @@ def test_every_architecture(models, name):
 @pytest.mark.parametrize("swa_full", [False, True], ids=["ring", "full"])
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_sliding_window(models, name, swa_full):
-    """As long as its cells have not been used again. What llama.cpp does not save is where in the ring it went on: then the numbers are the same and the
-    order in which they are added up is not."""
+    """As long as its cells have not been used again. What llama.cpp does not save is where in the ring it went on: then the numbers are the same, and
+    the order in which they are added up is not."""
     params = {"n_ubatch": 64, "swa_full": swa_full}
     for kv in (EXACT, PACKED, KV):
         for n in (150, 500):
@@ -224,7 +249,8 @@ def test_a_sequence_of_a_windowed_or_recurrent_model(models, name):
 
 
 def test_many_rounds_change_nothing(models):
-    with Context(models(), bridge.Kv(preset="mix2.4", window=0, sinks=0)) as context, Context(models(), bridge.Kv(preset="mix2.4", window=0, sinks=0)) as other:
+    kv = bridge.Kv(preset="mix2.4", window=0, sinks=0)
+    with Context(models(), kv) as context, Context(models(), kv) as other:
         context.feed(random_tokens(700))
         first = packed = context.pack()
         for _ in range(12):
@@ -430,7 +456,7 @@ def test_a_file_holds_what_it_is_of(state_file):
     head = states.read_head(state_file[0])
     assert head.tokens.tolist() == TOKENS and head.fields["n_tokens"] == 700 and head.fields["kind"] == "context"
     assert head.fields["cache"] == {"type": "mixkvq", "preset": "mix3.2", "profile": None, "window": 128, "sinks": 128}
-    assert head.fields["model"]["fingerprint"] == bridge.model_file.open_model(MODEL).fingerprint
+    assert head.fields["model"]["fingerprint"] == open_model(MODEL).fingerprint
     assert head.fields["format"] == native().FORMAT_VERSION
 
 
@@ -532,8 +558,67 @@ def test_another_quantisation_of_the_model_is_refused(models, tmp_path):
         llama.close()
 
 
+def write_adapter(path, n_in, n_out, seed):
+    writer = GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    rng = np.random.default_rng(seed)
+    for name, shape in (("a", (4, n_in)), ("b", (n_out, 4))):
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{name}", rng.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def test_adapters_and_their_scale_count(tmp_path):
+    model = str(tiny_models.llama(tmp_path / "model.gguf", 64))
+    q = states._header(model, 0).tensors["blk.0.attn_q.weight"].shape
+    adapters = [write_adapter(tmp_path / f"{i}.gguf", *q, i) for i in (0, 0, 1)]
+
+    def with_adapter(**options):
+        return bridge.Llama(model, n_ctx=512, n_threads=1, device="cpu", verbose=False, **options)
+
+    saved = with_adapter(lora_path=adapters[0], lora_scale=0.5)
+    saved.eval(random_tokens(300))
+    saved.save_file(tmp_path / "state")
+    for options, fits in [
+        ({"lora_path": adapters[1], "lora_scale": 0.5}, True),
+        ({"lora_path": adapters[2], "lora_scale": 0.5}, False),
+        ({"lora_path": adapters[0], "lora_scale": 1.0}, False),
+        ({}, False),
+    ]:
+        llama = with_adapter(**options)
+        llama.eval(random_tokens(100))
+        if fits:
+            assert llama.load_file(tmp_path / "state") == 300
+            np.testing.assert_array_equal(llama.forward([5]), saved.forward([5]))
+        else:
+            assert "it was saved with other LoRA adapters" in unchanged(llama, lambda llama=llama: llama.load_file(tmp_path / "state"))
+        llama.close()
+    saved.close()
+
+
+def test_long_and_short_factors_of_rope(tmp_path):
+    """Models that have both, like phi3, take one of them by the length of the context."""
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "phi3")
+    writer.add_uint32("phi3.rope.scaling.original_context_length", 4096)
+    writer.add_uint32("phi3.block_count", 1)
+    writer.add_tensor("rope_factors_long.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = open_model(path)
+    assert [states._has_long_factors(file, n) for n in (512, 4096, 4352)] == [False, False, True]
+    assert states._has_long_factors(open_model(MODEL), 4352) is None
+
+
 def test_a_profile_is_known_by_what_it_says(tmp_path):
-    from mixkvq.profile import uniform_profile, write_profile
+    from mixkvq.core.profile import uniform_profile, write_profile
 
     paths = [tmp_path / f"{name}.gguf" for name in "abc"]
     for path, preset in zip(paths, ("mix2.4", "mix2.4", "mix4.3")):
@@ -573,6 +658,17 @@ def test_a_file_appears_whole_or_not_at_all(state_file, tmp_path, monkeypatch):
     with pytest.raises(bridge.SettingsError, match="is a saved state, so it is not replaced by JSON"):
         check_target(target, force=True, what="JSON")
     llama.close()
+
+
+def test_a_file_of_a_model_with_a_sliding_window(models, tmp_path):
+    """Tokens have left the window: llama.cpp would use their cells first."""
+    saved, loaded = (bridge.Llama(models("gemma2").path, n_ctx=1024, n_threads=1, device="cpu", verbose=False) for _ in range(2))
+    saved.eval(random_tokens(500))
+    saved.save_file(tmp_path / "state")
+    loaded.load_file(tmp_path / "state")
+    np.testing.assert_array_equal(loaded.forward(random_tokens(200, 1), 200), saved.forward(random_tokens(200, 1), 200))
+    for each in (saved, loaded):
+        each.close()
 
 
 @pytest.mark.parametrize("stock", ["f16", "q8_0"])
@@ -702,7 +798,7 @@ def test_the_least_recently_used_entries_go(cache):
     cache.capacity_bytes = llama.cache.capacity_bytes = int(3.5 * cache.cache_size)
     for prompt in prompts[1:3]:
         answer(llama, prompt)
-    assert answer(llama, prompts[0])[1] == 0  # used again
+    assert llama.cache[llama.tokenize(prompts[0].encode())].n_tokens > 150  # used again
     answer(llama, prompts[3])
     assert cache.cache_size <= cache.capacity_bytes
     llama.reset()
@@ -748,6 +844,12 @@ def test_files_of_a_disk_cache_serve_the_next_program_and_damage_costs_a_read(tm
     again.reset()
     assert answer(again, STORY) == (first, 0)
     again.close()
+    (path,) = folder.iterdir()
+    path.rename(path.with_name(path.name[:-20] + "00000" + path.name[-15:]))  # not the name of what it holds
+    renamed = load()
+    renamed.set_cache(bridge.DiskCache(folder))
+    assert answer(renamed, STORY)[0] == first
+    renamed.close()
     (folder / "junk.mixkvq-state").write_bytes(b"junk")
     assert bridge.DiskCache(folder).cache_size > 4
     with pytest.raises(bridge.SettingsError, match="cannot be a cache"):
@@ -763,6 +865,7 @@ def test_a_hybrid_goes_on_from_whole_entries_only(models, cache):
     (whole,) = llama.cache._keys()
     llama.reset()
     assert answer(llama, [*whole, 5, 6])[1] == 2
+    assert [*whole, 5] in llama.cache and [*prompt, 5, 6, 7] not in llama.cache
     llama.reset()
     assert answer(llama, [*prompt, 5, 6, 7])[1] == 103
     assert len(list(llama.cache._keys())) == 3

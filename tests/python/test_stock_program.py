@@ -24,8 +24,8 @@ import tiny_models
 from contexts import CPU, devices, stock_name
 from gguf import GGUFWriter
 
-from bridge.model_file import built_in_model
-from mixkvq.profile import LayerProfile, Profile, uniform_profile, write_profile
+from mixkvq.core.model_file import built_in_model
+from mixkvq.core.profile import LayerProfile, Profile, uniform_profile, write_profile
 
 PROGRAM = """
 import json, sys
@@ -257,7 +257,7 @@ print(json.dumps(out))
 
     def run(*models: str, **variables: str) -> tuple[list, list[str]]:
         done = subprocess.run(
-            [sys.executable, "-c", code, *models], env=environment(**variables), capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", code, *models], env=environment(**variables), capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1]), [line for line in done.stderr.splitlines() if line.startswith("mixkvq: ")]
@@ -286,7 +286,7 @@ params = C.llama_model_default_params()
 params.n_gpu_layers, params.load_mode = 99, C.LLAMA_LOAD_MODE_AUTO
 print(json.dumps(bool(C.llama_model_load_from_file(sys.argv[1].encode(), params))))
 """
-    done = subprocess.run([sys.executable, "-c", code, tiny], env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code, tiny], env=environment(), capture_output=True, text=True, timeout=600, check=False)
     assert done.stdout.strip() == "true" and "using device MIXKVQ-CPU" in done.stderr, done.stderr[-2000:]
     assert "load_mode = mmap" in done.stderr
 

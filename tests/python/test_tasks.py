@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from mixkvq.tasks import LEVELS, TASKS, Problem, chat, check, completion, make
+from mixkvq.study.tasks import LEVELS, TASKS, Problem, chat, check, completion, make
 
 # sha256 of the problems of seeds 0, 1 and 2, per level, from the generators that trained the built-in model.
 GOLDEN = {

@@ -36,7 +36,9 @@ def _save(path: Path, arch: str, values: dict, tensors: _Tensors, token_types: i
     if token_types:
         writer.add_token_type_count(token_types)
     for key, value in {"context_length": 8192, "vocab_size": N_VOCAB, **values}.items():
-        if isinstance(value, list):
+        if isinstance(value, str):
+            writer.add_string(f"{arch}.{key}", value)
+        elif isinstance(value, list):
             writer.add_array(f"{arch}.{key}", value)
         elif isinstance(value, float):
             writer.add_float32(f"{arch}.{key}", value)
@@ -80,8 +82,8 @@ def _ends(t: _Tensors, n_embd: int = EMBD) -> None:
     t.matrix("output.weight", N_VOCAB, n_embd, 2.0)
 
 
-def llama(path: Path, head_size: int = 64, n_kv: int = 2, ratio: int = 2, n_layers: int = 2, seed: int = 1) -> Path:
-    """Grouped-query attention: `ratio` query heads read each of the `n_kv` key/value heads."""
+def llama(path: Path, head_size: int = 64, n_kv: int = 2, ratio: int = 2, n_layers: int = 2, seed: int = 1, claims: dict | None = None) -> Path:
+    """Grouped-query attention: `ratio` query heads read each of the `n_kv` key/value heads. `claims` take the place of what the header says."""
     n_head = n_kv * ratio
     t = _Tensors(seed)
     _ends(t)
@@ -102,6 +104,7 @@ def llama(path: Path, head_size: int = 64, n_kv: int = 2, ratio: int = 2, n_laye
         "attention.value_length": head_size,
         "rope.dimension_count": head_size,
         "rope.freq_base": 10000.0,
+        **(claims or {}),
     }
     return _save(path, "llama", values, t)
 
@@ -175,7 +178,7 @@ def gemma4(path: Path, head_size: int = 64, full_size: int = 320, window: int = 
     return _save(path, "gemma4", values, t)
 
 
-def bloom(path: Path, head_size: int = 64, n_head: int = 3) -> Path:
+def bloom(path: Path, head_size: int = 64, n_head: int = 3, claims: dict | None = None) -> Path:
     """ALiBi. Three heads: the slopes of a number that is no power of two come from two series."""
     d = head_size * n_head
     t = _Tensors(3)
@@ -207,6 +210,7 @@ def bloom(path: Path, head_size: int = 64, n_head: int = 3) -> Path:
         "attention.head_count": n_head,
         "attention.head_count_kv": n_head,
         "attention.layer_norm_epsilon": 1e-5,
+        **(claims or {}),
     }
     return _save(path, "bloom", values, t)
 

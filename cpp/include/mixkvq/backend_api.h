@@ -90,7 +90,8 @@ typedef struct mixkvq_layer_stats {
  * and loads one, into a context of the same model, settings, RoPE and adapters (which nothing here knows), by
  *     state = api->state_load(session, data, bytes, flags);
  *     n = llama_state_set_data(ctx, api->state_data(state, &size), size);   // or llama_state_seq_set_data_ext
- *     api->state_finish(state, n);
+ *     api->state_finish(state, n, &first);
+ *     if (first >= 0) llama_memory_seq_rm(llama_get_memory(ctx), seq, first, -1);   // for each sequence
  *     api->state_free(state);
  * Of a session's contexts it is that of the calls. Logits are then the same bits as without it, if the cells come back to the places where they were,
  * which llama.cpp decides: those of a whole context do, and those of a sequence that had a stream to itself. Others keep the records of pages that are moved
@@ -131,7 +132,9 @@ typedef struct mixkvq_backend_api {
     void * (*state_data)(mixkvq_state * state, size_t * size); /* llama.cpp's part: where it writes it, or what it is to read */
     /* What llama.cpp has written n bytes of. `bytes`: how many there are in all, if not NULL; without `write` they are only counted. Again if it is wanted. */
     int (*state_write)(mixkvq_state * state, size_t n, mixkvq_write write, void * user, uint64_t * bytes);
-    int (*state_finish)(mixkvq_state * state, size_t n); /* n: what llama.cpp has read of it, 0 if it has refused it */
+    /* n: what llama.cpp has read of it, 0 if it has refused it. first_position, if not -1 then: llama_memory_seq_rm(memory, seq, first_position, -1) has to
+     * remove cells that hold nothing, for the sequence of the state, or each one of a whole context. They kept the others in their places. */
+    int (*state_finish)(mixkvq_state * state, size_t n, int32_t * first_position);
     void (*state_free)(mixkvq_state * state);
 } mixkvq_backend_api;
 

@@ -146,8 +146,6 @@ class PageStore {
     void copy_stream(const PageStore & other, int from, int to);
     void clear();
 
-    PageMemory & memory() const { return *memory_; }
-
     // Packed states, in state.cpp. What a stream holds, as far as pages hold one of the `live` cells; with `shared`, other cells of these pages belong
     // to somebody else and are no part of it.
     void save_stream(int stream, const CellRuns & live, bool shared, StateWriter & out) const;
@@ -158,6 +156,7 @@ class PageStore {
     // that comes to be where its records are already stays as it is. Throws std::bad_alloc.
     void load_stream(int stream, const StreamState & state, const std::vector<CellMove> & moves, bool alone, int n_threads);
 
+    PageMemory & memory() const { return *memory_; }
     size_t records_per_page() const { return layout_.record_bytes; }
     size_t table_bytes() const;  // of the books and the query statistics
     size_t bytes_used() const;

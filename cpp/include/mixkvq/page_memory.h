@@ -80,7 +80,7 @@ class PageMemory {
     // The spans, one behind the other, as F16 rows in host memory, which hold them on return.
     virtual void read(const PageSpan * spans, int n, half * rows) = 0;
 
-    // The records of a page to host memory (aligned like records), which holds them on return, and back; what records in host memory read back as.
+    // The records of a page to host memory, which holds them on return, and back; what records in host memory (aligned as records are) read back as.
     virtual void get_records(const uint8_t * from, uint8_t * host) = 0;
     virtual void set_records(uint8_t * to, const uint8_t * host) = 0;
     virtual void unpack_from(const uint8_t * host, half * host_rows) = 0;
