@@ -134,12 +134,12 @@ fuzz: .venv/.installed
 	        echo "== fuzz_$${target%:*}: $$seconds s"; \
 	        name=$${target%:*}; \
 	        ASAN_OPTIONS=detect_leaks=0 $(FUZZ)/fuzz_$$name -max_total_time=$$seconds -artifact_prefix=$(FUZZ)/ -max_len=400000 -len_control=0 \
-	            $(FUZZ)/corpus/$${target#*:} >$(FUZZ)/$$name.log 2>&1 || { tail -30 $(FUZZ)/$$name.log; exit 1; }; grep fuzz: $(FUZZ)/$$name.log; \
+	            $(FUZZ)/corpus/$${target#*:} >$(FUZZ)/$$name.log 2>&1 || { tail -30 $(FUZZ)/$$name.log; exit 1; }; grep fuzz: $(FUZZ)/$$name.log | tail -1; \
 	    done; \
 	    for target in $$(ls tests/fuzz/corpus | grep -vx -e stream -e packed); do \
 	        echo "== $$target in Python: $$seconds s"; \
 	        $(PY) tests/fuzz/targets.py $$target -max_total_time=$$seconds -artifact_prefix=$(FUZZ)/ $(FUZZ)/corpus/$$target >$(FUZZ)/$$target.log 2>&1 \
-	            || { tail -30 $(FUZZ)/$$target.log; exit 1; }; grep fuzz: $(FUZZ)/$$target.log; \
+	            || { tail -30 $(FUZZ)/$$target.log; exit 1; }; grep fuzz: $(FUZZ)/$$target.log | tail -1; \
 	    done
 
 # llama.cpp and ggml as llama-cpp-python has them, but with the sanitizer and without OpenMP, whose runtime it does not understand.
