@@ -37,6 +37,9 @@ _LARGEST = 1 << 63
 class ParseError(Exception):
     """The header is not valid; the text is the reason, without a full stop."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__("".join(c if c.isprintable() else "?" for c in text))  # names in a damaged file may hold anything
+
 
 @dataclass(frozen=True)
 class TensorInfo:
