@@ -126,7 +126,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         size_t n = 0;
         const auto * own = static_cast<const uint8_t *>(api->state_data(state, &n));
         n = flags & MIXKVQ_STATE_SEQUENCE ? llama_state_seq_set_data(context, own, n, 0) : llama_state_set_data(context, own, n);
-        api->state_finish(state, n);
+        int32_t first = -1;
+        api->state_finish(state, n, &first);
         api->state_free(state);
         clear();
         decode(0, 1);

@@ -77,7 +77,9 @@ void save_and_load(llama_context * context, mixkvq_session * session) {
     state = api->state_load(session, bytes.data(), bytes.size(), 0);
     if (!state) return fail(api->error(nullptr));
     n = llama_state_set_data(context, static_cast<const uint8_t *>(api->state_data(state, &size)), size);
-    if (api->state_finish(state, n)) fail(api->error(nullptr));
+    int32_t first = -1;
+    if (api->state_finish(state, n, &first)) fail(api->error(nullptr));
+    if (first >= 0) llama_memory_seq_rm(llama_get_memory(context), 0, first, -1);
     api->state_free(state);
 }
 
