@@ -3,6 +3,9 @@
 #   make test     all tests            make bench    the benchmarks of speed [DEPTHS=0,2048,8192]
 #   make sanitize the native tests again, with the address and undefined-behaviour sanitizers
 #   make neon     the native tests again, built for 64-bit ARM and run in an emulator
+#   make soak     a cache under load against an oracle [MINUTES=30] [SEED=1]; on a GPU as well where there is one
+#   make fuzz     damaged files, with libFuzzer and Atheris [MINUTES=10]
+#   make tsan     contexts in several threads, everything built with the thread sanitizer
 #   make lint     style, layers, types     make clean    removes what was built (not .venv)
 #   make figures NOVEL=... WIKI=...    measures anew what the documents state   make tables   writes it into them, and docs/commands.md
 #   make pythons [PYTHONS="python3.10 python3.13"]   the Python tests on other versions of Python, on 3.10 with the oldest libraries
@@ -25,6 +28,8 @@ override export PROMPT := $(value PROMPT)
 CORES := $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n > 8 ? 8 : n)))
 
 SANITIZE := build/sanitize
+FUZZ := build/fuzz
+TSAN := build/tsan
 NEON := build/neon
 BENCH := build/bench
 # Tokens in the context when `make bench` measures.
@@ -36,6 +41,9 @@ WIKI ?=
 PROBLEMS ?= 200
 # How often `make repeat` runs the tests.
 N ?= 10
+# How long `make soak` and `make fuzz` take; empty: a million operations, and ten minutes.
+MINUTES ?=
+SEED ?= 1
 # The Pythons of `make pythons`, and what pytest is told there.
 PYTHONS ?= python3.10 python3.12 python3.13
 TESTS ?= tests/python
@@ -52,7 +60,7 @@ CUDA ?= $(if $(and $(GPUS),$(shell command -v nvcc)),ON,OFF)
 # On a processor with AMX: whether the compiler's ldtilecfg reads 8 of the 64 bytes of a configuration, so that llama.cpp's is thrown away as unused.
 AMX_LOST := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && printf '\043include <immintrin.h>' | $${CXX:-c++} -mamx-tile -E -x c++ - 2>/dev/null | grep -q 'ldtilecfg.*%X0' && echo yes)
 
-.PHONY: run test pythons repeat sanitize neon bench figures tables lint clean
+.PHONY: run test pythons repeat sanitize soak fuzz tsan neon bench figures tables lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/.installed
@@ -100,6 +108,61 @@ sanitize: .venv/.tools
 	@cmake --preset asan -B $(SANITIZE) -G Ninja -DMIXKVQ_GGML=OFF >/dev/null
 	@cmake --build $(SANITIZE)
 	@ctest --test-dir $(SANITIZE) --output-on-failure --no-tests=error --parallel $(CORES)
+
+# Nine tenths of the operations on the CPU, the rest on the emulated GPU, which is slower; with MINUTES half of them each.
+soak: .venv/.installed $(NATIVE)/.built
+	@cd $(NATIVE); for soak in soak:950000 soak_emulated:50000 soak_cuda:1000000; do \
+	    name=$${soak%:*}; [ -x "$$name" ] || continue; \
+	    echo "== $$name"; \
+	    ./$$name --seed $(SEED) $(if $(MINUTES),--minutes $$(( ($(MINUTES) + 1) / 2 )),--operations $${soak#*:}) || [ $$? -eq 77 ] || exit 1; \
+	done
+	@echo "== A thousand contexts made and freed"
+	@MIXKVQ_TEST_CONTEXTS=1000 MIXKVQ_TEST_DEVICE=MIXKVQ-CPU $(PY) -m pytest -q -s tests/python/test_operations.py -k contexts_created_and_freed 2>/dev/null | grep -E 'bytes|passed|failed|Error'
+
+# Inputs that are new stay in build/fuzz/corpus; one that fails is named, and is run alone by giving it to the program.
+fuzz: .venv/.installed
+	@clang=$$(command -v clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14 | head -1); \
+	    [ -n "$$clang" ] || { echo "make fuzz: clang++ is missing; on Debian or Ubuntu: apt-get install clang-19 libclang-rt-19-dev" >&2; exit 1; }; \
+	    cmake -S . -B $(FUZZ) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=$$clang -DMIXKVQ_FUZZ=ON -DMIXKVQ_SANITIZE=address,undefined \
+	        -DMIXKVQ_OPENMP=OFF -DMIXKVQ_CUDA=OFF -DPython_EXECUTABLE="$(CURDIR)/$(PY)" >/dev/null
+	@cmake --build $(FUZZ) --target fuzz_stream fuzz_profile fuzz_packed ggml-mixkvq
+	@$(PIP) install --quiet atheris
+	@cp -r tests/fuzz/corpus $(FUZZ)/
+	@export MIXKVQ_FUZZ_BACKEND=$(FUZZ)/libggml-mixkvq.so MIXKVQ_FUZZ_MODEL=models/cot-tiny-34m-q8_0.gguf; \
+	    seconds=$$(( 60 * $(or $(MINUTES),10) / 10 )); \
+	    for target in stream:stream profile:profile_gguf packed:packed; do \
+	        echo "== fuzz_$${target%:*}: $$seconds s"; \
+	        name=$${target%:*}; \
+	        ASAN_OPTIONS=detect_leaks=0 $(FUZZ)/fuzz_$$name -max_total_time=$$seconds -artifact_prefix=$(FUZZ)/ -max_len=400000 -len_control=0 \
+	            $(FUZZ)/corpus/$${target#*:} >$(FUZZ)/$$name.log 2>&1 || { tail -30 $(FUZZ)/$$name.log; exit 1; }; grep fuzz: $(FUZZ)/$$name.log | tail -1; \
+	    done; \
+	    for target in $$(ls tests/fuzz/corpus | grep -vx -e stream -e packed); do \
+	        echo "== $$target in Python: $$seconds s"; \
+	        $(PY) tests/fuzz/targets.py $$target -max_total_time=$$seconds -artifact_prefix=$(FUZZ)/ $(FUZZ)/corpus/$$target >$(FUZZ)/$$target.log 2>&1 \
+	            || { tail -30 $(FUZZ)/$$target.log; exit 1; }; grep fuzz: $(FUZZ)/$$target.log | tail -1; \
+	    done
+
+# llama.cpp and ggml as llama-cpp-python has them, but with the sanitizer and without OpenMP, whose runtime it does not understand.
+tsan: $(TSAN)/prefix/.installed
+	@cmake --preset tsan -B $(TSAN)/mixkvq -G Ninja -DMIXKVQ_LLAMA_CPP_DIR="$(CURDIR)/$(TSAN)/prefix" >/dev/null
+	@cmake --build $(TSAN)/mixkvq --target threads ggml-mixkvq
+	@echo "== Four contexts in four threads, a fifth reads their figures: some minutes"
+	@LD_LIBRARY_PATH=$(TSAN)/prefix/lib TSAN_OPTIONS="suppressions=$(CURDIR)/tests/native/tsan.txt exitcode=66" \
+	    $(TSAN)/mixkvq/threads $(TSAN)/mixkvq/libggml-mixkvq.so models/cot-tiny-34m-q8_0.gguf 3
+
+$(TSAN)/prefix/.installed: | .venv/.tools
+	@echo "== Building llama.cpp with the thread sanitizer: ten minutes on two cores"
+	@mkdir -p $(TSAN)
+	@$(PIP) download --quiet --no-deps --no-build-isolation --no-binary :all: -d $(TSAN) "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
+	@tar -xzf $(TSAN)/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $(TSAN)
+	@cmake -S $(TSAN)/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp -B $(TSAN)/llama.cpp -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	    -DCMAKE_INSTALL_PREFIX="$(CURDIR)/$(TSAN)/prefix" -DCMAKE_INSTALL_LIBDIR=lib -DBUILD_SHARED_LIBS=ON \
+	    -DCMAKE_C_FLAGS="-fsanitize=thread$(if $(AMX_LOST), -U__AMX_INT8__)" -DCMAKE_CXX_FLAGS="-fsanitize=thread$(if $(AMX_LOST), -U__AMX_INT8__)" \
+	    -DGGML_OPENMP=OFF -DGGML_CUDA=OFF -DLLAMA_OPENSSL=OFF \
+	    $(foreach part,APP COMMON TESTS TOOLS EXAMPLES SERVER,-DLLAMA_BUILD_$(part)=OFF) >/dev/null
+	@cmake --build $(TSAN)/llama.cpp
+	@cmake --install $(TSAN)/llama.cpp >/dev/null
+	@touch $@
 
 neon: .venv/.tools
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \

@@ -1,32 +1,18 @@
 // PageStore against a plain model of every cell, through long random sequences of writes, removals, copies, edits and clears, over two memories: the
-// host's, and one that behaves like a device. Its addresses cannot be read or written (the bytes lie elsewhere), and it puts off all work until
-// somebody reads: a store that followed an address, or counted on work being done, would crash or differ. test_cuda_store.cpp has a third one, a GPU's.
+// host's, and one that behaves like a device (places.h). test_cuda_store.cpp has a third one, a GPU's.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <new>
 #include <random>
 #include <string>
 #include <vector>
 
-#if defined(_WIN32)
-#define WIN32_LEAN_AND_MEAN
-#include <windows.h>
-#else
-#include <sys/mman.h>
-#endif
-
 #include "check.h"
 #include "mixkvq/cache.h"
 #include "mixkvq/profile.h"
-#ifdef MIXKVQ_TEST_CUDA
-#include <cuda_runtime.h>
-
-#include "mixkvq/cuda.h"
-#include "mixkvq/cuda_memory.h"
-#endif
+#include "places.h"
 
 using namespace mixkvq;
 
@@ -35,170 +21,6 @@ namespace {
 std::mt19937 rng(17);
 int any(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
 const Kernels & scalar() { return *kernels_for(Isa::scalar); }
-
-// Addresses that nobody may follow.
-class Names {
-  public:
-    explicit Names(size_t bytes) : bytes_(bytes) {
-#if defined(_WIN32)
-        base_ = static_cast<uint8_t *>(VirtualAlloc(nullptr, bytes, MEM_RESERVE, PAGE_NOACCESS));
-#else
-        void * p = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        base_ = p == MAP_FAILED ? nullptr : static_cast<uint8_t *>(p);
-#endif
-    }
-    ~Names() {
-#if defined(_WIN32)
-        VirtualFree(base_, 0, MEM_RELEASE);
-#else
-        munmap(base_, bytes_);
-#endif
-    }
-    Names(const Names &) = delete;
-    uint8_t * base() const { return base_; }
-
-  private:
-    uint8_t * base_;
-    size_t bytes_;
-};
-
-class FarMemory final : public PageMemory {
-  public:
-    static constexpr int kPoolPages = 64;
-
-    FarMemory(int row, size_t region_bytes)
-        : row_(row), page_bytes_(size_t(2) * kPageCells * row), region_bytes_(region_bytes), bytes_(region_bytes + kPoolPages * page_bytes_),
-          names_(bytes_), bytes_of_(bytes_), host_(scalar(), unused_, row) {
-        for (int i = kPoolPages; i-- > 0;) free_.push_back(reinterpret_cast<half *>(names_.base() + region_bytes + i * page_bytes_));
-        std::memset(bytes_of_.data(), 0xa5, bytes_);  // nothing is zero that nobody has zeroed
-    }
-    uint8_t * region() const { return names_.base(); }
-    int held() const { return kPoolPages - int(free_.size()); }
-    int gets_left = 1 << 30;  // before memory runs out
-    int n_unpacked = 0;
-
-    void later(std::function<void()> work) { queue_.push_back(std::move(work)); }
-    void finish() {
-        for (auto & work : queue_) work();
-        queue_.clear();
-    }
-    // Where the bytes of an address are.
-    template <class T> T * bytes(T * address) {
-        const size_t offset = size_t(reinterpret_cast<const uint8_t *>(address) - names_.base());
-        CHECK(offset < bytes_, "an address of nothing");
-        return reinterpret_cast<T *>(bytes_of_.data() + offset);
-    }
-
-    void set_layout(const PageLayout & layout) override { host_.set_layout(layout); }
-    half * get() override {
-        if (gets_left-- <= 0 || free_.empty()) throw std::bad_alloc();
-        half * rows = free_.back();
-        free_.pop_back();
-        zero(rows, kPageCells);
-        return rows;
-    }
-    void put(half * rows) override {
-        CHECK(rows >= reinterpret_cast<half *>(names_.base() + region_bytes_), "a page of the store's own is put into the pool");
-        later([=] { std::memset(bytes(rows), 0xa5, page_bytes_); });
-        free_.push_back(rows);
-    }
-    void zero(half * rows, int n) override { later([=] { host_.zero(bytes(rows), n); }); }
-    void copy(half * to, const half * from) override { later([=] { host_.copy(bytes(to), bytes(from)); }); }
-    void copy_records(uint8_t * to, const uint8_t * from) override { later([=] { host_.copy_records(bytes(to), bytes(from)); }); }
-    void pack(int stream, const PageJob * jobs, int n, int) override {
-        later([this, stream, list = std::vector<PageJob>(jobs, jobs + n)] {
-            const std::vector<PageJob> near = translated(list);
-            host_.pack(stream, near.data(), int(near.size()), 1);
-        });
-    }
-    void unpack(const PageJob * jobs, int n, int) override {
-        n_unpacked += n;
-        later([this, list = std::vector<PageJob>(jobs, jobs + n)] {
-            const std::vector<PageJob> near = translated(list);
-            host_.unpack(near.data(), int(near.size()), 1);
-        });
-    }
-    void write(half * const * to, int n, const Rows & from) override {
-        const auto * source = static_cast<const uint8_t *>(from.data);
-        const size_t last = size_t(row_) * (from.is_half ? 2 : 4);
-        std::vector<uint8_t> rows(n * from.stride + last);
-        for (int i = 0; i < n; ++i) std::memcpy(rows.data() + i * from.stride, source + i * from.stride, last);
-        later([this, list = std::vector<half *>(to, to + n), rows = std::move(rows), stride = from.stride, is_half = from.is_half] {
-            std::vector<half *> near;
-            for (half * p : list) near.push_back(p ? bytes(p) : nullptr);
-            host_.write(near.data(), int(near.size()), {rows.data(), stride, is_half});
-        });
-    }
-    void get_records(const uint8_t * from, uint8_t * host) override {
-        finish();
-        host_.get_records(bytes(from), host);
-    }
-    void set_records(uint8_t * to, const uint8_t * host) override {
-        finish();
-        host_.set_records(bytes(to), host);
-    }
-    void unpack_from(const uint8_t * host, half * host_rows) override { host_.unpack_from(host, host_rows); }
-    void read(const PageSpan * spans, int n, half * rows) override {
-        finish();
-        std::vector<PageSpan> near(spans, spans + n);
-        for (PageSpan & s : near) {
-            CHECK(!s.rows || !s.records, "a page is packed or in F16");
-            if (s.rows) s.rows = bytes(s.rows);
-            if (s.records) s.records = bytes(s.records);
-        }
-        host_.read(near.data(), n, rows);
-    }
-    void observe(const Queries & queries, int) override {
-        finish();
-        host_.observe(queries, 1);
-    }
-    bool query_statistics(int stream, float * mean_abs, float * mean_sqr) override {
-        finish();
-        return host_.query_statistics(stream, mean_abs, mean_sqr);
-    }
-    void forget_queries(int stream) override {
-        finish();
-        host_.forget_queries(stream);
-    }
-    void mark_queries(int stream, int mark) override {
-        finish();
-        host_.mark_queries(stream, mark);
-    }
-    void recall_queries(int stream, int mark) override {
-        finish();
-        host_.recall_queries(stream, mark);
-    }
-    void copy_queries(int to, PageMemory & other, int from) override {
-        finish();
-        host_.copy_queries(to, static_cast<FarMemory &>(other).host_, from);
-    }
-    QueryState query_state(int stream, const std::vector<int> & marks) override {
-        finish();
-        return host_.query_state(stream, marks);
-    }
-    void restore_queries(int stream, const QueryState & state) override {
-        finish();
-        host_.restore_queries(stream, state);
-    }
-    size_t query_bytes() const override { return host_.query_bytes(); }
-
-  private:
-    std::vector<PageJob> translated(std::vector<PageJob> jobs) {
-        for (PageJob & job : jobs) job.rows = bytes(job.rows), job.records = bytes(job.records);
-        return jobs;
-    }
-
-    int row_;
-    size_t page_bytes_, region_bytes_, bytes_;
-    Names names_;
-    Region bytes_of_;
-    ScratchPool unused_;
-    HostMemory host_;
-    std::vector<half *> free_;
-    std::vector<std::function<void()>> queue_;
-};
-
-enum class Where { host, far, gpu };
 
 struct Config {
     Where where;
@@ -232,23 +54,8 @@ class Test {
         for (int h = 0; h < kHeads; ++h) record_bytes += c.is_value ? values[h].record_bytes() : keys[h].record_bytes();
         capacity = c.few_records ? 3 : shape.record_pages() * shape.n_streams;
         const size_t bytes = reserve_bytes(shape, 0) + capacity * record_bytes;
-#ifdef MIXKVQ_TEST_CUDA
-        if (c.where == Where::gpu) {
-            queue = std::make_shared<cuda::Queue>(0);
-            gpu_region = queue->allocate(bytes);
-            store = std::make_unique<PageStore>(shape, std::make_unique<CudaMemory>(queue, shape.row, shape.n_streams * shape.n_pages()),
-                                                static_cast<uint8_t *>(gpu_region), bytes);
-        }
-#endif
-        if (c.where == Where::far) {
-            auto memory = std::make_unique<FarMemory>(shape.row, bytes);
-            far = memory.get();
-            uint8_t * at = far->region();
-            store = std::make_unique<PageStore>(shape, std::move(memory), at, bytes);
-        } else if (c.where == Where::host) {
-            region = Region(bytes);
-            store = std::make_unique<PageStore>(shape, scalar(), region.data(), bytes, pool);
-        }
+        store = place.store(shape, bytes);
+        far = place.far;
         if (c.codec) {
             store->set_codec([this](const CodecPage & page, float * rows, double & bits) {  // turns the signs
                 for (size_t i = 0; i < size_t(kPageCells) * shape.row; ++i) rows[i] = -page.rows[i];
@@ -262,13 +69,6 @@ class Test {
         counted.assign(shape.n_streams, Counted(shape.row));
         table.resize(pages.size(), {nullptr, nullptr});
     }
-
-#ifdef MIXKVQ_TEST_CUDA
-    ~Test() {
-        store.reset();
-        if (queue) queue->release(gpu_region);
-    }
-#endif
 
     void run(int steps) {
         for (int step = 0; step < steps; ++step) {
@@ -291,8 +91,8 @@ class Test {
         CHECK(!store->configured() || store->pages_packed_ever() > uint64_t(steps / 25), "%s: only %d pages settled", c.text().c_str(), int(store->pages_packed_ever()));
         store->clear();
         if (far) CHECK(far->held() == 0, "%s: %d pages are held by nobody", c.text().c_str(), far->held());
-        pool.trim();
-        CHECK(pool.bytes() == 0, "%s: %zu bytes of scratch are held by nobody", c.text().c_str(), pool.bytes());
+        place.pool.trim();
+        CHECK(place.pool.bytes() == 0, "%s: %zu bytes of scratch are held by nobody", c.text().c_str(), place.pool.bytes());
     }
 
   private:
@@ -494,18 +294,7 @@ class Test {
             auto work = [n](half * x) {
                 for (int i = 0; i < n; ++i) x[i] ^= x[i] ? 0x8000 : 0;
             };
-            if (far) far->later([=, memory = far] { work(memory->bytes(rows)); });
-            if (c.where == Where::host) work(rows);
-#ifdef MIXKVQ_TEST_CUDA
-            if (c.where == Where::gpu) {
-                std::vector<half> here(n);
-                queue->synchronize();
-                cudaMemcpy(here.data(), rows, 2 * n, cudaMemcpyDeviceToHost);
-                work(here.data());
-                cudaMemcpy(rows, here.data(), 2 * n, cudaMemcpyHostToDevice);
-                cudaDeviceSynchronize();
-            }
-#endif
+            place.edit(rows, n, work);
             ++calls;
         });
         CHECK(calls == (store->page(s, p).empty() ? 0 : 1), "%s: %d edits of a page", c.text().c_str(), calls);
@@ -538,20 +327,8 @@ class Test {
                 for (double & x : sums.sqr) x /= 2;
             }
         }
-        const float * there = q.data();
-#ifdef MIXKVQ_TEST_CUDA
-        void * copy = nullptr;
-        if (c.where == Where::gpu) {
-            cudaMalloc(&copy, q.size() * sizeof(float));
-            cudaMemcpy(copy, q.data(), q.size() * sizeof(float), cudaMemcpyHostToDevice);
-            there = static_cast<const float *>(copy);
-        }
-#endif
-        store->observe({there, token, kHeadSize, n * token, n, kHeads * group, n_streams, first}, 1);
-#ifdef MIXKVQ_TEST_CUDA
-        if (queue) queue->synchronize();
-        cudaFree(copy);
-#endif
+        const Place::There<float> there(place, q);
+        store->observe({there.data(), token, kHeadSize, n * token, n, kHeads * group, n_streams, first}, 1);
     }
 
     // A stream that is rewound to its first 200 cells, of which 150 had been read when its statistics were remembered, and one that begins anew.
@@ -714,13 +491,8 @@ class Test {
     std::vector<ValueFormat> values;
     size_t record_bytes = 0;
     int capacity = 0;
-    Region region;
-    ScratchPool pool;
+    Place place{c.where, scalar()};
     FarMemory * far = nullptr;
-#ifdef MIXKVQ_TEST_CUDA
-    std::shared_ptr<cuda::Queue> queue;
-    void * gpu_region = nullptr;
-#endif
     std::unique_ptr<PageStore> store;
 
     // The queries of a stream.

@@ -56,19 +56,19 @@ def filled_cache(path: str, ours: bool, n_ctx: int, n_tokens: int) -> dict[str, 
         return {"grown": anonymous_bytes() - before, **(context.stats() if ours else {})}
 
 
-def contexts_made_and_freed(path: str, warm: int, n: int) -> int:
-    """What `n` contexts leave behind, each used a little and freed."""
+def contexts_made_and_freed(path: str, warm: int, n: int) -> dict[str, int]:
+    """What `n` contexts leave behind, each used a little and freed: bytes, and descriptors of open files."""
     from contexts import BALANCED, Context, Model, random_tokens
 
     model = Model(path, True)
-    before = 0
+    before = descriptors = 0
     for i in range(warm + n):
         if i == warm:
-            before = anonymous_bytes()
+            before, descriptors = anonymous_bytes(), len(os.listdir("/proc/self/fd"))
         with Context(model, BALANCED, n_ctx=512, n_ubatch=128) as context:
             context.feed(random_tokens(300))
             context.feed([5])
-    return anonymous_bytes() - before
+    return {"bytes": anonymous_bytes() - before, "descriptors": len(os.listdir("/proc/self/fd")) - descriptors}
 
 
 def models_made_and_closed(path: str, warm: int, n: int) -> int:

@@ -10,6 +10,7 @@ reads, packed pages are compared exactly.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import threading
 
@@ -749,10 +750,12 @@ def test_resident_memory_falls_too(tmp_path):
 
 @LINUX
 def test_contexts_created_and_freed(models):
-    """Two hundred contexts, each used a little: the process does not grow, nor what is taken of the GPU."""
+    """Two hundred contexts (`make soak`: a thousand), each used a little: the process does not grow, nor what is taken of the GPU."""
     if models[0].device == CPU:
         # One cache of these has 0.4 MB: 200 would be 80 MB. Here 0.08 MB is left, of the allocator.
-        assert measure("contexts_made_and_freed", models[0].path, 20, 200) < 4 << 20
+        left = measure("contexts_made_and_freed", models[0].path, 20, int(os.environ.get("MIXKVQ_TEST_CONTEXTS", "200")))
+        print(left)
+        assert left["bytes"] < 4 << 20 and left["descriptors"] == 0
         return
 
     def taken():

@@ -53,7 +53,7 @@ def read_settings(path: Path | None) -> dict[str, dict[str, Any]]:
         return {}
     except OSError as e:
         raise SettingsError(f"The settings file {path} cannot be read: {e.strerror or e}.") from None
-    except ValueError as e:  # UnicodeDecodeError, TOMLDecodeError
+    except (ValueError, RecursionError) as e:  # UnicodeDecodeError, TOMLDecodeError; a thousand brackets
         raise SettingsError(f"The settings file {path} is not TOML: {str(e).rstrip('.')}.") from None
     for name, table in tables.items():
         known = ["all", *COMMANDS]

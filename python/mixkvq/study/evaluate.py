@@ -151,10 +151,10 @@ def load_or_start(out: Path | None, fresh: dict[str, Any], restart: bool) -> dic
     try:
         found = json.loads(out.read_text(encoding="utf-8"))
         other = next((key for key in ("bench", "model", "settings") if found.get(key) != fresh[key]), None)
-    except (ValueError, AttributeError, OSError):
+        known = dict(found["files"]) if other is None else {}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError):
         raise SettingsError(f"{out} is not a result of this program; give another --out, or --restart to replace it.") from None
     if other is None:
-        known = found["files"]
         changed = [name for name in fresh["files"] if name in known and known[name] != fresh["files"][name]]
         if not changed:
             newer = {key: fresh[key] for key in ("date", "command", "commit", "machine", "versions")}

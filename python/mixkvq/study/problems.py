@@ -92,7 +92,7 @@ class NumberFile:
         for i, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 entry = json.loads(line)
                 answer = entry["answer"].rpartition(tasks.ANSWER_MARK)[2].strip()
                 if isinstance(entry["question"], str) and number(answer) is not None:
