@@ -40,7 +40,7 @@ from _common import (
 )
 from rich.table import Table
 
-TEXT = Path(__file__).parents[1] / "python" / "mixkvq" / "calibration.txt"
+TEXT = Path(__file__).parents[1] / "python" / "mixkvq" / "study" / "calibration.txt"
 BATCH = 512
 
 

@@ -14,7 +14,7 @@ HELD_OUT = "\n%%%% held out\n"
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    raw = Path(mixkvq.__file__).with_name("calibration.txt").read_bytes()
+    raw = (Path(mixkvq.__file__).parent / "study" / "calibration.txt").read_bytes()
     assert b"\r" not in raw
     return raw.decode("utf-8", errors="strict")
 

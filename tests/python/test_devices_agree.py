@@ -193,7 +193,7 @@ def divergence(device: str, name: str, n_tokens: int) -> dict:
     """Of the named cache from llama.cpp's F16 cache, both on the device, as mixkvq.study.compare measures it."""
     options = {"n_ctx": n_tokens, "n_batch": 128, "n_ubatch": 128, "device": library_name(device)}
     with closing(open_cache(built_in_model(), "f16", **options)) as stock, closing(open_cache(built_in_model(), name, **options)) as ours:
-        text = (Path(mixkvq.__file__).parent / "calibration.txt").read_bytes()
+        text = (Path(mixkvq.__file__).parent / "study" / "calibration.txt").read_bytes()
         tokens, before = tokenize_text(ours, text)
         tokens = (before + tokens)[:n_tokens]
         comparison = Comparison()
