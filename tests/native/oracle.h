@@ -1,5 +1,5 @@
-// What a cache may make of rows that it packs, from the page format alone (docs/format.md): no kernel takes part. The tolerances were fixed before anything was
-// measured, and follow from the steps:
+// What a cache may make of rows that it packs, from the page format alone (docs/format.md): no kernel takes part. The tolerances follow from
+// the steps:
 //   - a number coded from a range [lo, hi] in 2^b - 1 steps: half a step; the roundings to F16 of the scale (twice, by way of what hi reads back as) and of the
 //     result: 1.5 * 2^-10 of the range, 1.25 * 2^-10 of the larger end, and top * 2^-23 where they are subnormal.
 //   - a row of rotated values: the rotation keeps lengths, so the length of the error of a row is held against that of the errors of its rotated numbers: half a
