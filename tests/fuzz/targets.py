@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
+from unittest import mock
 
 import numpy as np
 from rich.console import Console
@@ -78,8 +79,7 @@ def settings_toml(data: bytes) -> None:
     from mixkvq.cli.run import command
 
     path = _file(data)
-    os.environ[defaults.CONFIG] = str(path)
-    with contextlib.suppress(KeyError):
+    with mock.patch.dict(os.environ, {defaults.CONFIG: str(path)}), contextlib.suppress(KeyError):
         table = defaults.Defaults("run", command)
         for name in table:
             table[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import importlib
 import inspect
 import logging
 from pathlib import Path
@@ -169,3 +170,20 @@ def test_a_context_that_is_lent_and_one_that_is_freed():
         with pytest.raises((ContextError, ctypes.ArgumentError), match="The model is closed"):
             use()
     llama._free()  # again
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("bridge._llama", "C quiet_log _backend"),
+        ("bridge.answer", "Sampling stream_answer"),
+        ("bridge.chat", "Chat"),
+        ("bridge.model_file", "open_model"),
+        ("bridge.settings", "Kv least_bits"),
+        ("mixkvq.profile", "read_profile uniform_profile write_profile"),
+        ("mixkvq.reference", "KeyFormat ValueFormat pack_keys pack_values unpack_keys unpack_values"),
+    ],
+)
+def test_names_of_before_the_layers_stay(module, names):
+    there = importlib.import_module(module)
+    assert not [name for name in names.split() if not hasattr(there, name)]
