@@ -205,5 +205,6 @@ def test_every_promise_has_its_tests():
         assert re.search(rf"^(?:    )?def {test}\(", source, re.MULTILINE), f"{file}::{test}"
     for file in re.findall(r"`(test_\w+\.cpp)`", text):
         assert (ROOT / "tests" / "native" / file).exists(), file
-    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line and "held by" not in line]
+    promises = re.sub(r"<!-- table: .*?<!-- end -->", "", text, flags=re.DOTALL)
+    rows = [line for line in promises.splitlines() if line.startswith("| ") and "---" not in line and "held by" not in line]
     assert rows and all(re.search(r"`test_\w+\.(cpp|py)", row) for row in rows)
