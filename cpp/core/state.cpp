@@ -387,10 +387,10 @@ void PageStore::load_stream(int stream, const StreamState & state, const std::ve
         }
         return -1;
     };
-    const auto page_of = [&](int q) {
+    const auto page_of = [&](int64_t q) {  // any number, in a damaged state
         for (const CellMove & m : moves) {
-            const int first = std::max(m.from, q * kPageCells), end = std::min(m.from + m.n, (q + 1) * kPageCells);
-            if (first < end) return (m.to + end - 1 - m.from) / kPageCells;
+            const int64_t first = std::max(int64_t(m.from), q * kPageCells), end = std::min(int64_t(m.from) + m.n, (q + 1) * kPageCells);
+            if (first < end) return int((m.to + end - 1 - m.from) / kPageCells);
         }
         return -1;
     };
