@@ -556,6 +556,7 @@ struct ValueShared {
     uint32_t codes[kPageCells / 4 * 32 * slots];  // [token quad][dimension], a byte per token; before that phases, [token][dimension]
     float mean[32 * slots], exact[32 * slots], square[32 * slots];
     float inv[kPageCells];  // of the scales that tokens seem to have had, or 0
+    int off[kValueWarps];
     uint8_t own[32 * slots], near[32 * slots];  // bytes of means: that of the rows themselves, that of which they are rid
     float least;
 };
@@ -618,7 +619,7 @@ __device__ int off_with(const int8_t * phase, const float * inv, int n, int d, f
     return sum;
 }
 
-__device__ uint8_t kept_mean(const int8_t * phase, const float * inv, int n, int d, float least, float exact, uint8_t own, uint8_t near) {
+__device__ uint8_t kept_mean(const int8_t * phase, const float * inv, int n, int d, float least, float exact, uint8_t own, uint8_t near, int & off_in_all) {
     const float was = mean_of(near);
     float total = 0, weight = 0;  // least squares
     int count = 0;
@@ -630,14 +631,15 @@ __device__ uint8_t kept_mean(const int8_t * phase, const float * inv, int n, int
     }
     uint8_t best = large_mean_byte(was + (weight > 0 ? total / (weight * float(kPhases)) : 0.0f), least * 0.5f);
     int fewest = off_with(phase, inv, n, d, mean_of(best), was);
-    if (fewest <= kPhases / 16 * count && (best == near || best == 0)) return best;
-    const int around = near ? near : own, sign = around & 0x80, magnitude = around & 0x7f;
-    const int others[4] = {sign | min(magnitude + 1, 0x7b), sign | max(magnitude - 1, 0), near ? 0 : own, 0};
-    for (int byte : others) {
-        const int off = off_with(phase, inv, n, d, mean_of(uint8_t(byte)), was);
-        const bool nearer = fabsf(mean_of(uint8_t(byte)) - exact) < fabsf(mean_of(best) - exact);
-        if (off < fewest - count || (nearer && off <= fewest + count)) fewest = off, best = uint8_t(byte);
+    const bool settled = fewest <= kPhases / 16 * count && (best == near || best == 0);
+    for (int i = 0; i < 2 * kMeanReach + 2 && !settled; ++i) {
+        uint8_t byte = other_mean(near, own, i);
+        if (fabsf(mean_of(byte)) < least * 0.5f || byte == 0x80) byte = 0;
+        const int off = off_with(phase, inv, n, d, mean_of(byte), was);
+        const bool nearer = fabsf(mean_of(byte) - exact) < fabsf(mean_of(best) - exact);
+        if (off < fewest - count / 4 || (nearer && off <= fewest + count / 4)) fewest = off, best = byte;
     }
+    off_in_all = fewest;
     return best;
 }
 
@@ -702,7 +704,7 @@ __device__ bool rotated_means(ValueShared<slots> & s, const half * rows, int row
         }
     }
     const int n_kept = __syncthreads_count(kept && lane() == 0);
-    const bool from_record = (valid.word[0] | valid.word[1]) != 0 && 2 * n_kept >= looked;
+    const bool from_record = (valid.word[0] | valid.word[1]) != 0 && 4 * n_kept >= looked;
     int8_t * phase = reinterpret_cast<int8_t *>(s.codes);
     bool changed = true;
     for (int round = 0; round < kMeanRounds && from_record && changed; ++round) {  // with better means, more rows find their scale
@@ -722,7 +724,10 @@ __device__ bool rotated_means(ValueShared<slots> & s, const half * rows, int row
         }
         __syncthreads();
         uint8_t byte = 0;
-        if (d < n) byte = kept_mean(phase, s.inv, n, d, s.least, s.exact[d], s.own[d], s.near[d]);
+        int off = 0;
+        if (d < n) byte = kept_mean(phase, s.inv, n, d, s.least, s.exact[d], s.own[d], s.near[d], off);
+        off = warp_sum(off);
+        if (lane() == 0) s.off[threadIdx.x / 32] = off;
         changed = __syncthreads_count(d < n && byte != s.near[d]) > 0;
         if (d < n) {
             record[d] = s.near[d] = byte;
@@ -730,9 +735,17 @@ __device__ bool rotated_means(ValueShared<slots> & s, const half * rows, int row
         }
         __syncthreads();
     }
+    bool by_chance = false;
+    if (from_record) {
+        const int n_scales = __syncthreads_count(threadIdx.x < kPageCells && s.inv[threadIdx.x] > 0);
+        int off = 0;
+        for (int w = 0; w < kValueWarps; ++w) off += s.off[w];
+        by_chance = 2 * n_scales < count || off > kPhases / 16 * n_scales * n;
+        if (d < n && by_chance) record[d] = large_mean_byte(s.exact[d], s.least);
+    }
     if (d < n) s.mean[d] = mean_of(record[d]);
     __syncthreads();
-    return from_record;
+    return from_record && !by_chance;
 }
 
 // Codes of a token into x, and its scale into the record.

@@ -455,10 +455,11 @@ int off_with(const Phases & p, int d, float mean, float near) {
     return sum;
 }
 
-// The means that put the rows on the middles of their steps: what the phases say, or, where that leaves them far off or is another byte, 0 or a neighbour of
-// `near` in the list of bytes; where `near` is 0, `own` or a neighbour of it. Where several do, because they are whole steps apart, it is the one next to the
-// rows' mean, `exact`.
-void kept_means(const ValueFormat & f, const Phases & p, float least, const float * exact, const uint8_t * own, const uint8_t * near, uint8_t * means) {
+// The means that put the rows on the middles of their steps: what the phases say, or, where that leaves them far off or is another byte, 0 or a byte not far from
+// `near` in the list of bytes; where `near` is 0, `own` or one not far from it. Where several do, because they are whole steps apart, it is the one next to the
+// rows' mean, `exact`. Returns how far off that leaves all numbers together.
+int kept_means(const ValueFormat & f, const Phases & p, float least, const float * exact, const uint8_t * own, const uint8_t * near, uint8_t * means) {
+    int all = 0;
     for (int d = 0; d < f.head_size; ++d) {
         const float was = mean_of(near[d]);
         float total = 0, weight = 0;  // least squares
@@ -469,14 +470,17 @@ void kept_means(const ValueFormat & f, const Phases & p, float least, const floa
         }
         means[d] = large_mean_byte(was + (weight > 0 ? total / (weight * float(kPhases)) : 0.0f), least * 0.5f);
         int fewest = off_with(p, d, mean_of(means[d]), was);
-        if (fewest <= kPhases / 16 * p.n && (means[d] == near[d] || means[d] == 0)) continue;
-        const int around = near[d] ? near[d] : own[d], sign = around & 0x80, magnitude = around & 0x7f;
-        for (int byte : {sign | std::min(magnitude + 1, 0x7b), sign | std::max(magnitude - 1, 0), near[d] ? 0 : int(own[d]), 0}) {
-            const int off = off_with(p, d, mean_of(uint8_t(byte)), was);
-            const bool nearer = std::fabs(mean_of(uint8_t(byte)) - exact[d]) < std::fabs(mean_of(means[d]) - exact[d]);
-            if (off < fewest - p.n || (nearer && off <= fewest + p.n)) fewest = off, means[d] = uint8_t(byte);
+        const bool settled = fewest <= kPhases / 16 * p.n && (means[d] == near[d] || means[d] == 0);
+        for (int i = 0; i < 2 * kMeanReach + 2 && !settled; ++i) {
+            uint8_t byte = other_mean(near[d], own[d], i);
+            if (std::fabs(mean_of(byte)) < least * 0.5f || byte == 0x80) byte = 0;
+            const int off = off_with(p, d, mean_of(byte), was);
+            const bool nearer = std::fabs(mean_of(byte) - exact[d]) < std::fabs(mean_of(means[d]) - exact[d]);
+            if (off < fewest - p.n / 4 || (nearer && off <= fewest + p.n / 4)) fewest = off, means[d] = byte;
         }
+        all += fewest;
     }
+    return all;
 }
 
 void rotated_row(const ValueFormat & f, const half * row, const uint8_t * means, float * z) {
@@ -507,6 +511,8 @@ bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
     uint8_t own[kMaxHeadSize], near[kMaxHeadSize];
     for (int d = 0; d < n; ++d) own[d] = mean_byte(sum[d]), means[d] = large_mean_byte(sum[d], least);
     // Small means are mostly 0. At 2 bits steps are so large that they may stay in, and need not be looked for.
+    uint8_t large[kMaxHeadSize];
+    std::memcpy(large, means, n);
     std::memcpy(near, f.bits > 2 ? means : own, n);
     if (f.bits == 2) std::memset(own, 0, n);
 
@@ -519,9 +525,10 @@ bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
         ++looked;
         kept += kept_scale(f, z, kSampleDims) > 0;
     }
-    if (looked == 0 || 2 * kept < looked) return false;
+    if (looked == 0 || 4 * kept < looked) return false;
 
     Phases p;
+    int off = 0;
     for (int round = 0; round < kMeanRounds; ++round) {  // with better means, more rows find their scale
         p.n = 0;
         for (int t = 0; t < kPageCells; ++t) {
@@ -533,11 +540,13 @@ bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
             for (int d = 0; d < n; ++d) p.phase[p.n][d] = int8_t(phase_of(z[d], 1.0f / p.scale[p.n]));
             ++p.n;
         }
-        kept_means(f, p, least, sum, own, near, means);
+        off = kept_means(f, p, least, sum, own, near, means);
         if (std::memcmp(near, means, n) == 0) break;  // nothing would change any more
         std::memcpy(near, means, n);
     }
-    return true;
+    if (2 * p.n >= count && off <= kPhases / 16 * p.n * n) return true;
+    std::memcpy(means, large, n);  // by chance
+    return false;
 }
 
 void pack_values(const ValueFormat & f, const half * rows, size_t stride, const CellMask & valid, uint8_t * record) {

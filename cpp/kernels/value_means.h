@@ -71,7 +71,8 @@ void off_with(const Phases & p, int d, const uint8_t * bytes, F was, float * off
     store(off, total);
 }
 
-void kept_means(const ValueFormat & f, const Phases & p, float least, const float * exact, const uint8_t * own, const uint8_t * near, uint8_t * means) {
+int kept_means(const ValueFormat & f, const Phases & p, float least, const float * exact, const uint8_t * own, const uint8_t * near, uint8_t * means) {
+    int sum_off = 0;
     float weight = 0;
     for (int i = 0; i < p.n; ++i) weight += p.inv[i] * p.inv[i];
     for (int d = 0; d < f.head_size; d += kLanes) {
@@ -87,24 +88,24 @@ void kept_means(const ValueFormat & f, const Phases & p, float least, const floa
         off_with(p, d, means + d, was, fewest);
         bool settled[kLanes], all = true;
         for (int i = 0; i < kLanes; ++i) all &= settled[i] = fewest[i] <= float(kPhases / 16 * p.n) && (means[d + i] == near[d + i] || means[d + i] == 0);
-        constexpr int kBy[] = {1, -1, 0};  // of the third only what follows
-        for (int other = 0; other < 4 && !all; ++other) {
-            uint8_t bytes[kLanes] = {};
-            for (int i = 0; i < kLanes && other < 3; ++i) {
-                const int around = near[d + i] ? near[d + i] : own[d + i], sign = around & 0x80, magnitude = (around & 0x7f) + kBy[other];
-                bytes[i] = uint8_t(sign | (magnitude < 0 ? 0 : magnitude > 0x7b ? 0x7b : magnitude));
-                if (other == 2) bytes[i] = near[d + i] ? 0 : own[d + i];
+        for (int other = 0; other < 2 * kMeanReach + 2 && !all; ++other) {
+            uint8_t bytes[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                bytes[i] = other_mean(near[d + i], own[d + i], other);
+                if (std::fabs(float_of(half(bytes[i] << kMeanShift))) < least * 0.5f || bytes[i] == 0x80) bytes[i] = 0;
             }
             off_with(p, d, bytes, was, off);
             float away[kLanes], best[kLanes];
             store(away, abs(sub(load_byte_halves<kMeanShift>(bytes), load(exact + d))));
             store(best, abs(sub(load_byte_halves<kMeanShift>(means + d), load(exact + d))));
             for (int i = 0; i < kLanes; ++i) {
-                const bool better = off[i] < fewest[i] - float(p.n) || (away[i] < best[i] && off[i] <= fewest[i] + float(p.n));
+                const bool better = off[i] < fewest[i] - float(p.n / 4) || (away[i] < best[i] && off[i] <= fewest[i] + float(p.n / 4));
                 if (!settled[i] && better) fewest[i] = off[i], means[d + i] = bytes[i];
             }
         }
+        for (int i = 0; i < kLanes; ++i) sum_off += int(fewest[i]);
     }
+    return sum_off;
 }
 
 // What rotated values are packed with.
@@ -160,20 +161,23 @@ void rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
     for (int d = 0; d < n; ++d) own[d] = mean_byte(h[d]), bytes[d] = large_mean_byte(means[d], h[d], least);
     std::memcpy(near, f.bits > 2 ? bytes : own, n);  // see scalar.cpp
     if (f.bits == 2) std::memset(own, 0, n);
+    uint8_t large[kMaxHeadSize];
+    std::memcpy(large, bytes, n);
 
     float z[kMaxHeadSize];
     for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(near + d));
     const int n_sample = count < kSample ? count : kSample;
     int looked = 0, kept = 0;
-    for (int i = 0; i < kPageCells && looked < n_sample && 2 * (kept + n_sample - looked) >= n_sample; ++i) {
+    for (int i = 0; i < kPageCells && looked < n_sample && 4 * (kept + n_sample - looked) >= n_sample; ++i) {
         const int t = i % 8 * 16 + i / 8;
         if (!valid.test(t)) continue;
         rotated_row(f, rows + t * stride, means, z);
         ++looked;
         kept += kept_scale(f, z, kSampleDims) > 0;
     }
-    m.from_record = looked > 0 && 2 * kept >= n_sample;
+    m.from_record = looked > 0 && 4 * kept >= n_sample;
     Phases p;
+    int off = 0;
     for (int round = 0; round < kMeanRounds && m.from_record && !m.has_scales; ++round) {  // with better means, more rows find their scale
         p.n = 0;
         for (int t = 0; t < kPageCells; ++t) {
@@ -185,10 +189,14 @@ void rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
             for (int d = 0; d < n; d += kLanes) store_half(p.phase[p.n] + d, phases_of(load(z + d), splat(p.inv[p.n])));
             ++p.n;
         }
-        kept_means(f, p, least, exact, own, near, bytes);
+        off = kept_means(f, p, least, exact, own, near, bytes);
         m.has_scales = std::memcmp(near, bytes, n) == 0;  // nothing would change in another round
         std::memcpy(near, bytes, n);
         for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(near + d));
+    }
+    if (m.from_record && (2 * p.n < count || off > kPhases / 16 * p.n * n)) {  // by chance
+        std::memcpy(bytes, large, n);
+        m.from_record = m.has_scales = false;
     }
     for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(bytes + d));
 }

@@ -70,8 +70,14 @@ MIXKVQ_BOTH inline float gaussian_step(int bits) { return bits == 2 ? 0.9957f : 
 // How rotated rows that come from a record are told from others: docs/format.md.
 constexpr float kLeastMean = 0.0625f;              // smaller means, beside the root mean square of the rows, are 0
 constexpr int kSample = 8, kSampleDims = 32;       // rows of a page that are looked at first, and how far
-constexpr int kMeanRounds = 4;                     // with which the means of a record are looked for
+constexpr int kMeanRounds = 4, kMeanReach = 12;    // with which the means of a record are looked for, and how many bytes away
 constexpr int kScalesBelow = 5;                    // bytes below and above the best scale of a row between which its own must lie
+// The i-th of the 2 kMeanReach + 2 bytes that are tried in the place of a mean's byte, which may be 0 where the rows' own mean has the byte `own`.
+MIXKVQ_BOTH inline uint8_t other_mean(uint8_t near, uint8_t own, int i) {
+    if (i >= 2 * kMeanReach) return i == 2 * kMeanReach && near == 0 ? own : uint8_t(0);
+    const int around = near ? near : own, magnitude = (around & 0x7f) + (i % 2 ? -1 : 1) * (i / 2 + 1);
+    return uint8_t((around & 0x80) | (magnitude < 0 ? 0 : magnitude > 0x7b ? 0x7b : magnitude));
+}
 MIXKVQ_BOTH inline int scales_above(int bits) { return bits == 2 ? 9 : bits == 3 ? 15 : bits == 4 ? 21 : 2; }
 
 // Which of the 128 cells of a page hold a token.

@@ -21,6 +21,7 @@ SAMPLE, SAMPLE_DIMS = 8, 32  # rows of a page that are looked at first, and how 
 SAMPLE_ORDER = [t % 8 * 16 + t // 8 for t in range(PAGE_CELLS)]
 PHASES = 256
 MEAN_ROUNDS = 4
+STEPS = [by * sign for by in range(1, 13) for sign in (1, -1)]
 SCALES_BELOW, SCALES_ABOVE = 5, {2: 9, 3: 15, 4: 21, 8: 2}
 """Bytes below and above the best scale of what was read back between which its own scale must lie."""
 
@@ -85,11 +86,17 @@ def _rotated_mean(fmt: ValueFormat, x: NDArray[np.float32], y: NDArray[np.float3
 
     z = y - unpack_mean(near)
     sample = [t for t in SAMPLE_ORDER if valid[t]][:SAMPLE]
-    if not sample or 2 * np.count_nonzero(_kept_scale(z[sample], fmt.bits, SAMPLE_DIMS)) < len(sample):
+    if not sample or 4 * np.count_nonzero(_kept_scale(z[sample], fmt.bits, SAMPLE_DIMS)) < len(sample):
         return large, False
     for _ in range(MEAN_ROUNDS):  # with better means, more rows find their scale
         z = y[valid] - unpack_mean(near)
-        near = _kept_mean(exact, own, near, z, _kept_scale(z, fmt.bits, fmt.head_size), least)
+        scale, before = _kept_scale(z, fmt.bits, fmt.head_size), near
+        near, off = _kept_mean(exact, own, near, z, scale, least)
+        if np.array_equal(near, before):
+            break
+    n = np.count_nonzero(scale)
+    if 2 * n < count or off > PHASES // 16 * n * fmt.head_size:  # by chance
+        return large, False
     return near, True
 
 
@@ -100,11 +107,12 @@ def _kept_mean(
     z: NDArray[np.float32],
     scale: NDArray[np.uint8],
     least: np.float32,
-) -> NDArray[np.uint8]:
+) -> tuple[NDArray[np.uint8], int]:
     """The means that put rows z [n, Dv], which are rid of the means `near`, on the middles of their steps; only rows with a scale count.
 
     It is what the rows' distances from the middles say, or, where that leaves them far off or is another byte, 0 or a neighbour of `near` in the list of
     bytes; where `near` is 0, `own` or a neighbour of it. Where several do, because they are whole steps apart, it is the one next to the `mean` of the rows.
+    Beside them how far off that leaves all numbers together, in 256ths of a step.
     """
     z, step = z[scale > 0], unpack_scale(scale[scale > 0])
     inverse = reciprocal(step)
@@ -126,12 +134,13 @@ def _kept_mean(
     settled = (fewest <= PHASES // 16 * len(z)) & ((best == near) | (best == 0))
     around = np.where(near == 0, own, near)
     magnitude = (around & 0x7F).astype(np.int32)
-    neighbours = ((around & np.uint8(0x80)) | np.clip(magnitude + by, 0, 0x7B).astype(np.uint8) for by in (1, -1))
+    neighbours = ((around & np.uint8(0x80)) | np.clip(magnitude + by, 0, 0x7B).astype(np.uint8) for by in STEPS)
     for byte in (*neighbours, np.where(near == 0, own, np.uint8(0)), np.zeros_like(near)):
+        byte = _no_small_means(unpack_mean(byte), byte, least * np.float32(0.5))
         nearer = np.abs(unpack_mean(byte) - mean) < np.abs(unpack_mean(best) - mean)
-        better = ~settled & ((off(byte) < fewest - len(z)) | (nearer & (off(byte) <= fewest + len(z))))
+        better = ~settled & ((off(byte) < fewest - len(z) // 4) | (nearer & (off(byte) <= fewest + len(z) // 4)))
         best, fewest = np.where(better, byte, best), np.where(better, off(byte), fewest)
-    return best
+    return best, int(fewest.sum())
 
 
 def _kept_scale(z: NDArray[np.float32], bits: int, dims: int) -> NDArray[np.uint8]:
