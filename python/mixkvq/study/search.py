@@ -83,6 +83,14 @@ def best_formats(calibration: Calibration, bits: float, tries: int = 4, another:
     return min(tried.values(), key=lambda entry: entry[1])
 
 
+def more_than(calibration: Calibration, least: Formats, bits: float) -> Formats | None:
+    """Formats of which no head gets less than `least` gives it, with the bits that are left where they prevent most harm; None if there are none."""
+    try:
+        return allocate_by_kind(calibration.tables, bits, calibration.shares, least)
+    except ValueError:
+        return None
+
+
 def best_window(calibration: Calibration, sizes: Mapping[int, float]) -> int:
     """Which window, with the body bits that it leaves of the budget, diverges least; the reader goes on with it.
 
