@@ -113,7 +113,7 @@ def make_plan(demand: Demand, speed: Speed, clock: Clock) -> Plan:
         Plan(0, False, 0, min(1, demand.tries), demand.parts, False, False),
         Plan(0, False, 0, 0, False, False, False),
     ]
-    for plan in coarse:
+    for coarser, plan in enumerate(coarse):
         contexts = 1 + (demand.judged + plan.nearest) * demand.sizes
         passes = 1 + (plan.tries > 0) + plan.tries * demand.sizes + (demand.windows if plan.windows else 0)
         own = plan.own * (speed.write + passes / speed.read)
@@ -122,6 +122,7 @@ def make_plan(demand: Demand, speed: Speed, clock: Clock) -> Plan:
         each = passes * (3 if plan.every_kind else 1) + (contexts - 1) * (2 if plan.every_kind else 1)
         once = own + contexts * speed.load
         tokens = min(demand.tokens, int(((1 - PARTS if plan.parts else 1.0) * left - once) * speed.read / each))
-        if tokens >= min(max(FEWEST_TOKENS if plan.every_kind else 0, demand.least), demand.tokens):
+        fewest = (1 if coarser else 2) * FEWEST_TOKENS if plan.every_kind else 0
+        if tokens >= min(max(fewest, demand.least), demand.tokens):
             return replace(plan, tokens=tokens, seconds=once + tokens * each / speed.read)
     return Plan(0, False, 0, 0, False, False, False)

@@ -79,7 +79,7 @@ def _halves(texts: Sequence[Path]) -> tuple[str, str]:
 def _derivations(llm: Llama, tokens: int, longest: int, rng: Random) -> list[Passage]:
     """Solved problems as chat. The problem is random, so only the solution's tokens count.
 
-    At least half are long chains of lookups: there a small error of the keys shows. Then all tasks take turns.
+    At least half are long chains of lookups, or shorter ones where those do not fit: there a small error of the keys shows. Then all tasks take turns.
     """
     found, left = [], tokens
     for attempt in range(200):
@@ -88,7 +88,7 @@ def _derivations(llm: Llama, tokens: int, longest: int, rng: Random) -> list[Pas
             break
         task, level = tasks.TASKS[attempt % len(tasks.TASKS)], "hard" if attempt % 2 else "medium"
         if attempt < 50 and 2 * left > tokens:
-            task, level = "chain", "hard"
+            task, level = "chain", "hard" if found or attempt < 10 else "medium"
         problem = tasks.make(task, rng, tasks.LEVELS.index(level))
         prompt = llm.tokenize(tasks.chat(problem.prompt).encode(), add_bos=True, special=True)
         if len(prompt) >= most:

@@ -16,7 +16,7 @@ from ..core.errors import SettingsError
 from ..core.reference import PAGE_CELLS
 from .budget import Clock, Speed, least_tokens
 from .compare import Passage, compare_caches, feed, standard_error, work
-from .search import Calibration
+from .search import NEGLIGIBLE, Calibration
 from .sensitivity import Collector, Reader, Sample, all_passes, divergences, measure_weights
 from .sizes import Formats
 from .steps import Steps
@@ -150,10 +150,10 @@ def is_better(verdicts: Mapping[str, Verdict], name: str, shares: Mapping[str, f
     gain = 0.0
     for kind, verdict in verdicts.items():
         mean, error = verdict.difference[name]
-        if mean > error:
+        if mean > max(error, NEGLIGIBLE):
             return False
-        ratio = max(verdict.figures[name]["kld_mean"], 1e-12) / max(verdict.figures[verdict.against]["kld_mean"], 1e-12)
-        gain += shares.get(kind, 0.0) * math.log(ratio)
+        own, other = (verdict.figures[each]["kld_mean"] + NEGLIGIBLE for each in (name, verdict.against))
+        gain += shares.get(kind, 0.0) * math.log(own / other)
     return gain < 0
 
 

@@ -20,6 +20,7 @@ TILTS = (0.5, 2.0)  # weight of keys against that of values, tried beside 1
 PAPER_RANGE = (0.1, 2.0)  # of both thresholds in the paper's search
 PAPER_TRIALS, PAPER_LEAST_TRIALS = 30, 8
 TOLERANCE = 0.05
+NEGLIGIBLE = 1e-5  # nats a token: what is smaller is no difference between caches
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Calibration:
         The geometric mean over the kinds of text; but where a kind is worse than with the preset by more than such samples tell apart, that counts.
         """
         found = self.reader.divergence(formats, self.tables, self.progress)
-        ratios = {kind: max(kld, 1e-9) / self.preset[kind] for kind, kld in found.items()}
+        ratios = {kind: (kld + NEGLIGIBLE) / (self.preset[kind] + NEGLIGIBLE) for kind, kld in found.items()}
         worst = max(ratios.values())
         value = worst if worst > 1 + TOLERANCE else math.exp(sum(share * math.log(ratios[kind]) for kind, share in self.shares.items()))
         if self.best is None or value < self.best[0]:

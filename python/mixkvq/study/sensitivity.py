@@ -241,7 +241,7 @@ class Reader:
     def sample(self, tokens: int) -> Sample:
         """About so many tokens of every kind, three times as many of solved problems, but at least SHORT.
 
-        The first passages whose predictions begin early enough, the last one cut; if there are none, the shortest one.
+        The first passages whose predictions begin early enough, the last one cut; if there are none, the one that is shortest up to some predictions.
         """
         found: Sample = {}
         for kind, some in self.passages.items():
@@ -251,14 +251,17 @@ class Reader:
                 if n > left:
                     if left < (SHORT if passage.first == 1 else passage.first + 2 * PAGE_CELLS):
                         continue
-                    # Where it is cut into batches.
-                    n = 1 + max(c for c in cut(n - 1, "decode", [self.window]) if c <= left)
+                    n = self._cut(n, left)
                 found.setdefault(kind, []).append((i, n))
                 left -= n
             if kind not in found:
-                i = min(range(len(some)), key=lambda i: len(some[i].tokens))
-                found[kind] = [(i, len(some[i].tokens))]
+                n, i = min((min(len(p.tokens), max(left, p.first + 2 * PAGE_CELLS)), i) for i, p in enumerate(some))
+                found[kind] = [(i, n if n == len(some[i].tokens) else self._cut(len(some[i].tokens), n))]
         return found
+
+    def _cut(self, n: int, most: int) -> int:
+        """How many tokens of a passage of n are read, if at most `most` are: up to where it is cut into batches."""
+        return 1 + max(c for c in cut(n - 1, "decode", [self.window]) if c <= most)
 
     def passages_from(self, n_tokens: int) -> Sample:
         """The passages of so many tokens or more, whole; if there is none, all."""
