@@ -79,9 +79,10 @@ def _halves(texts: Sequence[Path]) -> tuple[str, str]:
 def _derivations(llm: Llama, tokens: int, longest: int, rng: Random) -> list[Passage]:
     """Solved problems as chat. The problem is random, so only the solution's tokens count.
 
-    At least half are long chains of lookups, or shorter ones where those do not fit: there a small error of the keys shows. Then all tasks take turns.
+    At least half are long chains of lookups (shorter where those do not fit): there a small error of the keys shows. Then all tasks take turns.
     """
-    found, left = [], tokens
+    found: list[Passage] = []
+    left = tokens
     for attempt in range(200):
         most = min(longest, left)
         if most < 4 * PAGE_CELLS:
