@@ -134,7 +134,7 @@ class Offer:
                 command = [*command_for(self.options.model), "--quiet", "-o", str(self._part), "--device", self.options.device]
                 null: Any = subprocess.DEVNULL
                 self._process = subprocess.Popen(
-                    ["nice", "-n", "19", *command] if os.name == "posix" else command, stdin=null, stdout=null, stderr=null, start_new_session=True
+                    ["nice", "-n", "19", *command] if os.name == "posix" else command, stdin=null, stdout=null, stderr=null
                 )
 
     def typed(self) -> None:
