@@ -53,7 +53,8 @@ class Llama(Keeping):
         **kwargs: as for `llama_cpp.Llama`; other names are refused with a TypeError. n_gpu_layers is how many layers GPUs get, the last ones,
             with their part of the cache; not given, it is as many as fit their memory, and -1 is all. flash_attn and offload_kqv are set as the
             cache needs them, whatever is given (stock="f32" goes without flash attention, which would round it to F16); n_ctx is rounded up to a
-            multiple of 256 cells (as llama.cpp does inside), and 0 means the model's training context. logprobs need logits_all=True, with a draft_model as well.
+            multiple of 256 cells (as llama.cpp does inside), and 0 means the model's training context. logprobs need logits_all=True, with a
+            draft_model as well.
 
     Attributes:
         on_read: None, or a function called with (tokens read, tokens to read) while a prompt is evaluated: at its start and after every batch.
