@@ -17,6 +17,12 @@ from .log import log
 TYPES = {"F32": C.LLAMA_FTYPE_ALL_F32, "F16": C.LLAMA_FTYPE_MOSTLY_F16, "Q8_0": C.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": C.LLAMA_FTYPE_MOSTLY_Q4_0}
 
 
+def f32_bytes(model: str | os.PathLike[str]) -> int:
+    """What the weights of a model take in F32. Raises ModelFileError."""
+    file = open_model(model)
+    return 4 * sum(math.prod(tensor.shape) for part in (file.path, *file.parts) for tensor in read_header(part).tensors.values())
+
+
 def requantise(model: str | os.PathLike[str], out: str | os.PathLike[str], type: str, threads: int = 1) -> None:
     """Write the model with its weights as one of TYPES; numbers that were rounded before stay what they read back as in F32.
 
@@ -27,7 +33,7 @@ def requantise(model: str | os.PathLike[str], out: str | os.PathLike[str], type:
     params = C.llama_model_quantize_default_params()
     params.nthread, params.ftype, params.allow_requantize = threads, TYPES[type], True
     if type == "F32":
-        need = 4 * sum(math.prod(tensor.shape) for part in (file.path, *file.parts) for tensor in read_header(part).tensors.values())
+        need = f32_bytes(model)
         if (free := shutil.disk_usage(folder).free) < need:
             raise ModelFileError(f"{file.path} with weights in F32 takes {format_bytes(need)}, and {format_bytes(free)} are free in {folder}.")
     with log.kept() as first_error:

@@ -87,7 +87,12 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
 @click.option(
     "--minutes",
     type=Number(min=0.1, max=1e5),
-    help="How long it may take; less is coarser.  [default: up to 2, up to 9 where a model is read slowly; it is said]",
+    help="How long it may take; less is coarser.  [default: up to 2, up to 8 where a model is read slowly; it is said]",
+)
+@click.option(
+    "--exact/--no-exact",
+    default=None,
+    help="Measure a copy with weights in F32, without llama.cpp's own noise.  [default: on the CPU, where it takes less than 2/5 of the free memory]",
 )
 @click.option("--seed", type=SEED, default=1, show_default=True)
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
@@ -166,7 +171,7 @@ def _how_to_use(out: Path, model: str) -> str:
 
 def _print_table(console: Console, profile: Profile, found: dict[str, Any]) -> None:
     columns = ("held-out text", "cache", "body bits", "mean KLD", "+-", "median", "99.9 %", "same top", "perplexity ratio")
-    table = Table(*columns, title="Against F16, decode-style")
+    table = Table(*columns, title=f"Against {found['against']}, decode-style")
     for kind, verdict in found["held_out"].items():
         for name, figures in verdict.figures.items():
             error = figures["kld_standard_error"]

@@ -13,9 +13,9 @@ SPARE = 0.06  # of the time: allocating, writing
 PARTS = 0.4  # of the time, at least, for the parts of the cache, where not all can be had
 
 # Nobody has said how long it may take: as long as it takes to read so many tokens, up to two minutes; as a slow machine reads far fewer in these,
-# then up to nine for as many as a useful profile takes.
+# then up to eight for as many as a useful profile takes.
 THOROUGH_TOKENS, THOROUGH_SECONDS = 150_000, 110.0
-USEFUL_TOKENS, USEFUL_SECONDS = 40_000, 540.0
+USEFUL_TOKENS, USEFUL_SECONDS = 30_000, 480.0
 
 
 def default_seconds(read: float) -> float:

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from bridge import Llama
+from bridge.computing import Share
 
 from ..core.errors import ProfileError, SettingsError
 from ..core.machine import physical_cores
 from ..core.model_file import ModelFile, open_model
 from ..core.profile import LayerProfile, Profile, write_profile
 from ..core.reference import PAGE_CELLS
+from . import exact
 from .allocate import Tables, thresholds
 from .budget import SPARE, Clock, Demand, Plan, default_seconds, least_tokens, make_plan
 from .caches import SINKS, WINDOW
@@ -73,7 +75,7 @@ class Request:
     window that is not given is chosen too. max_kld: instead, the fewest bits whose mean divergence on held-out text, of every kind, is at most
     that. tokens: of each kind of text, at most; None: TOKENS. minutes: how long all of it may take; None: `budget.default_seconds`. What does not
     fit is left out, and `found["coarser"]` says what. policy: "gain" (least expected harm), "paper" (fixed thresholds t16 and t4) or "search" (the
-    paper's search).
+    paper's search). exact: whether a copy of the model in F32 is measured, see `exact`; None: where there is room for one.
     window, sinks: tokens in F16. threads: None: physical cores. device: as for bridge.Llama.
     """
 
@@ -90,6 +92,7 @@ class Request:
     seed: int = 1
     threads: int | None = None
     device: str = "auto"
+    exact: bool | None = None
 
 
 def calibrate(model: str, request: Request, steps: Steps | None = None) -> tuple[Profile, dict[str, Any]]:
@@ -121,6 +124,7 @@ class _Run:
 
     def __init__(self, model: str, request: Request, clock: Clock, steps: Steps, folder: Path) -> None:
         self.model, self.request, self.clock, self.steps, self.folder = model, request, clock, steps, folder
+        self.weights, self.exact, self.share = model, False, Share()
         self.file = open_model(model)
         self.presets = presets_of(self.file)
         self.threads = request.threads or physical_cores()
@@ -135,6 +139,11 @@ class _Run:
         self.kept: tuple[Profile, dict[str, Verdict]] | None = None  # of --max-kld: what keeps it
         self.speed = 1.0
         self.coarser: list[str] = []
+
+    @property
+    def baseline(self) -> str:
+        """The exact cache on held-out text."""
+        return exact.BASELINE if self.exact else "f16"
 
     def close(self) -> None:
         if self.reader is not None:
@@ -182,8 +191,11 @@ class _Run:
         request, fit = self.request, preset_within(self.presets, self.bits)
         n_ctx = min(LONGEST, self.file.n_ctx_train or LONGEST)
         threads: dict[str, Any] = {"n_threads": self.threads, "n_threads_batch": self.threads}
+        self.exact = exact.fits(self.model, self.folder, request.device) if request.exact is None else request.exact
+        if self.exact:
+            self.weights = exact.f32_copy(self.model, self.folder, self.threads)
         opening = self.clock.taken()
-        llm = Llama(self.model, stock="f16", n_ctx=n_ctx, n_batch=PAGE_CELLS, verbose=False, device=request.device, **threads)
+        llm = Llama(self.weights, stock="f16", n_ctx=n_ctx, n_batch=PAGE_CELLS, verbose=False, device=request.device, **threads)
         try:
             texts = encode_texts(llm, request.texts)
             self.plan = self.make_plan(llm, fit, self.clock.taken() - opening)
@@ -194,12 +206,13 @@ class _Run:
             llm.close()
         self.held_out = material.held_out
         options: dict[str, Any] = {"window": self.window, "sinks": self.sinks, "threads": self.threads, "device": request.device}
-        self.reader = Reader(self.model, material.calibration, **options)
+        self.reader = Reader(self.weights, material.calibration, **options)
         self.calibration, self.speed = read_whole(self.reader, self.file.n_layers, fit.formats, self.steps, compared=self.plan.tries > 0)
         # Coarse formats, whatever the size: what finer ones do to a single head drowns in the rounding of everything else.
         probe = preset_within(self.presets, LEAST_BITS).formats
         if self.plan.parts:
-            left_out, self.speed = measure_parts(self.calibration, probe, self.steps, self.speed, self.clock.left() - self.later())
+            seconds = self.clock.left() - self.later()
+            left_out, self.speed = measure_parts(self.calibration, probe, self.steps, self.speed, seconds, exact=self.exact)
             self.coarser += [left_out] if left_out else []
         else:
             even_weights(self.calibration.tables, probe, list(self.reader.passages))
@@ -222,7 +235,7 @@ class _Run:
         asked = self.clock.seconds or default_seconds(speed.read)
         if load + 2 * demand.least / speed.read < 0.05 * asked:
             options: dict[str, Any] = {"window": self.window, "sinks": self.sinks, "threads": self.threads, "device": request.device}
-            speed = measure_speed_rounded(self.model, fit.formats, speed, **options)
+            speed = measure_speed_rounded(self.weights, fit.formats, speed, **options)
         self.clock.seconds = self.clock.seconds or self.clock.taken() + default_seconds(speed.read)
         plan = make_plan(demand, speed, self.clock)
         if not plan.tokens:
@@ -231,7 +244,7 @@ class _Run:
             )
             return plan
         sample = LONG_SAMPLE * shares_of_sample(["text"] + ["retrieval"] * plan.every_kind + ["own"] * (plan.own > 0))
-        parts = min(passes_of_parts(fit.formats) * sample / speed.read, self.clock.left() - plan.seconds) if plan.parts else 0.0
+        parts = min(passes_of_parts(fit.formats, self.exact) * sample / speed.read, self.clock.left() - plan.seconds) if plan.parts else 0.0
         # What is said is kept: it is the time from now on.
         self.clock.seconds = (self.clock.taken() + plan.seconds + max(0.0, parts)) / (1 - SPARE)
         self.steps.say(f"{Path(self.model).name} is read with {speed.words()} tokens a second here: this takes about {duration(self.clock.seconds)}.")
@@ -304,8 +317,9 @@ class _Run:
         n = 1 + len(caches)
         tokens = int(1.1 * max(0.0, self.clock.left() - n * self.reader.load) * self.speed / n)
         passages = shortened(self.held_out, tokens, least_tokens(self.window, self.sinks))
-        options = {"window": self.request.window, "sinks": self.request.sinks, "threads": self.threads, "device": self.request.device}
-        return measure(self.model, caches, fit.name, passages, self.steps, **options)
+        options: dict[str, Any] = {"window": self.request.window, "sinks": self.request.sinks, "threads": self.threads, "device": self.request.device}
+        options["baseline"] = self.baseline
+        return measure(self.weights, caches, fit.name, passages, self.steps, **options)
 
     def fewest_bits(self, limit: float) -> tuple[Profile, dict[str, Verdict]]:
         """Bisection over the bits: the divergence falls as they grow."""
@@ -337,7 +351,10 @@ class _Run:
 
     def found(self, profile: Profile, verdicts: dict[str, Verdict], instead: str = "", interrupted: str = "") -> dict[str, Any]:
         source = ", ".join(path.name for path in self.request.texts) or "the default text"
-        profile.measured = [record_of(source if kind == "text" else kind, verdict.profile) for kind, verdict in verdicts.items()]
+        taken = {"seconds": round(self.clock.taken(), 1), "outside_llama": self.share.taken()["outside_llama"]}
+        profile.measured = [
+            record_of(source if kind == "text" else kind, verdict.profile, self.baseline) | taken for kind, verdict in verdicts.items()
+        ]
         return {
             "preset": preset_within(self.presets, self.bits).name,
             "nearest": nearest_preset(self.presets, profile.body_bits or self.bits),
@@ -346,7 +363,8 @@ class _Run:
             "tokens": self.plan.tokens,
             "said": self.clock.seconds,
             "coarser": self.coarser,
-            "seconds": self.clock.taken(),
+            "against": self.baseline.upper(),
+            **taken,
             "interrupted": interrupted,
         }
 

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.computing import Share
 from bridge.devices import check_device
-from bridge.requantise import requantise
 
 from ..core.errors import SettingsError
 from ..core.machine import physical_cores
 from ..core.model_file import open_model
 from ..core.native import native
-from . import plots, problems, tasks, tokens
+from . import exact, plots, problems, tasks, tokens
 from .caches import check_name, file_of, is_stock, open_cache, split_names
 from .compare import (
     LEAST_BLOCKS,
@@ -373,15 +372,15 @@ def evaluate(request: Request, result: dict[str, Any], texts: list[Text], steps:
     result, texts: empty; they get what is measured, as it comes, and the texts that were read. words: the command line, for the record.
     Raises BridgeError.
     """
-    request = replace(request, baseline=request.baseline or ("f32" if request.exact else "f16"))
+    request = replace(request, baseline=request.baseline or (exact.BASELINE if request.exact else "f16"))
     asked = _checked(request)
     with contextlib.ExitStack() as stack:
         evaluation = _begin(request, asked, result, steps, words)
         share = Share()
         stack.callback(lambda: result["run"].update(share.taken()))
         if request.exact:
-            evaluation.model = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixkvq-"))) / request.model.name
-            requantise(request.model, evaluation.model, "F32", evaluation.threads)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixkvq-")))
+            evaluation.model = Path(exact.f32_copy(request.model, folder, evaluation.threads))
         _measure_all(request, asked, evaluation, texts)
     save_json(request.out, result)
 

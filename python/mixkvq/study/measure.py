@@ -77,9 +77,9 @@ def read_whole(reader: Reader, n_layers: int, preset: Formats, steps: Steps, *, 
     return Calibration(reader, tables, {kind: max(kld, 1e-9) for kind, kld in whole.items()}, lambda n: None), speed
 
 
-def passes_of_parts(formats: Formats) -> int:
+def passes_of_parts(formats: Formats, exact: bool) -> int:
     """Passes over a sample in which the keys and values of every head are measured by themselves."""
-    return all_passes([(layer.n_heads, 1) for layer in formats if layer is not None])
+    return all_passes([layer.n_heads for layer in formats if layer is not None], exact)
 
 
 def shares_of_sample(kinds: Collection[str]) -> int:
@@ -87,14 +87,14 @@ def shares_of_sample(kinds: Collection[str]) -> int:
     return len(kinds) + 2 * ("retrieval" in kinds)
 
 
-def measure_parts(calibration: Calibration, probe: Formats, steps: Steps, speed: float, seconds: float) -> tuple[str, float]:
+def measure_parts(calibration: Calibration, probe: Formats, steps: Steps, speed: float, seconds: float, *, exact: bool) -> tuple[str, float]:
     """A sample is read with each part of the cache rounded by itself to the formats of `probe`, for so many seconds; the weights follow.
 
     See `measure_weights`. The sample is as long as lets every head be measured, within limits. Returns what was not done, and tokens a second.
     """
     reader, tables = calibration.reader, calibration.tables
     seen = [p if t is not None else None for t, p in zip(tables, probe, strict=True)]
-    n_layers, n_all = sum(p is not None for p in seen), passes_of_parts(seen)
+    n_layers, n_all = sum(p is not None for p in seen), passes_of_parts(seen, exact)
     tokens = speed * max(0.0, seconds)
     n = int(tokens / n_all / shares_of_sample(reader.passages))
     sample = reader.sample(max(n, LONG_SAMPLE))
@@ -112,7 +112,8 @@ def measure_parts(calibration: Calibration, probe: Formats, steps: Steps, speed:
 
     with steps(f"parts of the cache, up to {n_passes} passes", n_passes * length(sample)) as progress:
         groups = max(1, min(n_passes // 6, n_layers))
-        n_parts = measure_weights(reader, tables, seen, groups, sample=sample, shares=calibration.shares, progress=progress, enough=enough)
+        options: dict[str, Any] = {"sample": sample, "shares": calibration.shares, "progress": progress, "exact": exact, "enough": enough}
+        n_parts = measure_weights(reader, tables, seen, groups, **options)
     taken, n_heads = clock.taken(), 2 * sum(p.n_heads for p in seen if p is not None)
     speed = done * length(sample) / taken if done and taken > 0 else speed
     if not n_parts:
@@ -179,13 +180,13 @@ def measure(
     return found
 
 
-def record_of(kind: str, figures: dict[str, Any]) -> dict[str, Any]:
+def record_of(kind: str, figures: dict[str, Any], baseline: str) -> dict[str, Any]:
     """What a profile keeps of a measurement."""
     return {
         "text": kind,
         "tokens": figures["tokens"],
         "style": "decode",
-        "against": "f16",
+        "against": baseline,
         "kld_mean": figures["kld_mean"],
         "kld_median": figures["kld_median"],
         "kld_p999": figures["kld_99.9%"],

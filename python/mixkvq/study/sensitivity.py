@@ -321,9 +321,9 @@ def n_heads(part: Part) -> int:
     return sum(len(heads) for _, heads in part[1])
 
 
-def all_passes(layers: Sequence[tuple[int, int]]) -> int:
-    """Passes over the text in which every head is measured by itself; layers: of each the heads, and how often there are such."""
-    return sum(n * (3 + (2 * heads if heads > 1 else 0)) for heads, n in layers)
+def all_passes(heads: Sequence[int], exact: bool) -> int:
+    """Passes over the text in which every head is measured by itself, of layers with so many heads; see `measure_weights`."""
+    return sum((2 if exact else 3) + (2 * n if n > 1 else 0) for n in heads)
 
 
 def measure_weights(
@@ -335,6 +335,7 @@ def measure_weights(
     sample: Sample,
     shares: Mapping[str, float],
     progress: Progress,
+    exact: bool = False,
     enough: Callable[[int], bool] = lambda n_passes: False,
 ) -> int:
     """Sets the weights of `layers`: what rounding one part at a time to the formats of `probe` does to the predictions, per unit of its error.
@@ -343,8 +344,9 @@ def measure_weights(
     is, it goes to the heads that matter. shares: how much a kind of text counts in that.
 
     A part's effect on a kind of text is its share of the effects of all parts, so the sum over all parts of weight times error is 1 for `probe`: for
-    every kind, and for `key_weight` and `value_weight`, in which kinds count alike. Whatever changes a layer at all moves the predictions a little,
-    through the rounding of all that comes behind it. What the values of the part's first layer do at 8 bits is taken for that and subtracted.
+    every kind, and for `key_weight` and `value_weight`, in which kinds count alike. Unless arithmetic is exact, whatever changes a layer at all moves
+    the predictions, through the rounding of all that comes behind it. What the values of the part's first layer do at 8 bits is taken for that and
+    subtracted.
 
     enough: asked before every pass, with the number of those that were made; once it says so, parts are not divided any further, and those that were
     not measured at all count as the others. Returns how many parts were measured.
@@ -361,6 +363,8 @@ def measure_weights(
     def effect(part: Part) -> dict[str, float]:
         is_value, piece = part
         first = piece[0][0]
+        if exact:
+            floors[first] = dict.fromkeys(sample, 0.0)
         if first not in floors:
             tables = layers[first]
             assert tables is not None
