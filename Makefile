@@ -187,7 +187,7 @@ bench: $(NATIVE)/.built .venv/.plot $(BENCH)/8b-2layers.gguf
 
 # On a machine that does nothing else: make figures STEPS=speed
 figures: .venv/.plot
-	@$(PY) bench/figures.py --steps "$(STEPS)" --problems "$(PROBLEMS)" $(if $(NOVEL),--novel "$(NOVEL)") $(if $(WIKI),--wiki "$(WIKI)")
+	@$(PY) bench/figures.py --steps "$(STEPS)" --problems "$(PROBLEMS)" $(if $(NOVEL),--novel "$(NOVEL)") $(if $(WIKI),--wiki "$(WIKI)") $(if $(MODELS),--models "$(MODELS)")
 
 tables: .venv/.installed
 	@$(PY) bench/tables.py

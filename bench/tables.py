@@ -232,6 +232,21 @@ def restores_table() -> str:
     return table(["cache", "states", *(f"{n} rounds" for n in found[0]["rounds"])], rows) + source("restores")
 
 
+def timings_table() -> str:
+    """A row for each model on each machine that was measured."""
+    names = ["timings", *sorted(path.stem for path in RESULTS.glob("timings-*.json"))]
+    rows = []
+    for name in names:
+        machine = result(name)["machine"]
+        for r in result(name)["models"]:
+            e, c = r["evaluate"], r["calibrate"]
+            where = machine.get("gpu", f"{machine['cores']} cores")
+            shares = [f"{100 * each['outside_llama']:.0f} %" for each in (e, c)]
+            rows.append([r["name"], where, f"{e['seconds']:.1f}", shares[0], f"{c['seconds']:.0f}", f"{c['seconds_said']:.0f}", shares[1]])
+    head = ["model", "machine", "evaluate, s", "outside llama.cpp", "calibrate, s", "as said, s", "outside llama.cpp"]
+    return table(head, rows) + source(*names)
+
+
 # ---- quality ---------------------------------------------------------------------------------------------
 
 
@@ -373,6 +388,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "states": states_table,
     "restores": restores_table,
+    "timings": timings_table,
     "quality": quality_short,
     "caches": caches_table,
     "derivations": derivations_table,
@@ -387,6 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
 MEASURED = ("calibration", "caches", "codecs", "codecs-published", "variations", "problems", "memory", "restores", "states")
 COMMANDS = {name: f"make figures STEPS={name}" for name in MEASURED}
 COMMANDS |= {name: "make figures STEPS=speed" for name in ("speed-builtin", "speed-8b-2layers")}
+COMMANDS |= {name: "make figures STEPS=timings MODELS=..." for name in ("timings", *(path.stem for path in RESULTS.glob("timings-*.json")))}
 COMMANDS[GPU] = "python bench/llama_bench.py LLAMA-BENCH MODEL --depths 0,32768,131072 --tokens 128 --prefill 0 --rounds 1 --repetitions 3"
 COMMANDS[GPU_PROMPTS] = "python bench/llama_bench.py LLAMA-BENCH MODEL --kv f16,balanced --depths 0 --rounds 1 --repetitions 3"
 """By result: what measures it."""

@@ -351,7 +351,8 @@ class _Run:
 
     def found(self, profile: Profile, verdicts: dict[str, Verdict], instead: str = "", interrupted: str = "") -> dict[str, Any]:
         source = ", ".join(path.name for path in self.request.texts) or "the default text"
-        taken = {"seconds": round(self.clock.taken(), 1), "outside_llama": self.share.taken()["outside_llama"]}
+        said = round(self.clock.seconds or 0.0, 1)
+        taken = {"seconds": round(self.clock.taken(), 1), "seconds_said": said, "outside_llama": self.share.taken()["outside_llama"]}
         profile.measured = [
             record_of(source if kind == "text" else kind, verdict.profile, self.baseline) | taken for kind, verdict in verdicts.items()
         ]
@@ -361,7 +362,6 @@ class _Run:
             "instead": instead,
             "held_out": verdicts,
             "tokens": self.plan.tokens,
-            "said": self.clock.seconds,
             "coarser": self.coarser,
             "against": self.baseline.upper(),
             **taken,
