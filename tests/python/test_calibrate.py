@@ -193,8 +193,8 @@ def test_exact_cache_does_not_diverge_and_rounding_does(reader):
     assert reader.passages_from(800) == {"text": [(0, 800)]} and reader.passages_from(801) == reader.sample(800)
     sample = reader.sample(400)
     assert sample == {"text": [(0, SHORT + 1)]}
-    parts = sensitivity.parts_of(tables, profile.layers, 4, by_head=False)
-    assert sensitivity.measure_weights(reader, tables, profile.layers, parts, sample={"text": [(0, 513)]}, progress=lambda n: None) == 6
+    options = {"sample": {"text": [(0, 513)]}, "shares": {"text": 1.0}, "progress": lambda n: None}
+    assert sensitivity.measure_weights(reader, tables, profile.layers, 3, enough=lambda n: n >= 9, **options) == 6
     assert allocate.harm([t.weighted({"text": 1.0}) for t in tables], profile.layers) == pytest.approx(1, rel=0.01)
     assert allocate.harm(tables, profile.layers) == pytest.approx(1, rel=0.01)
     weights = np.concatenate([t.key_weight / t.key_even for t in tables])
@@ -211,7 +211,7 @@ def test_a_sample_cuts_long_passages_but_not_before_their_predictions(reader):
         assert reader.sample(1000) == {"text": [(0, 897)], "retrieval": [(0, 2900)]}
         assert reader.sample(1200) == {"text": [(0, 1153)], "retrieval": [(0, 2900), (2, 641)]}
         reader.passages = {"retrieval": [Passage([0] * 4000, 3000), Passage([0] * 3500, 3400)]}
-        assert reader.sample(100) == {"retrieval": [(1, 3500)]}  # the shortest, if there is none of which a part would do
+        assert reader.sample(100) == {"retrieval": [(0, 3201)]}  # if there is none of which so few would do: with some predictions
     finally:
         reader.passages = kept
 
@@ -287,9 +287,9 @@ def test_command_writes_a_profile_that_is_found_and_used(calibrated):
     assert profile.made_by.startswith("mixkvq.calibrate")
     assert [entry["text"] for entry in profile.measured] == ["the default text"]  # there was no time for more
     for entry in profile.measured:
-        assert entry["tokens"] > 100 and entry["against"] == "f16" and 0 <= entry["kld_median"] <= entry["kld_p999"]
+        assert entry["tokens"] > 100 and entry["against"] == "f32" and 0 <= entry["kld_median"] <= entry["kld_p999"]
     for layer in profile.layers:
-        assert layer.query_prior.shape == layer.key_range.shape == (2, 128) and (layer.key_range > 0).all()
+        assert layer.key_range.shape == (2, 128) and (layer.key_range > 0).all()
     llm = bridge.Llama(str(model), n_ctx=512, verbose=False)
     llm.eval(llm.tokenize(b"A short text."))
     assert llm.kv_stats()["body_bits"] == pytest.approx(profile.body_bits, abs=0.01)
@@ -348,9 +348,9 @@ def test_what_was_measured_is_not_lost_where_it_can_no_longer_be_written(tiny, t
     ("speed", "words"),
     [
         (20, ["no solved problems", "no part of the cache was measured by itself"]),
-        (40, ["no solved problems", "layers were rounded at a time instead of one"]),
+        (40, ["no solved problems", "parts of the cache were measured instead of 12"]),
         (120, ["1 allocation was tried instead of 4"]),
-        (240, []),
+        (480, []),
     ],
 )
 def test_minutes_are_kept_and_what_is_left_out_is_said(tiny, tmp_path, monkeypatch, capfd, speed, words):
@@ -359,7 +359,7 @@ def test_minutes_are_kept_and_what_is_left_out_is_said(tiny, tmp_path, monkeypat
     said, err = capfd.readouterr()
     assert pace.now <= 1.25 * 300
     assert all(word in " ".join(said.split()) for word in words), said
-    assert ("coarser" in said) == bool(words)
+    assert ("coarser" in said) == bool(words), said
     told = re.search(r"this takes about ([\d.]+) minutes", err)
     assert told and float(told[1]) <= 5.05 and pace.now <= 1.25 * 60 * float(told[1]) + 3
     profile = read_profile(out, tiny)
@@ -374,15 +374,21 @@ def test_a_machine_that_becomes_slower_reads_less(tiny, tmp_path, monkeypatch, c
     assert not pace.when and pace.now <= 1.25 * 300
 
 
-def test_too_few_minutes_are_refused_with_the_number_that_does(tiny, tmp_path, monkeypatch, capfd):
+def test_a_profile_comes_out_of_any_budget(tiny, tmp_path, monkeypatch, capfd):
+    """Even where there is no time to read a page: then it is the preset, and says so."""
     pace, out = Pace(8, monkeypatch), tmp_path / "out.gguf"
-    assert main(tiny, "--minutes", 2, "-o", out) == 2
+    assert main(tiny, "--minutes", 2, "-o", out) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "reads about 8 tokens a second of this model, so that nothing could be measured in 2.0 minutes" in said and "preset mix3.2" in said
+    profile, preset = read_profile(out, tiny), uniform_profile(tiny)
+    assert pace.now < 30 and profile.measured == [] and same_formats(profile, preset)
+    assert main(tiny, "--minutes", 2, "--max-kld", 0.1, "-o", out, "--force") == 2
     err = capfd.readouterr().err
-    said = re.search(r"reads about 8 tokens a second .* takes ([\d.]+) minutes at least; --minutes 2 is too short", err)
-    assert said and len(err.splitlines()) == 1 and not out.exists() and pace.now < 30
-    pace.now = 0.0
-    assert main(tiny, "--minutes", said[1], "-o", out) == 0
-    assert pace.now <= 1.25 * 60 * float(said[1]) and out.exists()
+    assert "give more --minutes" in err and len(err.splitlines()) == 1 and same_formats(read_profile(out), preset)
+
+
+def same_formats(one, other):
+    return all((a.tiers == b.tiers).all() and (a.values == b.values).all() for a, b in zip(one.layers, other.layers, strict=True))
 
 
 def test_a_divergence_is_looked_for_as_long_as_there_is_time(tiny, tmp_path, monkeypatch, capfd):
@@ -398,7 +404,7 @@ def test_a_divergence_is_looked_for_as_long_as_there_is_time(tiny, tmp_path, mon
         (100, "The model has not been read yet"),
         (3000, "The model has not been read yet"),
         (12000, "has the formats of the preset mix2.5, with what was seen of queries and keys"),
-        (42000, "has an allocation that is better than the preset on what was read"),
+        (48000, "has an allocation that is better than the preset on what was read"),
     ],
 )
 def test_ctrl_c_keeps_what_there_is(tiny, tmp_path, monkeypatch, capfd, tokens, words):

@@ -64,6 +64,7 @@ from .steps import Steps, duration
 
 TOKENS = 3584  # of each kind of text, if there is time
 MOST_SIZES, LEAST_SIZES = 7, 3  # that are tried for a divergence, and for how many there has to be time
+LEAST_FOR_PARTS = 0.4  # of the time that is left when the text has been read
 TO_SPEND = 0.1  # bits beyond the preset's with which something can be bought
 
 
@@ -211,7 +212,8 @@ class _Run:
         # Coarse formats, whatever the size: what finer ones do to a single head drowns in the rounding of everything else.
         probe = preset_within(self.presets, LEAST_BITS).formats
         if self.plan.parts:
-            seconds = self.clock.left() - self.later()
+            # A machine that was busy just now may be quicker again: then there is time for more tries and text than it seems.
+            seconds = max(self.clock.left() - self.later(), LEAST_FOR_PARTS * self.clock.left())
             left_out, self.speed = measure_parts(self.calibration, probe, self.steps, self.speed, seconds, exact=self.exact)
             self.coarser += [left_out] if left_out else []
         else:
