@@ -18,8 +18,6 @@ from ..core.errors import BridgeError, ModelFileError
 from ..core.files import write_atomically
 from ..core.model_file import ModelFile, built_in_model, open_model
 from ..core.profile import side_car, uniform_profile, with_profile
-from ..study.budget import default_seconds
-from ..study.steps import duration
 
 if TYPE_CHECKING:
     from .answer import Answer
@@ -78,6 +76,9 @@ def first_time(file: ModelFile) -> bool:
 
 def sentence(options: Options, answer: Answer) -> str:
     """What a calibration would take, judged by the prompt that has just been read, and how to have it."""
+    from ..study.budget import default_seconds  # which changes how OpenMP waits: not before llama.cpp is loaded
+    from ..study.steps import duration
+
     read = answer.speeds()["prompt_tokens_per_second"]
     about = f", about {duration(default_seconds(read))}, once" if read > 0 else ", once"
     return f"This model has no profile of its own yet: `mixkvq calibrate {shlex.quote(options.model)}` makes one{about}."

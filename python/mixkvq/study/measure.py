@@ -23,7 +23,7 @@ from .steps import Steps
 
 LONG_SAMPLE = 5 * PAGE_CELLS  # three times as many reach beyond the prompt of a long chain
 KEY_GROUPS = (128, 64)  # tokens per scale that are tried
-SPEED_SECONDS, SPEED_TOKENS = 0.5, 8 * PAGE_CELLS  # how long the speed is measured
+SPEED_SECONDS, SPEED_TOKENS = 2.0, 8 * PAGE_CELLS  # how long the speed is measured
 
 
 def measure_speed(llm: Llama, load: float) -> Speed:
