@@ -20,16 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bridge
+from bridge.requantise import requantise
 from mixkvq.cli import calibrate as command_line
 from mixkvq.core.model_file import open_model
 from mixkvq.core.profile import LayerProfile, read_profile, uniform_profile
 from mixkvq.core.reference import KeyFormat, ValueFormat, pack_keys, pack_values, unpack_keys, unpack_values
-from mixkvq.study import allocate, budget, caches, calibrate, material, measure, search, sensitivity
+from mixkvq.study import allocate, budget, caches, calibrate, exact, material, measure, search, sensitivity
 from mixkvq.study import sizes as budgets
 from mixkvq.study.allocate import CODED_BITS, VALUE_BITS, Tables
-from mixkvq.study.compare import Passage
+from mixkvq.study.compare import Passage, compare_caches
 from mixkvq.study.sensitivity import SHORT
-from mixkvq.study.texts import DEFAULT_TEXT
+from mixkvq.study.texts import DEFAULT_TEXT, default_text
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "cot-tiny-34m-q8_0.gguf"
@@ -80,6 +81,85 @@ def test_a_part_that_matters_more_gets_more():
     quiet, loud = (Tables(**{**vars(tables), "key_weight": tables.key_weight * f, "value_weight": tables.value_weight * f}) for f in (1, 50))
     low, high = allocate.allocate([quiet, loud], 4)
     assert low.packed_bytes()[0] < high.packed_bytes()[0] and low.packed_bytes()[1] < high.packed_bytes()[1]
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["mix2.4", "mix2.5", "mix3.8"]), st.floats(0, 1.5))
+def test_no_head_gets_less_than_it_must(seed, preset, more):
+    rng = np.random.default_rng(seed)
+    layers, least = [random_tables(rng, head_size=128), None], uniform_profile(MODEL, preset).layers[:1] + [None]
+    size = allocate.body_bits(layers, least)
+    found = allocate.allocate(layers, size + more, least)
+    assert allocate.body_bits(layers, found) <= size + more and found[1] is None
+    for got, wanted in zip(found[0].tiers, least[0].tiers, strict=True):
+        bits = [np.repeat((16, 8, 4, 3, 2), row[:5]) for row in (got, wanted)]
+        assert (bits[0] >= bits[1]).all() and got[5] <= wanted[5]
+    assert (found[0].values[:, 0] >= least[0].values[:, 0]).all()
+    with pytest.raises(ValueError, match="fewer than the smallest formats"):
+        allocate.allocate(layers, size - 0.1, least)
+
+
+class FakeReader:
+    """A model of which every part does a known harm, and whatever touches a layer something more."""
+
+    def __init__(self, harms, floor=0.0):
+        self.harms, self.floor, self.passes = harms, floor, 0
+        self.probe = sensitivity.Probe()
+
+    def divergence_now(self, progress, sample, power):
+        self.passes += 1
+        done = 0.0
+        for (layer, is_value), formats in self.probe.rounding.items():
+            done += sum(self.harms[layer, is_value, h] for h, f in enumerate(formats) if f is not None and getattr(f, "bits", 0) != 8)
+        return dict.fromkeys(sample, done + self.floor)
+
+
+@pytest.mark.parametrize(("exact", "floor"), [(True, 0.0), (False, 1.0)])
+def test_time_goes_to_the_part_that_does_most(exact, floor):
+    """One head of 64 parts does nine tenths of the harm: it is found with a fifth of the passes that all of them would take."""
+    rng, n_layers, n_heads = np.random.default_rng(5), 16, 2
+    harms = {(i, v, h): 1e-3 for i in range(n_layers) for v in (False, True) for h in range(n_heads)}
+    harms[11, False, 1] = 0.6
+    layers = [random_tables(rng, head_size=128) for _ in range(n_layers)]
+    probe = uniform_profile(MODEL, "mix2.4").layers[:1] * n_layers
+    options = {"sample": {"text": []}, "shares": {"text": 1.0}, "progress": lambda n: None, "exact": exact}
+    reader, most = FakeReader(harms, floor), sensitivity.all_passes([n_heads] * n_layers, exact) // 5
+    n_parts = sensitivity.measure_weights(reader, layers, probe, 2, enough=lambda n: n >= most, **options)
+    assert reader.passes <= most + 2 and n_parts < 20
+    of_key = np.array([[allocate.key_harm(t, h, allocate.key_format(probe[0].tiers[h])) for h in range(n_heads)] for t in layers])
+    assert np.unravel_index(of_key.argmax(), of_key.shape) == (11, 1) and of_key.max() > 0.8
+    assert allocate.harm(layers, probe) == pytest.approx(1)
+    whole = FakeReader(harms, floor)  # with all the time there is every head is measured by itself
+    assert sensitivity.measure_weights(whole, layers, probe, n_layers, **options) == 64
+    assert whole.passes == sensitivity.all_passes([n_heads] * n_layers, exact)
+    assert allocate.value_harm(layers[3], 0, 2) == pytest.approx(max(1e-3 / (63e-3 + 0.6), 1 / (20 * 64)), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "retrieval", "better"),
+    [
+        ((0.9, 0.01), (0.5, 0.1), True),
+        ((1.0, 0.01), (0.5, 0.1), True),
+        ((1.1, 0.2), (0.5, 0.1), True),  # worse by less than a standard error
+        ((1.1, 0.05), (0.5, 0.1), False),  # by more
+        ((1.1, 0.2), (0.95, 0.1), False),  # not better in the mean
+        ((1.0, 0.0), (1.0, 0.0), False),
+    ],
+)
+def test_a_gain_counts_in_the_mean_and_no_kind_of_text_may_be_worse(text, retrieval, better):
+    """Each: mean divergence where the preset's is 1, and the standard error of the difference."""
+
+    def verdict(mean, error):
+        return measure.Verdict({"new": {"kld_mean": mean}, "preset": {"kld_mean": 1.0}}, "preset", {"new": (mean - 1, error)})
+
+    verdicts = {"text": verdict(*text), "retrieval": verdict(*retrieval)}
+    assert measure.is_better(verdicts, "new", {"text": 0.5, "retrieval": 0.5}) == better
+
+
+def test_how_long_it_takes_if_nobody_says_it():
+    """Up to two minutes, and up to eight where a model is read so slowly that these would do little."""
+    assert budget.default_seconds(10_000) == 15 and budget.default_seconds(400) == 110
+    assert 300 < budget.default_seconds(90) < 360 and budget.default_seconds(10) == 480
 
 
 def test_too_few_bits_are_refused():
@@ -418,6 +498,44 @@ def test_ctrl_c_keeps_what_there_is(tiny, tmp_path, monkeypatch, capfd, tokens, 
         profile = read_profile(out, tiny)
         assert profile.body_bits <= 3 and profile.measured == []
         assert all((layer.key_range > 0).all() for layer in profile.layers)
+
+
+def test_a_real_ctrl_c_keeps_what_there_is(tiny, tmp_path):
+    """The signal arrives while llama.cpp computes, once the text has been read."""
+    out = tmp_path / "out.gguf"
+    program = f"""
+import os, signal, sys
+from mixkvq.cli.calibrate import main
+from mixkvq.study import calibrate
+real = calibrate.measure_parts
+def signalled(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    return real(*arguments, **options)
+calibrate.measure_parts = signalled
+sys.exit(main([{str(tiny)!r}, "--bits", "3", "--minutes", "1", "--threads", "1", "-o", {str(out)!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 130 and not done.stdout and "Traceback" not in done.stderr, done.stderr
+    assert "stopped: " in done.stderr and "has the formats of the preset mix2.5" in done.stderr
+    assert (read_profile(out, tiny).layers[0].key_range > 0).all()
+
+
+def test_a_profile_serves_another_quantisation_as_well(calibrated, tmp_path):
+    """Made with weights of 8 bits, it is no worse than the preset of its size with weights of 4, either."""
+    model, _ = calibrated
+    profile, other = str(model.with_name("model.mixkvq.gguf")), tmp_path / "q4_0.gguf"
+    requantise(model, other, "Q4_0", 1)
+    assert read_profile(profile, other).body_bits <= 3
+    llm = bridge.Llama(str(model), stock="f16", n_ctx=256, vocab_only=True, verbose=False)
+    tokens = llm.tokenize(default_text()[1].encode())[:1025]
+    llm.close()
+    for path in (model, other):
+        exact.f32_copy(path, tmp_path, 1)
+        copy = tmp_path / Path(path).name
+        options = {"baseline": exact.BASELINE, "lengths": [], "threads": 1}
+        (found,) = compare_caches(str(copy), [profile, "mix2.5"], [Passage(tokens)], **options)
+        ours, preset = (each.summary()["kld_mean"] for each in found.values())
+        assert 1e-4 < ours < preset
 
 
 def test_the_preset_to_compare_with_is_that_of_the_nearest_size():
