@@ -126,6 +126,9 @@ def commands(step: str, given: Given) -> list[list[str]]:
             [speed, str(MODEL), *common, "--out", "speed-builtin.json"],
             [speed, "8b-2layers.gguf", *common, "--tokens", "8", "--out", "speed-8b-2layers.json"],
         ]
+    if step == "exact":
+        names = ",".join(("f16", "q8_0", *PRESETS))
+        return [evaluate("plain", names, "--ctx", "4096", "--baseline", "f32"), evaluate("exact", names, "--ctx", "4096", "--exact")]
     if step == "timings":
         return [[str(ROOT / "bench" / "timings.py"), str(MODEL), *given.models, "--force", "--out", "timings.json"]]
     raise click.UsageError(f"There is no step {step!r}; the steps are {', '.join(STEPS)}.")
@@ -141,6 +144,7 @@ STEPS = {
     "memory": ("memory",),
     "restores": ("restores",),
     "states": ("states",),
+    "exact": ("plain", "exact"),
     "timings": ("timings",),
     "speed": ("speed-builtin", "speed-8b-2layers"),
 }

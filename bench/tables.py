@@ -296,6 +296,16 @@ def caches_table() -> str:
     return table(["cache", "body bits", "total bits at 32768", "novel", "same first choice", "wiki", "same first choice"], rows) + source("caches")
 
 
+def exact_table() -> str:
+    """The same caches with the weights as they are and in F32; mean KLD from the F32 cache, and what it is over the noise floor."""
+    plain, exact = (section(name, "the default text") for name in ("plain", "exact"))
+    rows = []
+    for name in by_bits(exact):
+        cells = [f"{1e6 * x:.3g}" for each in (plain, exact) for x in (each[name]["kld_mean"], each[name]["kld_over_floor"])]
+        rows.append([label(name), *(cells if name != "noise floor" else [cells[0], "", cells[2], ""])])
+    return table(["cache", "weights as they are", "over the floor", "weights in F32", "over the floor"], rows) + source("plain", "exact")
+
+
 def derivations_table() -> str:
     """Millionths of a nat."""
     some, chains = section("caches", "14"), section("caches", "12")
@@ -391,6 +401,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "timings": timings_table,
     "quality": quality_short,
     "caches": caches_table,
+    "exact": exact_table,
     "derivations": derivations_table,
     "problems": problems_table,
     "codecs": codecs_table,
@@ -402,6 +413,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 MEASURED = ("calibration", "caches", "codecs", "codecs-published", "variations", "problems", "memory", "restores", "states")
 COMMANDS = {name: f"make figures STEPS={name}" for name in MEASURED}
+COMMANDS |= dict.fromkeys(("plain", "exact"), "make figures STEPS=exact")
 COMMANDS |= {name: "make figures STEPS=speed" for name in ("speed-builtin", "speed-8b-2layers")}
 COMMANDS |= {name: "make figures STEPS=timings MODELS=..." for name in ("timings", *(path.stem for path in RESULTS.glob("timings-*.json")))}
 COMMANDS[GPU] = "python bench/llama_bench.py LLAMA-BENCH MODEL --depths 0,32768,131072 --tokens 128 --prefill 0 --rounds 1 --repetitions 3"

@@ -26,8 +26,10 @@ def f32_bytes(model: str | os.PathLike[str]) -> int:
 def requantise(model: str | os.PathLike[str], out: str | os.PathLike[str], type: str, threads: int = 1) -> None:
     """Write the model with its weights as one of TYPES; numbers that were rounded before stay what they read back as in F32.
 
-    Raises ModelFileError if it cannot be read or written. KeyError for an unknown type.
+    Raises ModelFileError if it cannot be read or written, KeyError for an unknown type.
     """
+    if os.path.exists(out) and os.path.samefile(model, out):
+        raise ModelFileError(f"{os.fspath(model)} cannot be written while it is read; give another name.")
     folder = os.path.dirname(os.path.abspath(out))
     file = open_model(model)
     params = C.llama_model_quantize_default_params()

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -120,7 +121,7 @@ def test_time_goes_to_the_part_that_does_most(exact, floor):
     rng, n_layers, n_heads = np.random.default_rng(5), 16, 2
     harms = {(i, v, h): 1e-3 for i in range(n_layers) for v in (False, True) for h in range(n_heads)}
     harms[11, False, 1] = 0.6
-    layers = [random_tables(rng, head_size=128) for _ in range(n_layers)]
+    layers = [replace(random_tables(rng, head_size=128), key_even=np.ones(2), value_even=np.ones(2)) for _ in range(n_layers)]
     probe = uniform_profile(MODEL, "mix2.4").layers[:1] * n_layers
     options = {"sample": {"text": []}, "shares": {"text": 1.0}, "progress": lambda n: None, "exact": exact}
     reader, most = FakeReader(harms, floor), sensitivity.all_passes([n_heads] * n_layers, exact) // 5
@@ -529,11 +530,11 @@ def test_a_profile_serves_another_quantisation_as_well(calibrated, tmp_path):
     llm = bridge.Llama(str(model), stock="f16", n_ctx=256, vocab_only=True, verbose=False)
     tokens = llm.tokenize(default_text()[1].encode())[:1025]
     llm.close()
+    (tmp_path / "f32").mkdir()
     for path in (model, other):
-        exact.f32_copy(path, tmp_path, 1)
-        copy = tmp_path / Path(path).name
+        copy = exact.f32_copy(path, tmp_path / "f32", 1)
         options = {"baseline": exact.BASELINE, "lengths": [], "threads": 1}
-        (found,) = compare_caches(str(copy), [profile, "mix2.5"], [Passage(tokens)], **options)
+        (found,) = compare_caches(copy, [profile, "mix2.5"], [Passage(tokens)], **options)
         ours, preset = (each.summary()["kld_mean"] for each in found.values())
         assert 1e-4 < ours < preset
 

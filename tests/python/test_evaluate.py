@@ -843,9 +843,9 @@ def test_figures_of_single_predictions(tmp_path, capfd):
     code, _, err = run(capfd, *common, "--seed", "2", "--restart")
     assert code == 2 and "holds rows of another run" in err
     rows_file.unlink()
-    code, _, err = run(capfd, *common)
+    code, _, err = run(capfd, *common, "--kv", "q4_0")
     assert code == 2 and "does not exist, and the --out file holds figures already" in err
-    code, _, err = run(capfd, *common[:-1], tmp_path / "tokens.csv")
+    code, _, err = run(capfd, *common[:-1], tmp_path / "tokens.csv", "--kv", "q4_0")
     assert code == 2 and "must end in .npz" in err
 
 

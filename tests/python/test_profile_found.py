@@ -92,6 +92,8 @@ def test_a_quantisation_is_the_same_model_and_another_one_is_not(model, tmp_path
     files = [open_model(path) for path in (model, *(quantised(model, type) for type in ("Q8_0", "Q4_0", "F16")))]
     assert len({Path(file.path).stat().st_size for file in files}) >= 3
     assert len({(file.fingerprint, file.norm) for file in files}) == 1 and len(files[0].norm) == 8
+    with pytest.raises(bridge.ModelFileError, match="cannot be written while it is read"):
+        requantise(model, model, "F16")
     trained_further = tmp_path / "further.gguf"
     raw = Path(model).read_bytes()
     at = read_header(model).tensors["output_norm.weight"].offset
