@@ -174,7 +174,8 @@ class Llama(Keeping):
     def _place(self, loaded: Backend | None, kwargs: dict[str, Any]) -> None:
         """Decide which devices compute the model, and check that the context fits them."""
         wish = Wish(self._file, loaded, self.device, self.kv, self.stock, self.codec, self.n_seq, kwargs)
-        self._placement = find_placement(wish)
+        with computing():
+            self._placement = find_placement(wish)
         devices, options = device_options(wish, self._placement)
         kwargs.update(options)
         self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)

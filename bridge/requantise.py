@@ -12,6 +12,7 @@ from mixkvq.core.memory import format_bytes
 from mixkvq.core.model_file import open_model, read_header
 
 from ._compat import C
+from .computing import computing
 from .log import log
 
 TYPES = {"F32": C.LLAMA_FTYPE_ALL_F32, "F16": C.LLAMA_FTYPE_MOSTLY_F16, "Q8_0": C.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": C.LLAMA_FTYPE_MOSTLY_Q4_0}
@@ -38,6 +39,6 @@ def requantise(model: str | os.PathLike[str], out: str | os.PathLike[str], type:
         need = f32_bytes(model)
         if (free := shutil.disk_usage(folder).free) < need:
             raise ModelFileError(f"{file.path} with weights in F32 takes {format_bytes(need)}, and {format_bytes(free)} are free in {folder}.")
-    with log.kept() as first_error:
+    with log.kept() as first_error, computing():
         if C.llama_model_quantize(os.fsencode(file.path), os.fsencode(out), ctypes.byref(params)):
             raise ModelFileError(f"llama.cpp could not write {file.path} with weights of type {type}: {first_error() or 'it does not say why'}.")
