@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import bridge
 from bridge.requantise import requantise
 from mixkvq.cli import calibrate as command_line
+from mixkvq.core.memory import Free
 from mixkvq.core.model_file import open_model
 from mixkvq.core.profile import LayerProfile, read_profile, uniform_profile
 from mixkvq.core.reference import KeyFormat, ValueFormat, pack_keys, pack_values, unpack_keys, unpack_values
@@ -161,6 +162,13 @@ def test_how_long_it_takes_if_nobody_says_it():
     """Up to two minutes, and up to eight where a model is read so slowly that these would do little."""
     assert budget.default_seconds(10_000) == 15 and budget.default_seconds(400) == 110
     assert 300 < budget.default_seconds(90) < 360 and budget.default_seconds(10) == 480
+
+
+def test_a_copy_in_f32_is_made_where_it_has_room_and_time(tmp_path, monkeypatch):
+    assert exact.fits(str(MODEL), tmp_path, "cpu") and exact.fits(str(MODEL), tmp_path, "cpu", 60)
+    assert not exact.fits(str(MODEL), tmp_path, "cpu", 1)
+    monkeypatch.setattr(exact, "free_memory", lambda: Free(300 << 20))  # of which 135 MB are more than two fifths
+    assert not exact.fits(str(MODEL), tmp_path, "cpu")
 
 
 def test_too_few_bits_are_refused():

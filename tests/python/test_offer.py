@@ -1,5 +1,6 @@
 """What `run` does about a model without a profile: it offers to make one, once, and makes it only where it was told to."""
 
+import io
 import shutil
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+from rich.console import Console
 
-from bridge import Kv
+from bridge import Kv, Llama
 from mixkvq.cli import offer
 from mixkvq.cli.answer import Answer, Sampling
+from mixkvq.cli.chat import Chat
 from mixkvq.cli.offer import Offer
 from mixkvq.cli.running import Options
 from mixkvq.core.model_file import built_in_model
@@ -140,3 +143,23 @@ def test_now_makes_it_first(model):
 def test_a_single_answer_says_it_in_one_line(model):
     first, second = (run(model).stderr for _ in range(2))
     assert "This model has no profile of its own yet" in first.splitlines()[-1] and "no profile" not in second
+
+
+def test_a_chat_tells_the_offer_when_it_waits(model):
+    """Before every line of the user, at its end and after every answer."""
+    calls, lines = [], ["hello", "/memory"]
+
+    class Recorder:
+        def __getattr__(self, name):
+            return lambda *_: calls.append(name)
+
+    def ask(_):
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    llama = Llama(model, kv="balanced", n_ctx=512, n_threads=1, n_threads_batch=1, device="cpu", verbose=False)
+    chat = Chat(llama, Sampling(0.0, 40, 0.95, 0.05, 4), None, Console(file=io.StringIO()), lambda piece: None, ask, offer=Recorder())
+    chat.loop()
+    llama.close()
+    assert calls == ["waits", "returned", "answered", "waits", "returned", "waits", "returned"]

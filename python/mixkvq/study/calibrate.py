@@ -192,7 +192,7 @@ class _Run:
         request, fit = self.request, preset_within(self.presets, self.bits)
         n_ctx = min(LONGEST, self.file.n_ctx_train or LONGEST)
         threads: dict[str, Any] = {"n_threads": self.threads, "n_threads_batch": self.threads}
-        self.exact = exact.fits(self.model, self.folder, request.device) if request.exact is None else request.exact
+        self.exact = exact.fits(self.model, self.folder, request.device, self.clock.seconds) if request.exact is None else request.exact
         if self.exact:
             self.weights = exact.f32_copy(self.model, self.folder, self.threads)
         opening = self.clock.taken()

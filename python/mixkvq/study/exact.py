@@ -16,15 +16,20 @@ from bridge.requantise import f32_bytes, requantise
 from ..core.machine import free_memory
 
 BASELINE = "f32"  # stock, without flash attention
-MEMORY, DISK = 0.4, 0.5  # of what is free
+MEMORY, DISK, TIME = 0.4, 0.5, 0.15  # of what is free, and of the time
+BYTES_PER_SECOND = 300e6  # at which a copy is written, at least
 
 
-def fits(model: str, folder: Path, device: str) -> bool:
-    """Whether the CPU computes the model, and an F32 copy has room in memory and in the folder. On a GPU llama.cpp rounds products of F32, too."""
+def fits(model: str, folder: Path, device: str, seconds: float | None = None) -> bool:
+    """Whether the CPU computes the model, and an F32 copy has room in memory and in the folder and is soon written, if there are so many seconds.
+
+    On a GPU llama.cpp rounds products of F32, too.
+    """
     if choose(device, stock_gpus(), ""):
         return False
     need = f32_bytes(model)
-    return need <= MEMORY * free_memory().bytes and need <= DISK * shutil.disk_usage(folder).free
+    in_time = seconds is None or need / BYTES_PER_SECOND <= TIME * seconds
+    return in_time and need <= MEMORY * free_memory().bytes and need <= DISK * shutil.disk_usage(folder).free
 
 
 def f32_copy(model: str | Path, folder: Path, threads: int) -> str:
