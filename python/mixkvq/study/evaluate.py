@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +37,7 @@ from .compare import (
     windows_of,
     work,
 )
-from .record import describe_file, describe_run, save_json
+from .record import describe_file, describe_run, load_or_start, save_json
 from .steps import Steps
 from .texts import DEFAULT_TEXT, default_text, read_utf8
 
@@ -156,28 +155,6 @@ def add_excess(caches: dict[str, dict[str, Any]]) -> None:
     if NOISE_FLOOR in caches:
         for figures in caches.values():
             figures["kld_over_floor"] = figures["kld_mean"] - caches[NOISE_FLOOR]["kld_mean"]
-
-
-def load_or_start(out: Path | None, fresh: dict[str, Any], restart: bool) -> dict[str, Any]:
-    """The result file of an earlier run, if there is one and it was made with the same model and settings.
-
-    Raises SettingsError if it was made with others.
-    """
-    if out is None or restart or not out.exists():
-        return fresh
-    try:
-        found = json.loads(out.read_text(encoding="utf-8"))
-        other = next((key for key in ("bench", "model", "settings") if found.get(key) != fresh[key]), None)
-        known = dict(found["files"]) if other is None else {}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError):
-        raise SettingsError(f"{out} is not a result of this program; give another --out, or --restart to replace it.") from None
-    if other is None:
-        changed = [name for name in fresh["files"] if name in known and known[name] != fresh["files"][name]]
-        if not changed:
-            newer = {key: fresh[key] for key in ("date", "command", "commit", "machine", "versions")}
-            return {**found, **newer, "files": {**known, **fresh["files"]}}
-        other = f"content of {changed[0]}"
-    raise SettingsError(f"{out} holds a run with another {other}; give another --out, or --restart to replace it.")
 
 
 @dataclass
