@@ -114,7 +114,8 @@ soak: .venv/.installed $(NATIVE)/.built
 	@cd $(NATIVE); for soak in soak:950000 soak_emulated:50000 soak_cuda:1000000; do \
 	    name=$${soak%:*}; [ -x "$$name" ] || continue; \
 	    echo "== $$name"; \
-	    ./$$name --seed $(SEED) $(if $(MINUTES),--minutes $$(( ($(MINUTES) + 1) / 2 )),--operations $${soak#*:}) || [ $$? -eq 77 ] || exit 1; \
+	    jobs=; [ $$name != soak ] || jobs="--jobs $(CORES)"; \
+	    ./$$name --seed $(SEED) $$jobs $(if $(MINUTES),--minutes $$(( ($(MINUTES) + 1) / 2 )),--operations $${soak#*:}) || [ $$? -eq 77 ] || exit 1; \
 	done
 	@echo "== A thousand contexts made and freed"
 	@MIXKVQ_TEST_CONTEXTS=1000 MIXKVQ_TEST_DEVICE=MIXKVQ-CPU $(PY) -m pytest -q -s tests/python/test_operations.py -k contexts_created_and_freed 2>/dev/null | grep -E 'bytes|passed|failed|Error'

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import gguf
 import numpy as np
-from _common import COUNT, SEED, force_option, run, tool
+from _common import COUNT, COUNT_OR_ZERO, SEED, force_option, run, tool
 
 from mixkvq.core.outputs import check_output, writing
 
@@ -22,15 +22,17 @@ Q8_0_BLOCK = 32
 Q8_0_CODES = 127
 
 
-def byte_vocabulary() -> tuple[list[str], list[float], list[int]]:
-    """The smallest SentencePiece vocabulary that any text can be split into: controls, bytes, printable characters."""
+def byte_vocabulary(least: int) -> tuple[list[str], list[float], list[int]]:
+    """The smallest SentencePiece vocabulary that any text can be split into: controls, bytes, printable characters; unused tokens up to `least`."""
     controls = ["<unk>", "<s>", "</s>"]
     single_bytes = [f"<0x{i:02X}>" for i in range(256)]
     characters = [*string.printable.strip(), "\u2581"]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     kinds += [gguf.TokenType.BYTE] * len(single_bytes) + [gguf.TokenType.NORMAL] * len(characters)
     scores = [0.0] * (len(controls) + len(single_bytes)) + [-float(i) for i in range(len(characters))]
-    return controls + single_bytes + characters, scores, kinds
+    unused = [f"<unused{i}>" for i in range(least - len(scores))]
+    kinds += [gguf.TokenType.UNUSED] * len(unused)
+    return controls + single_bytes + characters + unused, scores + [0.0] * len(unused), kinds
 
 
 class RandomWeights:
@@ -68,20 +70,21 @@ class RandomWeights:
 @click.option("--kv-heads", type=COUNT, default=8, show_default=True)
 @click.option("--head-size", type=COUNT, default=128, show_default=True)
 @click.option("--feed-forward", type=COUNT, default=14336, show_default=True)
+@click.option("--vocabulary", type=COUNT_OR_ZERO, default=0, show_default=True, help="Tokens at least, of which most are never read.")
 @click.option("--context", type=COUNT, default=131072, show_default=True)
 @click.option("--type", "kind", type=click.Choice(["q8_0", "f16"]), default="q8_0", show_default=True)
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @force_option("OUTPUT")
-def main(output, layers, width, heads, kv_heads, head_size, feed_forward, context, kind, seed, force):
+def main(output, layers, width, heads, kv_heads, head_size, feed_forward, vocabulary, context, kind, seed, force):
     check_output(output, "model", force=force)
     with writing(output) as temporary:
-        write_model(temporary, layers, width, heads, kv_heads, head_size, feed_forward, context, kind, seed)
+        write_model(temporary, layers, width, heads, kv_heads, head_size, feed_forward, vocabulary, context, kind, seed)
     click.echo(f"{output}: {output.stat().st_size / 1e6:.0f} MB, {layers} layers", err=True)
 
 
-def write_model(path, layers, width, heads, kv_heads, head_size, feed_forward, context, kind, seed):
+def write_model(path, layers, width, heads, kv_heads, head_size, feed_forward, vocabulary, context, kind, seed):
     writer = gguf.GGUFWriter(path, "llama")
-    tokens, scores, kinds = byte_vocabulary()
+    tokens, scores, kinds = byte_vocabulary(vocabulary)
     writer.add_name("random weights")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if kind == "q8_0" else gguf.LlamaFileType.MOSTLY_F16)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

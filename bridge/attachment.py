@@ -12,8 +12,19 @@ from mixkvq.core.settings import Kv, KvLike, resolve_kv
 
 from . import report, streams
 from .arguments import refuse_unknown
-from .backend import CPU_DEVICE, backend
+from .backend import CPU_DEVICE, backend, our_gpus
 from .log import sentence
+
+
+def not_used() -> str:
+    """Why no context of a program has our cache, as far as its devices tell."""
+    gpus, _ = our_gpus(backend())
+    if gpus:
+        return (
+            f"No context has a MixKVQ cache: llama.cpp prefers {gpus[0].name} to our devices where a program leaves the choice to it; "
+            "use bridge.Llama, or hide the GPU with CUDA_VISIBLE_DEVICES= (set to nothing)."
+        )
+    return f"No context has put its cache on {CPU_DEVICE}; pass n_gpu_layers=-1 and flash_attn=True."
 
 
 class Attachment:
@@ -34,9 +45,7 @@ class Attachment:
         try:
             stats = self._session.stats()
         except RuntimeError as e:
-            raise CacheNotUsedError(
-                sentence(self._session.error()) or f"No context has put its cache on {CPU_DEVICE}; pass n_gpu_layers=-1 and flash_attn=True."
-            ) from e
+            raise CacheNotUsedError(sentence(self._session.error()) or not_used()) from e
         return report.mixkvq_stats(self.kv, stats, self._session.layers())
 
     def kv_report(self) -> str:

@@ -486,7 +486,7 @@ void CudaMemory::set_layout(const PageLayout & layout) {
     queue_->release(sums_);
     sums_ = nullptr;
     const size_t n = n_sums();
-    sums_ = static_cast<float *>(queue_->allocate(sums_floats() * sizeof(float)));
+    sums_ = static_cast<float *>(queue_->allocate(query_bytes_of(layout)));
     auto * importance = static_cast<float *>(queue_->reserve(n * sizeof(float)));
     std::fill(importance, importance + n, 1.0f);
     if (!layout.query_prior.empty()) std::copy(layout.query_prior.begin(), layout.query_prior.end(), importance);
@@ -711,7 +711,6 @@ void CudaMemory::restore_queries(int stream, const QueryState & state) {
     queue_->synchronize();
 }
 
-size_t CudaMemory::query_bytes() const { return sums_ ? sums_floats() * sizeof(float) : 0; }
 
 const cuda::PageRef * CudaMemory::table_of(PageStore & store) {
     const int n_pages = store.shape().n_pages();

@@ -535,13 +535,29 @@ size_t get_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor * t) {
 namespace {
 
 // What is behind the tensors of a dry run: nothing. Stores keep their books over addresses that nobody follows.
+class NoPages final : public HostMemory {
+  public:
+    NoPages(ScratchPool & pool, int row, const Device & device) : HostMemory(kernels(), pool, row), device_(device) {}
+    void set_layout(const PageLayout & layout) override {
+        HostMemory::set_layout(layout);
+        query_bytes_ = device_.query_bytes && !layout.is_value() ? device_.query_bytes(layout) : HostMemory::query_bytes();
+    }
+    size_t query_bytes() const override { return query_bytes_; }
+
+  private:
+    const Device & device_;
+    size_t query_bytes_ = 0;
+};
+
 class NoMemory final : public BufferMemory {
   public:
+    Device * device = nullptr;  // of the tensor that is taken
+
     uint8_t * base() const override { return nullptr; }
     bool is_zero() const override { return true; }
     const char * isa() const override { return isa_name(kernels().isa); }
     std::unique_ptr<PageMemory> pages(const StoreShape & shape) override {
-        return std::make_unique<HostMemory>(kernels(), pool_, shape.row);
+        return std::make_unique<NoPages>(pool_, shape.row, *device);
     }
     void trim() override {}
     size_t scratch_bytes() const override { return 0; }
@@ -576,7 +592,7 @@ void take_dry(const ggml_tensor * tensor) {
     }
     const size_t bytes = get_alloc_size(root->buffer->buft, root);
     std::lock_guard<std::recursive_mutex> lock(session->dry->mutex);
-    session->dry->device = &device_at(root->buffer->buft);
+    session->dry->device = static_cast<NoMemory &>(*session->dry->memory).device = &device_at(root->buffer->buft);
     session->dry->size += bytes;
     add_cache(*session->dry, root, layer, is_value, reinterpret_cast<uint8_t *>(uintptr_t(64)), bytes);
 }

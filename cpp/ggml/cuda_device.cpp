@@ -259,6 +259,7 @@ std::vector<std::unique_ptr<Device>> find_cuda_devices(void * return_address, st
         device->name = std::string("MIXKVQ-") + ggml_backend_dev_name(inner);
         device->description = std::string(ggml_backend_dev_description(inner)) + " with a MixKVQ cache";
         device->allocate = allocate;
+        device->query_bytes = CudaMemory::query_bytes_of;
         ggml_backend_device_i & iface = device->ggml.iface;
         iface.get_name = get_name;
         iface.get_description = get_description;

@@ -7,6 +7,7 @@
 
 #include "abi.h"
 #include "mixkvq/kernels.h"
+#include "mixkvq/page_memory.h"
 
 namespace mixkvq::glue {
 
@@ -21,6 +22,7 @@ struct Device {
     std::string name, description;
     // Memory for a buffer; nullptr: `error` says why.
     std::unique_ptr<BufferMemory> (*allocate)(Device & device, size_t size, std::string & error) = nullptr;
+    size_t (*query_bytes)(const PageLayout & layout) = nullptr;  // of the query statistics of keys on it; nullptr: as HostMemory has them
 };
 
 // A GPU of ggml's that has no device of ours, and why.

@@ -2,18 +2,21 @@
 // says how far it may be off; then the rows become what reads back, so that errors do not add up, and until the next packing every read must give them bit by
 // bit. Attention is held against a softmax in double over these rows; statistics of queries against sums in double.
 //
-//   soak [--operations N | --minutes M] [--seed S]   by default 4000 operations
-//   soak --seed S --case C --until N                 what a failure prints: operation N of that case is the last one
-//   soak --faults                                    each fault of faults.h must be noticed
+//   soak [--operations N | --minutes M] [--seed S] [--jobs J]   by default 4000 operations; J cases at a time
+//   soak --seed S --case C --until N                            what a failure prints: operation N of that case is the last one
+//   soak --faults                                               each fault of faults.h must be noticed
 //
 // With MIXKVQ_TEST_CUDA the pages are on a GPU (exit code 77 without one), with MIXKVQ_EMULATED as well on an emulated one.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -73,6 +76,13 @@ struct Totals {
     uint64_t operations = 0, of_kind[size_t(Kind::count)] = {}, pages_packed = 0, cells_read = 0, attended = 0, cases = 0;
     int most_pages = 0, least_pages = 1 << 30;
     Worst worst;
+
+    void take(const Totals & other) {
+        operations += other.operations, pages_packed += other.pages_packed, cells_read += other.cells_read, attended += other.attended, cases += other.cases;
+        for (size_t i = 0; i < size_t(Kind::count); ++i) of_kind[i] += other.of_kind[i];
+        most_pages = std::max(most_pages, other.most_pages), least_pages = std::min(least_pages, other.least_pages);
+        worst.take(other.worst);
+    }
 };
 
 // What a case is made of.
@@ -242,7 +252,7 @@ class Soak {
         const int rare = plan.large ? 4 : 1;
         int at = random.any(0, 999);
         const auto with = [&](int weight) { return (at -= weight) < 0; };
-        if (with(15 / rare)) clear();
+        if (with(20 / rare)) clear();
         else if (with(85)) rewind();
         else if (with(60)) shift();
         else if (with(50 / rare)) copy();
@@ -1067,6 +1077,7 @@ struct Options {
     uint64_t seed = 1;
     long only_case = -1, until = -1, operations = 4000;
     double minutes = 0;
+    int jobs = 1;
     bool faults = false;
 };
 
@@ -1122,7 +1133,25 @@ int run_all(const Options & options) {
         good = run_case(options, options.only_case, Fault::none, totals, false);
     } else {
         const uint64_t operations = options.minutes > 0 ? 0 : uint64_t(options.operations);
-        for (long i = 0; good && (totals.operations < operations || seconds() < 60 * options.minutes); ++i) good = run_case(options, i, Fault::none, totals, false);
+        std::atomic<bool> all_good{true};
+        std::mutex lock;
+        long next = 0;
+        const auto job = [&] {
+            std::unique_lock<std::mutex> held(lock);
+            while (all_good && (totals.operations < operations || seconds() < 60 * options.minutes)) {
+                const long number = next++;
+                held.unlock();
+                Totals of_case;
+                if (!run_case(options, number, Fault::none, of_case, false)) all_good = false;
+                held.lock();
+                totals.take(of_case);
+            }
+        };
+        std::vector<std::thread> threads;
+        for (int i = 1; i < options.jobs; ++i) threads.emplace_back(job);
+        job();
+        for (std::thread & thread : threads) thread.join();
+        good = all_good;
     }
     print(totals, options, seconds());
     return good ? 0 : 1;
@@ -1162,6 +1191,9 @@ int main(int argc, char ** argv) {
         else if (name == "--until") options.until = std::atol(value), ++i;
         else if (name == "--operations") options.operations = std::atol(value), ++i;
         else if (name == "--minutes") options.minutes = std::atof(value), ++i;
+#ifndef MIXKVQ_TEST_CUDA
+        else if (name == "--jobs") options.jobs = std::atoi(value), ++i;
+#endif
         else return std::fprintf(stderr, "soak: %s is no option\n", name.c_str()), 2;
     }
     return options.faults ? run_faults(options) : run_all(options);

@@ -56,7 +56,14 @@ def devices() -> list[str]:
     asked = os.environ.get("MIXKVQ_TEST_DEVICE")
     if asked:
         return [asked]
-    return [CPU, GPU] if native().HAS_CUDA and find_device(stock_name(GPU)) else [CPU]
+    return [CPU, GPU] if has_gpu() else [CPU]
+
+
+def has_gpu() -> bool:
+    return native().HAS_CUDA and find_device(stock_name(GPU)) is not None
+
+
+WITHOUT_GPU = pytest.mark.skipif(has_gpu(), reason="llama.cpp prefers a GPU to our device where a program leaves the choice to it")
 
 
 def gpu_memory(device: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -252,7 +253,8 @@ import sys, bridge, llama_cpp
 with bridge.attach():
     llama_cpp.Llama(sys.argv[1], n_gpu_layers=-1, flash_attn=True, n_ctx=256, n_threads=1)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=600, check=True)
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=600, check=True)
     said = [line for line in done.stderr.splitlines() if line.startswith("mixkvq:")]
     assert said == ["mixkvq: keys or values of some layers are stored plainly in F16: its head size 100 is not a multiple of 8 from 32 to 256"]
 

@@ -13,6 +13,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import tiny_models
+from contexts import WITHOUT_GPU
 from gguf import GGUFWriter
 from memory_probe import LINUX, measure
 
@@ -211,7 +212,7 @@ def test_logits_and_logprobs():
 
 
 def test_forward_gives_the_logits_that_are_asked_for_and_clear_begins_again():
-    whole, llama = load(stock="f16", logits_all=True, n_ctx=512), load(stock="f16", n_ctx=512)
+    whole, llama = load(stock="f16", logits_all=True, n_ctx=512, device="cpu"), load(stock="f16", n_ctx=512, device="cpu")
     tokens = whole.tokenize(NOVEL.encode())[:60]
     whole.eval(tokens)
     assert llama.forward(tokens[:40], 0).shape == (0, llama.n_vocab())
@@ -354,6 +355,7 @@ def plain(**kwargs):
     return llama_cpp.Llama(MODEL, **{**arguments, **kwargs})
 
 
+@WITHOUT_GPU
 def test_attach():
     with bridge.attach("mix2.5", model=MODEL) as attachment:
         with pytest.raises(bridge.CacheNotUsedError):
@@ -373,6 +375,7 @@ def test_attach():
         each.close()
 
 
+@WITHOUT_GPU
 def test_attach_without_flash_attention_says_what_is_kept_plainly():
     with bridge.attach() as attachment:
         llama = plain(flash_attn=False)
@@ -394,6 +397,7 @@ llama.close()
         assert len(re.findall("^mixkvq: .*plainly", done.stderr, re.MULTILINE)) == 1, done.stderr
 
 
+@WITHOUT_GPU
 def test_any_thread_may_detach():
     attachment = bridge.attach("mix2.5")
     with pytest.raises(bridge.SettingsError, match="attached already"):

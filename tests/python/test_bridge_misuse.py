@@ -417,7 +417,7 @@ def test_encoders_are_refused_before_anything_is_evaluated(make, arguments, tmp_
 @pytest.mark.parametrize("make", [tiny_models.bert, tiny_models.t5_encoder])
 def test_the_advice_for_embedding_models_works(make, tmp_path):
     path = str(make(tmp_path / "m.gguf"))
-    ours = Llama(path, stock="f16", embedding=True, **ONE_THREAD)
+    ours = Llama(path, stock="f16", embedding=True, device="cpu", **ONE_THREAD)
     stock = llama_cpp.Llama(path, embedding=True, flash_attn=True, **ONE_THREAD)
     np.testing.assert_allclose(ours.embed("abc"), stock.embed("abc"), atol=1e-5)
     if make is tiny_models.bert:

@@ -589,7 +589,7 @@ def test_the_budget_counts_what_lies_beside_the_pages(tiny, n_ctx, window):
         own = caches.sizes(llm, "balanced", [n_ctx], window=window)
         pages = caches.total_bits(own["body_bits_k"], own["body_bits_v"], n_ctx, window) * open_model(model).cache_elements(n_ctx) / 8
         beside = own["bytes"] - pages
-        assert beside <= budgets.table_bytes(open_model(model), n_ctx) <= 1.1 * beside
+        assert beside <= budgets.table_bytes(open_model(model), n_ctx) <= 1.2 * beside
         llm.close()
 
 

@@ -92,6 +92,24 @@ print(json.dumps([len(set(found)), lists[0] is None, right, found[0][1] != found
     assert run(code, gpus="8.0,8.0,8.0,8.0")[0] == [1, True, [True] * 4, True]
 
 
+def test_the_estimate_is_what_the_backend_counts(tiny):
+    """A dry run keeps books as that device will, query statistics included."""
+    code = """
+import bridge
+from test_sizes import estimate
+path, found = sys.argv[1], []
+for n_ctx in (256, 1024, 8192):
+    for device in ("MIXKVQ-CUDA0", "MIXKVQ-CPU"):
+        need = estimate(path, device, n_ctx)
+        llama = bridge.Llama(path, n_ctx=n_ctx, kv="balanced", device="cpu" if device == "MIXKVQ-CPU" else "CUDA0", verbose=False, n_threads=1)
+        found.append([need.cache, llama.kv_stats()["bytes"]])
+        llama.close()
+print(json.dumps(found))
+"""
+    found, said = run(code, tiny)
+    assert said == [] and all(need == counted for need, counted in found) and found[0] != found[1], found
+
+
 # --- graphs ---
 
 

@@ -194,7 +194,7 @@ def test_decode_style_has_the_divergence_of_single_tokens(prose):
     passage, names = Passage(prose[:530]), {"balanced": 0.01, "q4_0": 0.2}
     found = {}
     for style in ("decode", "token"):
-        groups = compare_caches(MODEL, list(names), [passage], style=style, threads=1)
+        groups = compare_caches(MODEL, list(names), [passage], style=style, threads=1, device="cpu")
         found[style] = {name: one.summary() for group in groups for name, one in group.items()}
     for name, most in names.items():
         decode, token = found["decode"][name], found["token"][name]

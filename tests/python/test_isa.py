@@ -19,7 +19,8 @@ PROGRAM = """
 import json, sys
 import bridge
 from mixkvq.core import _native
-llama = bridge.Llama(sys.argv[1], kv={"preset": "balanced", "window": 0, "sinks": 0}, n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
+options = {"device": "cpu", "n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+llama = bridge.Llama(sys.argv[1], kv={"preset": "balanced", "window": 0, "sinks": 0}, **options)
 tokens = [3 + i * 37 % 256 for i in range(400)]
 llama.eval(tokens[:390])
 llama.eval(tokens[390:])  # reads packed pages
@@ -91,7 +92,7 @@ def test_a_name_that_cannot_be_had_is_one_sentence(model, name):
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and re.fullmatch(rf'error: MIXKVQ_ISA="{name}".*; use one of scalar.*\.', lines[0]), done.stderr
 
-    done = process("-c", STOCK, isa=name, GGML_BACKEND_PATH=str(library_path()))
+    done = process("-c", STOCK, isa=name, GGML_BACKEND_PATH=str(library_path()), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0 and done.stdout.strip() == "1", done.stderr  # ggml's own CPU device
     said = [line for line in done.stderr.splitlines() if line.startswith("mixkvq: ")]
     assert len(said) == 1 and f'MIXKVQ_ISA="{name}"' in said[0]

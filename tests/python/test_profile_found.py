@@ -11,6 +11,7 @@ from pathlib import Path
 import llama_cpp
 import pytest
 import tiny_models
+from contexts import WITHOUT_GPU
 from profiles import GOLDEN_LAYERS, refused
 
 import bridge
@@ -157,6 +158,7 @@ def test_what_was_found_survives_pickling(model):
     copy.close()
 
 
+@WITHOUT_GPU
 def test_attach(model):
     put_beside(model)
     arguments = {"n_ctx": 512, "n_gpu_layers": -1, "flash_attn": True, "verbose": False, "n_threads": 1}

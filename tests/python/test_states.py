@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from contexts import BALANCED, EXACT, PACKED, Context, Model, assert_same, devices, kl, random_tokens
+from contexts import BALANCED, CPU, EXACT, PACKED, Context, Model, assert_same, devices, kl, random_tokens
 from gguf import GGUFWriter
 from test_architectures import PLAIN, SERVED, WINDOWED
 
@@ -230,7 +230,7 @@ def test_a_sliding_window(models, name, swa_full):
                     assert_same(saved.model.device, (goes_on(loaded), goes_on(saved)))
                 else:
                     tokens = random_tokens(20, 5)
-                    assert kl(loaded.feed(tokens), saved.feed(tokens)).mean() < 1e-6
+                    assert kl(loaded.feed(tokens), saved.feed(tokens)).mean() < (1e-6 if saved.model.device == CPU else 1e-5)
 
 
 @pytest.mark.parametrize("name", [*WINDOWED, "lfm2", "mamba"])

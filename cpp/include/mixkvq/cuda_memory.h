@@ -176,7 +176,10 @@ class CudaMemory final : public PageMemory {
     void copy_queries(int to, PageMemory & other, int from) override;
     QueryState query_state(int stream, const std::vector<int> & marks) override;
     void restore_queries(int stream, const QueryState & state) override;
-    size_t query_bytes() const override;
+    size_t query_bytes() const override { return sums_ ? query_bytes_of(*layout_) : 0; }
+    static size_t query_bytes_of(const PageLayout & layout) {  // of keys
+        return sizeof(float) * (layout.n_streams * sums_stride(layout) + n_sums(layout));
+    }
     void observe_on(cuda::Stream stream, const Queries & queries) { cuda::observe(stream, observation(queries)); }
     cuda::Observation observation(const Queries & queries);  // which is then to be done
 
@@ -212,11 +215,12 @@ class CudaMemory final : public PageMemory {
     cuda::QuerySums sums(int stream) const;
     // Statistics of a stream, what is remembered of them (sums of |q_d| and the count), those of the next stream; behind the last one's the importance
     // before any query.
-    size_t n_sums() const { return size_t(layout_->n_heads) * layout_->head_size; }
-    size_t sums_stride() const { return 3 * n_sums() + 4 + layout_->n_marks * (n_sums() + 4); }
+    static size_t n_sums(const PageLayout & layout) { return size_t(layout.n_heads) * layout.head_size; }
+    static size_t sums_stride(const PageLayout & layout) { return 3 * n_sums(layout) + 4 + layout.n_marks * (n_sums(layout) + 4); }
+    size_t n_sums() const { return n_sums(*layout_); }
+    size_t sums_stride() const { return sums_stride(*layout_); }
     float * mark(int stream, int number) const { return sums_ + stream * sums_stride() + 3 * n_sums() + 4 + number * (n_sums() + 4); }
     float * prior() const { return sums_ + layout_->n_streams * sums_stride(); }
-    size_t sums_floats() const { return layout_->n_streams * sums_stride() + n_sums(); }
 
     std::shared_ptr<cuda::Queue> queue_;
     int row_, n_pages_;

@@ -102,7 +102,7 @@ class PageMemory {
 };
 
 // Pages that the kernels of the CPU reach.
-class HostMemory final : public PageMemory {
+class HostMemory : public PageMemory {
   public:
     HostMemory(const Kernels & kernels, ScratchPool & pool, int row) : k_(kernels), pool_(pool), row_(row) {}
 

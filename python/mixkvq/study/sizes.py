@@ -69,11 +69,12 @@ def bits_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int, sinks:
 def table_bytes(model: ModelFile, n_ctx: int) -> int:
     """What the cache keeps beside its pages.
 
-    Their books, and for each key channel its importance, two sums of the queries and one more of them as it was after 128, 512, 2048, ... tokens.
+    Their books, and for each key channel its importance (on a GPU twice), two sums of the queries and one more of them as it was after 128, 512,
+    2048, ... tokens.
     """
     channels = sum(n * size for n, size in zip(model.n_head_kv, model.head_size_k))
     n_marks = sum(PAGE_CELLS << 2 * i <= n_ctx for i in range(16))
-    return 2 * model.served_layers() * (TENSOR_BYTES + TABLE_BYTES * -(-n_ctx // PAGE_CELLS)) + 4 * channels * (3 + n_marks)
+    return 2 * model.served_layers() * (TENSOR_BYTES + TABLE_BYTES * -(-n_ctx // PAGE_CELLS)) + 4 * channels * (4 + n_marks)
 
 
 def sizes_of_budget(model: ModelFile, mib: float, n_ctx: int, window: int | None, sinks: int | None) -> dict[int, float]:
