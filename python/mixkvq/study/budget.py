@@ -61,7 +61,7 @@ class Speed:
 class Plan:
     """What is read.
 
-    tokens: of each kind of text, to calibrate and to hold out; of problems twice as many to calibrate. 0: there is no time to read anything.
+    tokens: of each kind of text, to calibrate and to hold out; of problems so many times as many to calibrate. 0: there is no time to read anything.
     every_kind: whether solved problems and the model's own words are read, too. own: so many of those.
     tries: allocations that are tried per size, with a pass over the text each; 0: the one that follows from the weights.
     parts: whether parts of the cache are measured, in what time is left.
@@ -76,6 +76,7 @@ class Plan:
     parts: bool = True
     windows: bool = True
     nearest: bool = True
+    problems: int = 2
     seconds: float = 0.0
 
 
@@ -110,6 +111,7 @@ def make_plan(demand: Demand, speed: Speed, clock: Clock) -> Plan:
         Plan(0, True, OWN_TOKENS, demand.tries, demand.parts, demand.windows > 0, demand.nearest),
         Plan(0, True, 0, min(2, demand.tries), demand.parts, demand.windows > 0, False),
         Plan(0, True, 0, min(1, demand.tries), demand.parts, demand.windows > 0, False),
+        Plan(0, True, 0, min(1, demand.tries), demand.parts, demand.windows > 0, False, problems=1),
         Plan(0, False, 0, min(1, demand.tries), demand.parts, False, False),
         Plan(0, False, 0, 0, False, False, False),
     ]
@@ -119,7 +121,7 @@ def make_plan(demand: Demand, speed: Speed, clock: Clock) -> Plan:
         own = plan.own * (speed.write + passes / speed.read)
         if own > 0.1 * left:
             own, plan = 0.0, replace(plan, own=0)
-        each = passes * (3 if plan.every_kind else 1) + (contexts - 1) * (2 if plan.every_kind else 1)
+        each = passes * (1 + plan.problems if plan.every_kind else 1) + (contexts - 1) * (2 if plan.every_kind else 1)
         once = own + contexts * speed.load
         tokens = min(demand.tokens, int(((1 - PARTS if plan.parts else 1.0) * left - once) * speed.read / each))
         fewest = (1 if coarser else 2) * FEWEST_TOKENS if plan.every_kind else 0

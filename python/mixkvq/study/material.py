@@ -50,7 +50,7 @@ def encode_texts(llm: Llama, texts: Sequence[Path]) -> list[tuple[list[int], lis
 
 
 def gather(llm: Llama, texts: list[tuple[list[int], list[int]]], plan: Plan, seed: int) -> Material:
-    """At most `plan.tokens` tokens of each kind for each purpose, of problems twice as many to calibrate; and some of the model's own words."""
+    """At most `plan.tokens` tokens of each kind for each purpose, of problems more to calibrate; and some of the model's own words."""
     material = Material()
     longest = min(LONGEST, llm.n_ctx())
     for part, (encoded, bos), name in zip((material.calibration, material.held_out), texts, PURPOSES, strict=True):
@@ -60,7 +60,7 @@ def gather(llm: Llama, texts: list[tuple[list[int], list[int]]], plan: Plan, see
         if not plan.every_kind:
             continue
         # Only the solutions of problems count, about half.
-        if found := _derivations(llm, plan.tokens if part is material.held_out else 2 * plan.tokens, longest, Random(f"{name} {seed}")):
+        if found := _derivations(llm, plan.tokens * (1 if part is material.held_out else plan.problems), longest, Random(f"{name} {seed}")):
             part["retrieval"] = found
     if plan.own >= 3 * PAGE_CELLS:
         material.calibration["own"] = [Passage(_own_words(llm, min(plan.own, longest), seed))]
