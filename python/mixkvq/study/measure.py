@@ -71,9 +71,8 @@ def read_whole(reader: Reader, n_layers: int, preset: Formats, steps: Steps, *, 
     whole = dict.fromkeys(reader.passages, 1.0)
     if compared:
         with steps("the preset of this size", reader.n_tokens) as progress:
-            begin = time.perf_counter()
             whole = reader.divergence(preset, tables, progress)
-    speed = reader.n_tokens / max(1e-9, time.perf_counter() - begin)
+    speed = (1 + compared) * reader.n_tokens / max(1e-9, time.perf_counter() - begin)
     return Calibration(reader, tables, {kind: max(kld, 1e-9) for kind, kld in whole.items()}, lambda n: None), speed
 
 
@@ -100,7 +99,7 @@ def measure_parts(calibration: Calibration, probe: Formats, steps: Steps, speed:
     sample = reader.sample(max(n, LONG_SAMPLE))
     if tokens < 3 * n_layers * length(sample):
         sample = reader.sample(0)
-    n_passes = min(n_all, int(tokens / length(sample)))
+    n_passes = max(2, min(n_all, int(tokens / length(sample))))
     clock, done = Clock(seconds), 0
 
     def enough(n: int) -> bool:
@@ -108,7 +107,7 @@ def measure_parts(calibration: Calibration, probe: Formats, steps: Steps, speed:
         nonlocal done
         done = n
         taken = clock.taken()
-        return taken * (1 + 1 / n) > seconds if n else n_passes < 3
+        return taken * (1 + 1 / n) > seconds if n else seconds <= 0
 
     with steps(f"parts of the cache, up to {n_passes} passes", n_passes * length(sample)) as progress:
         groups = max(1, min(n_passes // 6, n_layers))

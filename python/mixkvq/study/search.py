@@ -16,6 +16,7 @@ from .sensitivity import Reader
 from .sizes import LONG_IN_WINDOWS, Formats
 
 TRUSTS = (1.0, 0.75)  # in the weights that were measured
+DOUBTS = (0.5, 0.25)  # if nothing was better than the preset with more trust
 TILTS = (0.5, 2.0)  # weight of keys against that of values, tried beside 1
 PAPER_RANGE = (0.1, 2.0)  # of both thresholds in the paper's search
 PAPER_TRIALS, PAPER_LEAST_TRIALS = 30, 8
@@ -81,6 +82,10 @@ def best_formats(calibration: Calibration, bits: float, tries: int = 4, another:
     best, _ = min(tried, key=lambda settings: tried[settings][1])
     for tilt in TILTS:
         attempt(best, tilt)
+    for trust in DOUBTS:
+        if min(objective for _, objective in tried.values()) >= 1:
+            tries += 1
+            attempt(trust, 1.0)
     return min(tried.values(), key=lambda entry: entry[1])
 
 
