@@ -10,7 +10,7 @@ from ..core.reference import PAGE_CELLS
 FEWEST_TOKENS = 1024  # of each kind of text, unless there is too little time for it
 OWN_TOKENS = 384  # of the model's own words
 SPARE = 0.06  # of the time: allocating, writing
-PARTS = 0.4  # of the time, at least, for the parts of the cache, where not all can be had
+PARTS = 0.5  # of the time, at least, for the parts of the cache, where not all can be had
 
 # Nobody has said how long it may take: as long as it takes to read so many tokens, up to two minutes; as a slow machine reads far fewer in these,
 # then up to eight for as many as a useful profile takes.
@@ -72,7 +72,7 @@ class Plan:
     tokens: int
     every_kind: bool = True
     own: int = OWN_TOKENS
-    tries: int = 4
+    tries: int = 2
     parts: bool = True
     windows: bool = True
     nearest: bool = True
@@ -109,7 +109,7 @@ def make_plan(demand: Demand, speed: Speed, clock: Clock) -> Plan:
     left = clock.left()
     coarse = [
         Plan(0, True, OWN_TOKENS, demand.tries, demand.parts, demand.windows > 0, demand.nearest),
-        Plan(0, True, 0, min(2, demand.tries), demand.parts, demand.windows > 0, False),
+        Plan(0, True, 0, demand.tries, demand.parts, demand.windows > 0, False),
         Plan(0, True, 0, min(1, demand.tries), demand.parts, demand.windows > 0, False),
         Plan(0, True, 0, min(1, demand.tries), demand.parts, demand.windows > 0, False, problems=1),
         Plan(0, False, 0, min(1, demand.tries), demand.parts, False, False),

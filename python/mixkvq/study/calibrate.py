@@ -222,7 +222,7 @@ class _Run:
 
     def make_plan(self, llm: Llama, fit: Preset, load: float) -> Plan:
         request = self.request
-        tries = {"gain": len(TRUSTS) + len(TILTS), "paper": 0, "search": PAPER_LEAST_TRIALS}[request.policy]
+        tries = {"gain": len(TRUSTS), "paper": 0, "search": PAPER_LEAST_TRIALS}[request.policy]
         demand = Demand(
             tokens=request.tokens or TOKENS,
             least=least_tokens(self.window, self.sinks),
@@ -289,8 +289,9 @@ class _Run:
         if request.policy == "search":
             with self.steps("the paper's search", PAPER_TRIALS * self.reader.n_tokens) as calibration.progress:
                 return best_thresholds(calibration, bits, PAPER_TRIALS, request.seed, self.another)
-        with self.steps(f"formats of {bits:.2f} bits", self.plan.tries * self.reader.n_tokens) as calibration.progress:
-            formats, objective = best_formats(calibration, bits, self.plan.tries, self.another)
+        tries = self.plan.tries + (len(TILTS) if self.plan.tries == len(TRUSTS) else 0)  # if the parts have left time for it
+        with self.steps(f"formats of {bits:.2f} bits", tries * self.reader.n_tokens) as calibration.progress:
+            formats, objective = best_formats(calibration, bits, tries, self.another)
         return None if request.max_kld is None and objective is not None and objective >= 1 else formats
 
     def make(self, formats: Formats, window: int | None) -> Profile:
