@@ -128,7 +128,7 @@ def commands(step: str, given: Given) -> list[list[str]]:
         ]
     if step == "exact":
         names = ",".join(("f16", "q8_0", *PRESETS))
-        return [evaluate("plain", names, "--ctx", "4096", "--baseline", "f32"), evaluate("exact", names, "--ctx", "4096", "--exact")]
+        return [evaluate("plain", names, "--ctx", "4096"), evaluate("exact", names, "--ctx", "4096", "--exact")]
     if step == "timings":
         return [[str(ROOT / "bench" / "timings.py"), str(MODEL), *given.models, "--force", "--out", "timings.json"]]
     raise click.UsageError(f"There is no step {step!r}; the steps are {', '.join(STEPS)}.")

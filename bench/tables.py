@@ -141,7 +141,7 @@ def label(cache: str) -> str:
 
 def number(x: float) -> str:
     """Three digits, or the whole number."""
-    return f"{x:.0f}" if x >= 100 else f"{x:.1f}"
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}"
 
 
 def decoding(name: str) -> str:
@@ -297,12 +297,15 @@ def caches_table() -> str:
 
 
 def exact_table() -> str:
-    """The same caches with the weights as they are and in F32; mean KLD from the F32 cache, and what it is over the noise floor."""
+    """The same caches with the weights as they are, from F16, and in F32, from F32: mean KLD, and what it is over the noise floor."""
     plain, exact = (section(name, "the default text") for name in ("plain", "exact"))
-    rows = []
-    for name in by_bits(exact):
-        cells = [f"{1e6 * x:.3g}" for each in (plain, exact) for x in (each[name]["kld_mean"], each[name]["kld_over_floor"])]
-        rows.append([label(name), *(cells if name != "noise floor" else [cells[0], "", cells[2], ""])])
+
+    def cells(figures: dict[str, Any] | None, floor: bool) -> list[str]:
+        if figures is None:
+            return ["", ""]
+        return [number(1e6 * figures["kld_mean"]), "" if floor else number(1e6 * figures["kld_over_floor"])]
+
+    rows = [[label(name), *(cell for each in (plain, exact) for cell in cells(each.get(name), name == "noise floor"))] for name in by_bits(exact)]
     return table(["cache", "weights as they are", "over the floor", "weights in F32", "over the floor"], rows) + source("plain", "exact")
 
 
