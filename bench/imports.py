@@ -69,7 +69,7 @@ def read(folder: Path, name: str) -> Tree:
 def bands(modules: Iterable[str]) -> dict[str, list[str]]:
     """The modules by the part that they belong to, from the top: what starts commands, then the layers as pyproject.toml has them."""
     layers = {"mixkvq.cli": "commands", "mixkvq.study": "studies", "bridge": "bridge: run time", "mixkvq.core": "core"}
-    starts = {"bridge.run", "bridge.path", "bridge.__main__", "bridge.answer", "bridge.chat"}  # the last two are old names
+    starts = {"bridge.run", "bridge.path", "bridge.__main__", "bridge.answer", "bridge.chat"}
     modules = list(modules)
     layered = any(m.startswith("mixkvq.core") for m in modules)
     found: dict[str, list[str]] = {name: [] for name in (["python -m", *layers.values()] if layered else ["mixkvq", "bridge"])}

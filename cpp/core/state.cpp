@@ -324,6 +324,29 @@ void PageStore::load_whole(int stream, const StreamState & state) {
     histories_[stream].restore(state.history);
 }
 
+// The sequences whose last cells have come along, with the pages that their pages have become.
+void PageStore::take_sequences(int stream, const HistoryState & history, const std::vector<CellMove> & moves) {
+    const auto cell_of = [&](int cell) {
+        for (const CellMove & m : moves) {
+            if (cell >= m.from && cell < m.from + m.n) return m.to + cell - m.from;
+        }
+        return -1;
+    };
+    const auto page_of = [&](int64_t q) {  // any number, in a damaged state
+        for (const CellMove & m : moves) {
+            const int64_t first = std::max(int64_t(m.from), q * kPageCells), end = std::min(int64_t(m.from) + m.n, (q + 1) * kPageCells);
+            if (first < end) return int((m.to + end - 1 - m.from) / kPageCells);
+        }
+        return -1;
+    };
+    for (HistoryState::Sequence sequence : history.sequences) {
+        sequence.tip = cell_of(sequence.tip);
+        sequence.first_page = page_of(sequence.first_page);
+        for (auto & recent : sequence.recent) recent.page = page_of(recent.page);
+        if (sequence.tip >= 0) histories_[stream].adopt(sequence);
+    }
+}
+
 void PageStore::load_stream(int stream, const StreamState & state, const std::vector<CellMove> & moves, bool alone, int n_threads) {
     calm_ = false;
     bool empty = true;
@@ -380,27 +403,49 @@ void PageStore::load_stream(int stream, const StreamState & state, const std::ve
         if (last_page < 0 || written > last_written) last_page = p, last_written = written;
     }
     if (newest_[stream] < 0) newest_[stream] = last_page;
-    // The sequences whose last cells have come along, with the pages that their pages have become.
-    const auto cell_of = [&](int cell) {
-        for (const CellMove & m : moves) {
-            if (cell >= m.from && cell < m.from + m.n) return m.to + cell - m.from;
-        }
-        return -1;
-    };
-    const auto page_of = [&](int64_t q) {  // any number, in a damaged state
-        for (const CellMove & m : moves) {
-            const int64_t first = std::max(int64_t(m.from), q * kPageCells), end = std::min(int64_t(m.from) + m.n, (q + 1) * kPageCells);
-            if (first < end) return int((m.to + end - 1 - m.from) / kPageCells);
-        }
-        return -1;
-    };
-    for (HistoryState::Sequence sequence : state.history.sequences) {
-        sequence.tip = cell_of(sequence.tip);
-        sequence.first_page = page_of(sequence.first_page);
-        for (auto & recent : sequence.recent) recent.page = page_of(recent.page);
-        if (sequence.tip >= 0) histories_[stream].adopt(sequence);
-    }
+    take_sequences(stream, state.history, moves);
     settle(n_threads);
+}
+
+// ---- beside llama.cpp's own states ----
+
+size_t StreamNotes::bytes() const {
+    size_t n = (history.now.size() + history.last.size()) * sizeof(HistoryState::Run) + history.marks.size() * sizeof(HistoryState::Mark);
+    for (const auto & sequence : history.sequences) n += sizeof(sequence) + sequence.recent.size() * sizeof(HistoryState::Recent);
+    n += (queries.abs.size() + queries.sqr.size()) * sizeof(float);
+    for (const auto & mark : queries.marks) n += sizeof(mark) + mark.abs.size() * sizeof(float);
+    return n;
+}
+
+StreamNotes PageStore::notes(int stream) const {
+    StreamNotes notes;
+    notes.history = histories_[stream].state();
+    if (!configured_ || shape_.is_value) return notes;
+    std::vector<int> marks;
+    for (const HistoryState::Mark & mark : notes.history.marks) marks.push_back(mark.number);
+    notes.queries = memory_->query_state(stream, marks);
+    return notes;
+}
+
+bool PageStore::forget_replaced(int stream, int cell, int n) {
+    const auto holds_token = [&](int i) { return page(stream, i / kPageCells).valid.test(i % kPageCells); };
+    for (const HistoryState::Sequence & sequence : histories_[stream].state().sequences) {
+        bool replaced = false;
+        const int first = std::max(cell, sequence.first_page * kPageCells), end = std::min(cell + n, (sequence.first_page + 1) * kPageCells);
+        for (int i = first; i < end && !replaced; ++i) replaced = holds_token(i);
+        if (!replaced) return false;
+    }
+    if (histories_[stream].n_sequences() > 0) begin_anew(stream);
+    return true;
+}
+
+void PageStore::recall(int stream, const StreamNotes & notes, const std::vector<CellMove> & moves, bool alone) {
+    if (alone && configured_ && !shape_.is_value && !keep_statistics_ && !notes.queries.abs.empty()) memory_->restore_queries(stream, notes.queries);
+    if (alone && std::all_of(moves.begin(), moves.end(), [](const CellMove & m) { return m.from == m.to; })) {
+        histories_[stream].restore(notes.history);
+    } else {
+        take_sequences(stream, notes.history, moves);
+    }
 }
 
 }  // namespace mixkvq

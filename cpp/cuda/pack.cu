@@ -556,7 +556,7 @@ struct ValueShared {
     uint32_t codes[kPageCells / 4 * 32 * slots];  // [token quad][dimension], a byte per token; before that phases, [token][dimension]
     float mean[32 * slots], exact[32 * slots], square[32 * slots];
     float inv[kPageCells];  // of the scales that tokens seem to have had, or 0
-    uint8_t near[32 * slots];
+    uint8_t own[32 * slots], near[32 * slots];  // bytes of means: that of the rows themselves, that of which they are rid
     float least;
 };
 
@@ -618,7 +618,7 @@ __device__ int off_with(const int8_t * phase, const float * inv, int n, int d, f
     return sum;
 }
 
-__device__ uint8_t kept_mean(const int8_t * phase, const float * inv, int n, int d, float least, float exact, uint8_t near) {
+__device__ uint8_t kept_mean(const int8_t * phase, const float * inv, int n, int d, float least, float exact, uint8_t own, uint8_t near) {
     const float was = mean_of(near);
     float total = 0, weight = 0;  // least squares
     int count = 0;
@@ -631,8 +631,8 @@ __device__ uint8_t kept_mean(const int8_t * phase, const float * inv, int n, int
     uint8_t best = large_mean_byte(was + (weight > 0 ? total / (weight * float(kPhases)) : 0.0f), least * 0.5f);
     int fewest = off_with(phase, inv, n, d, mean_of(best), was);
     if (fewest <= kPhases / 16 * count && (best == near || best == 0)) return best;
-    const int sign = near & 0x80, magnitude = near & 0x7f;
-    const int others[3] = {sign | min(magnitude + 1, 0x7b), sign | max(magnitude - 1, 0), 0};
+    const int around = near ? near : own, sign = around & 0x80, magnitude = around & 0x7f;
+    const int others[4] = {sign | min(magnitude + 1, 0x7b), sign | max(magnitude - 1, 0), near ? 0 : own, 0};
     for (int byte : others) {
         const int off = off_with(phase, inv, n, d, mean_of(uint8_t(byte)), was);
         const bool nearer = fabsf(mean_of(uint8_t(byte)) - exact) < fabsf(mean_of(best) - exact);
@@ -682,8 +682,9 @@ __device__ bool rotated_means(ValueShared<slots> & s, const half * rows, int row
             const int d = lane() + 32 * i;
             if (d >= n) continue;
             s.exact[d] = x[i];
-            s.near[d] = mean_byte(x[i]);
             record[d] = large_mean_byte(x[i], least);
+            s.near[d] = bits > 2 ? record[d] : mean_byte(x[i]);  // see scalar.cpp
+            s.own[d] = bits > 2 ? mean_byte(x[i]) : uint8_t(0);
             s.mean[d] = mean_of(s.near[d]);
         }
         if (lane() == 0) s.least = least;
@@ -703,7 +704,8 @@ __device__ bool rotated_means(ValueShared<slots> & s, const half * rows, int row
     const int n_kept = __syncthreads_count(kept && lane() == 0);
     const bool from_record = (valid.word[0] | valid.word[1]) != 0 && 2 * n_kept >= looked;
     int8_t * phase = reinterpret_cast<int8_t *>(s.codes);
-    for (int round = 0; round < 2 && from_record; ++round) {  // with better means, more rows find their scale
+    bool changed = true;
+    for (int round = 0; round < kMeanRounds && from_record && changed; ++round) {  // with better means, more rows find their scale
         for (int t = threadIdx.x / 32; t < kPageCells; t += kValueWarps) {
             float inv = 0;
             if (valid.test(t)) {
@@ -719,9 +721,12 @@ __device__ bool rotated_means(ValueShared<slots> & s, const half * rows, int row
             if (lane() == 0) s.inv[t] = inv;
         }
         __syncthreads();
+        uint8_t byte = 0;
+        if (d < n) byte = kept_mean(phase, s.inv, n, d, s.least, s.exact[d], s.own[d], s.near[d]);
+        changed = __syncthreads_count(d < n && byte != s.near[d]) > 0;
         if (d < n) {
-            record[d] = s.near[d] = kept_mean(phase, s.inv, n, d, s.least, s.exact[d], s.near[d]);
-            s.mean[d] = mean_of(record[d]);
+            record[d] = s.near[d] = byte;
+            s.mean[d] = mean_of(byte);
         }
         __syncthreads();
     }

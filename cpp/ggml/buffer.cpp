@@ -407,7 +407,11 @@ void set_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t, const void *
         buffer.touched = true;
         if (CacheTensor * cache = cache_of(t)) {
             if (take_rows(*cache, data, offset_in_cache(t) + offset, size)) return;
-            cache->write(offset_in_cache(t) + offset, data, size, buffer.session->n_threads);
+            const size_t at = offset_in_cache(t) + offset;
+            const auto * rows = static_cast<const uint8_t *>(data);
+            cache->each_stream(at, size, [&](int stream, int first, int n, size_t) { buffer.notes.before_write(*cache, stream, first, n); });
+            cache->write(at, data, size, buffer.session->n_threads);
+            cache->each_stream(at, size, [&](int stream, int first, int n, size_t from) { buffer.notes.written(*cache, stream, first, n, rows + from); });
         } else {
             buffer.memory->set(static_cast<uint8_t *>(t->data) + offset, data, size);
         }
@@ -418,7 +422,10 @@ void get_tensor(ggml_backend_buffer_t ggml_buffer, const ggml_tensor * t, void *
     guarded(ggml_buffer, [&](Buffer & buffer) {
         if (CacheTensor * cache = cache_of(t)) {
             if (take_rows(*cache, data, offset_in_cache(t) + offset, size)) return;
-            cache->read(offset_in_cache(t) + offset, data, size);
+            const size_t at = offset_in_cache(t) + offset;
+            cache->read(at, data, size);
+            const auto * rows = static_cast<const uint8_t *>(data);
+            cache->each_stream(at, size, [&](int stream, int first, int n, size_t from) { buffer.notes.read(*cache, stream, first, n, rows + from); });
             buffer.memory->trim();
         } else {
             buffer.memory->get(data, static_cast<const uint8_t *>(t->data) + offset, size);

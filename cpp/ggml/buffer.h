@@ -12,6 +12,7 @@
 #include "abi.h"
 #include "device.h"
 #include "mixkvq/cache.h"
+#include "notes.h"
 #include "session.h"
 
 namespace mixkvq::glue {
@@ -73,6 +74,15 @@ struct CacheTensor {
     void decide(int head_size, int n_heads);
     void move_to_larger_region(size_t bytes);
     void make_plain(const std::string & reason, const std::string & topic = "");
+    // Calls f(stream, first cell, cells, bytes from the start) for the rows of a range of whole ones; for others not at all.
+    template <class F> void each_stream(size_t offset, size_t size, F && f) const {
+        if (mode != Mode::packed || offset % row_bytes || size % row_bytes) return;
+        const size_t n_cells = store->shape().n_cells;
+        for (size_t cell = offset / row_bytes, end = cell + size / row_bytes, n; cell < end; cell += n) {
+            n = std::min(end - cell, n_cells - cell % n_cells);
+            f(int(cell / n_cells), int(cell % n_cells), int(n), cell * row_bytes - offset);
+        }
+    }
     // Byte ranges in nominal layout.
     void read(size_t offset, void * data, size_t size) const;
     void write(size_t offset, const void * data, size_t size, int n_threads);
@@ -90,6 +100,7 @@ struct Buffer : std::enable_shared_from_this<Buffer> {
     std::vector<std::pair<void *, size_t>> direct;  // tensors of llama.cpp's memory that are no key or value cache
     bool touched = false;
     std::shared_ptr<Session> session;
+    Notes notes;
     size_t more = 0;   // bytes allocated beside `size`, for tensors that turned out to be plain
     bool dry = false;  // of a dry run: sizes without memory
 };

@@ -455,9 +455,10 @@ int off_with(const Phases & p, int d, float mean, float near) {
     return sum;
 }
 
-// The means that put the rows on the middles of their steps: what the phases say, or, where that leaves them far off or is another byte, 0 or a neighbour
-// of `near` in the list of bytes. Where several do, because they are whole steps apart, it is the one next to the rows' mean, `exact`.
-void kept_means(const ValueFormat & f, const Phases & p, float least, const float * exact, const uint8_t * near, uint8_t * means) {
+// The means that put the rows on the middles of their steps: what the phases say, or, where that leaves them far off or is another byte, 0 or a neighbour of
+// `near` in the list of bytes; where `near` is 0, `own` or a neighbour of it. Where several do, because they are whole steps apart, it is the one next to the
+// rows' mean, `exact`.
+void kept_means(const ValueFormat & f, const Phases & p, float least, const float * exact, const uint8_t * own, const uint8_t * near, uint8_t * means) {
     for (int d = 0; d < f.head_size; ++d) {
         const float was = mean_of(near[d]);
         float total = 0, weight = 0;  // least squares
@@ -469,8 +470,8 @@ void kept_means(const ValueFormat & f, const Phases & p, float least, const floa
         means[d] = large_mean_byte(was + (weight > 0 ? total / (weight * float(kPhases)) : 0.0f), least * 0.5f);
         int fewest = off_with(p, d, mean_of(means[d]), was);
         if (fewest <= kPhases / 16 * p.n && (means[d] == near[d] || means[d] == 0)) continue;
-        const int sign = near[d] & 0x80, magnitude = near[d] & 0x7f;
-        for (int byte : {sign | std::min(magnitude + 1, 0x7b), sign | std::max(magnitude - 1, 0), 0}) {
+        const int around = near[d] ? near[d] : own[d], sign = around & 0x80, magnitude = around & 0x7f;
+        for (int byte : {sign | std::min(magnitude + 1, 0x7b), sign | std::max(magnitude - 1, 0), near[d] ? 0 : int(own[d]), 0}) {
             const int off = off_with(p, d, mean_of(uint8_t(byte)), was);
             const bool nearer = std::fabs(mean_of(uint8_t(byte)) - exact[d]) < std::fabs(mean_of(means[d]) - exact[d]);
             if (off < fewest - p.n || (nearer && off <= fewest + p.n)) fewest = off, means[d] = uint8_t(byte);
@@ -503,8 +504,11 @@ bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
     rotate(sum, n, f.rotation_block());
     const float squares = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
     const float least = std::sqrt(squares / float(count * n)) * kLeastMean;
-    uint8_t near[kMaxHeadSize];
-    for (int d = 0; d < n; ++d) near[d] = mean_byte(sum[d]), means[d] = large_mean_byte(sum[d], least);
+    uint8_t own[kMaxHeadSize], near[kMaxHeadSize];
+    for (int d = 0; d < n; ++d) own[d] = mean_byte(sum[d]), means[d] = large_mean_byte(sum[d], least);
+    // Small means are mostly 0. At 2 bits steps are so large that they may stay in, and need not be looked for.
+    std::memcpy(near, f.bits > 2 ? means : own, n);
+    if (f.bits == 2) std::memset(own, 0, n);
 
     float z[kMaxHeadSize];
     int looked = 0, kept = 0;
@@ -518,7 +522,7 @@ bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
     if (looked == 0 || 2 * kept < looked) return false;
 
     Phases p;
-    for (int round = 0; round < 2; ++round) {  // with better means, more rows find their scale
+    for (int round = 0; round < kMeanRounds; ++round) {  // with better means, more rows find their scale
         p.n = 0;
         for (int t = 0; t < kPageCells; ++t) {
             if (!valid.test(t)) continue;
@@ -529,7 +533,8 @@ bool rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
             for (int d = 0; d < n; ++d) p.phase[p.n][d] = int8_t(phase_of(z[d], 1.0f / p.scale[p.n]));
             ++p.n;
         }
-        kept_means(f, p, least, sum, near, means);
+        kept_means(f, p, least, sum, own, near, means);
+        if (std::memcmp(near, means, n) == 0) break;  // nothing would change any more
         std::memcpy(near, means, n);
     }
     return true;

@@ -71,7 +71,7 @@ void off_with(const Phases & p, int d, const uint8_t * bytes, F was, float * off
     store(off, total);
 }
 
-void kept_means(const ValueFormat & f, const Phases & p, float least, const float * exact, const uint8_t * near, uint8_t * means) {
+void kept_means(const ValueFormat & f, const Phases & p, float least, const float * exact, const uint8_t * own, const uint8_t * near, uint8_t * means) {
     float weight = 0;
     for (int i = 0; i < p.n; ++i) weight += p.inv[i] * p.inv[i];
     for (int d = 0; d < f.head_size; d += kLanes) {
@@ -87,11 +87,13 @@ void kept_means(const ValueFormat & f, const Phases & p, float least, const floa
         off_with(p, d, means + d, was, fewest);
         bool settled[kLanes], all = true;
         for (int i = 0; i < kLanes; ++i) all &= settled[i] = fewest[i] <= float(kPhases / 16 * p.n) && (means[d + i] == near[d + i] || means[d + i] == 0);
-        for (int other = 0; other < 3 && !all; ++other) {
+        constexpr int kBy[] = {1, -1, 0};  // of the third only what follows
+        for (int other = 0; other < 4 && !all; ++other) {
             uint8_t bytes[kLanes] = {};
-            for (int i = 0; i < kLanes && other < 2; ++i) {
-                const int sign = near[d + i] & 0x80, magnitude = (near[d + i] & 0x7f) + (other == 0 ? 1 : -1);
+            for (int i = 0; i < kLanes && other < 3; ++i) {
+                const int around = near[d + i] ? near[d + i] : own[d + i], sign = around & 0x80, magnitude = (around & 0x7f) + kBy[other];
                 bytes[i] = uint8_t(sign | (magnitude < 0 ? 0 : magnitude > 0x7b ? 0x7b : magnitude));
+                if (other == 2) bytes[i] = near[d + i] ? 0 : own[d + i];
             }
             off_with(p, d, bytes, was, off);
             float away[kLanes], best[kLanes];
@@ -152,10 +154,12 @@ void rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
     const float least = root(sum_of_lanes(squares) / float(count * n)) * kLeastMean;
     rotate(means, n, f.rotation_block());
     half h[kMaxHeadSize];
-    uint8_t near[kMaxHeadSize];
+    uint8_t own[kMaxHeadSize], near[kMaxHeadSize];
     float exact[kMaxHeadSize];
     for (int d = 0; d < n; d += kLanes) store_half(h + d, load(means + d)), store(exact + d, load(means + d));
-    for (int d = 0; d < n; ++d) near[d] = mean_byte(h[d]), bytes[d] = large_mean_byte(means[d], h[d], least);
+    for (int d = 0; d < n; ++d) own[d] = mean_byte(h[d]), bytes[d] = large_mean_byte(means[d], h[d], least);
+    std::memcpy(near, f.bits > 2 ? bytes : own, n);  // see scalar.cpp
+    if (f.bits == 2) std::memset(own, 0, n);
 
     float z[kMaxHeadSize];
     for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(near + d));
@@ -170,7 +174,7 @@ void rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
     }
     m.from_record = looked > 0 && 2 * kept >= n_sample;
     Phases p;
-    for (int round = 0; round < 2 && m.from_record && !m.has_scales; ++round) {  // with better means, more rows find their scale
+    for (int round = 0; round < kMeanRounds && m.from_record && !m.has_scales; ++round) {  // with better means, more rows find their scale
         p.n = 0;
         for (int t = 0; t < kPageCells; ++t) {
             if (!valid.test(t)) continue;
@@ -181,7 +185,7 @@ void rotated_means(const ValueFormat & f, const half * rows, size_t stride, cons
             for (int d = 0; d < n; d += kLanes) store_half(p.phase[p.n] + d, phases_of(load(z + d), splat(p.inv[p.n])));
             ++p.n;
         }
-        kept_means(f, p, least, exact, near, bytes);
+        kept_means(f, p, least, exact, own, near, bytes);
         m.has_scales = std::memcmp(near, bytes, n) == 0;  // nothing would change in another round
         std::memcpy(near, bytes, n);
         for (int d = 0; d < n; d += kLanes) store(means + d, load_byte_halves<kMeanShift>(near + d));

@@ -396,7 +396,6 @@ def test_the_picture_of_imports_knows_circles_and_heights():
 
 
 def test_no_import_of_ours_leads_up_or_in_a_circle():
-    pytest.importorskip("grimp")
     tree = imports.read(ROOT, "now")
     rings = imports.circles(tree.edges)
     assert not rings and not [edge for edge in tree.edges if imports.is_up(tree, edge, rings)]

@@ -82,6 +82,26 @@ def test_a_context_goes_on_with_the_same_bits(models, kv, n_seq, unified, n_ctx)
             assert (saved.pages_packed() > 0) == (kv is not EXACT)
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["sequence", "context"])
+@pytest.mark.parametrize("kv", SETTINGS, ids=IDS)
+def test_texts_that_take_turns_by_llama_cpps_own_states(models, kv, whole):
+    """As a server's prompt cache does it: rows in F16 come back, and what else there was to know of them with the same rows. Each goes on as alone."""
+    parts = [[random_tokens(n, seed + i) for i, n in enumerate((first, 70, 150, 1, 90))] for first, seed in ((900, 10), (400, 20), (650, 30))]
+    alone = []
+    for text in parts:
+        with Context(models(), kv, n_ctx=2048) as context:
+            alone.append([context.feed(part, chunk=300) for part in text])
+    states: dict[int, bytes] = {}
+    with Context(models(), kv, n_ctx=2048) as context:
+        for turn in range(5):
+            for i, text in enumerate(parts):
+                context.rm(0)
+                if i in states:
+                    context.load(states[i], None if whole else 0)
+                assert_same(context.model.device, (context.feed(text[turn], chunk=300), alone[i][turn]))
+                states[i] = context.save(None if whole else 0)
+
+
 @pytest.mark.parametrize("kv", SETTINGS, ids=IDS)
 def test_a_sequence_goes_on_with_the_same_bits(models, kv):
     """That of a stream, in any stream of a context of any length; the others are not touched."""

@@ -14,6 +14,13 @@
 
 namespace mixkvq {
 
+// What there is to know of a stream that its rows do not say.
+struct StreamNotes {
+    HistoryState history;
+    QueryState queries;  // of keys that are packed or go to a codec
+    size_t bytes() const;
+};
+
 struct StoreShape {
     bool is_value = false;
     int row = 0;        // elements of a cell: heads * head size
@@ -156,6 +163,13 @@ class PageStore {
     // that comes to be where its records are already stays as it is. Throws std::bad_alloc.
     void load_stream(int stream, const StreamState & state, const std::vector<CellMove> & moves, bool alone, int n_threads);
 
+    StreamNotes notes(int stream) const;
+    // Rows are about to be written to these cells by somebody who does not say whose they are. If they take the place of tokens of every sequence that is
+    // known in the stream, these are forgotten, with the statistics. Whether nothing is known of the stream then.
+    bool forget_replaced(int stream, int cell, int n);
+    // The rows of which this was noted have been written to the cells of `moves`, in order. alone: as for load_stream.
+    void recall(int stream, const StreamNotes & notes, const std::vector<CellMove> & moves, bool alone);
+
     PageMemory & memory() const { return *memory_; }
     size_t records_per_page() const { return layout_.record_bytes; }
     size_t table_bytes() const;  // of the books and the query statistics
@@ -193,6 +207,7 @@ class PageStore {
     void pack_some(const Place * places, int n, int n_threads);
     bool code(Place place);
     void load_whole(int stream, const StreamState & state);
+    void take_sequences(int stream, const HistoryState & history, const std::vector<CellMove> & moves);
     void load_page(int stream, int p, const StreamState::Page & from, const CellMask & valid, uint64_t written);
     void load_rows(int stream, int p, const StreamState & state, const int * sources, uint64_t written);
     bool has_record(int stream, int p, const StreamState::Page & from) const;

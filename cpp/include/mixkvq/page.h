@@ -70,6 +70,7 @@ MIXKVQ_BOTH inline float gaussian_step(int bits) { return bits == 2 ? 0.9957f : 
 // How rotated rows that come from a record are told from others: docs/format.md.
 constexpr float kLeastMean = 0.0625f;              // smaller means, beside the root mean square of the rows, are 0
 constexpr int kSample = 8, kSampleDims = 32;       // rows of a page that are looked at first, and how far
+constexpr int kMeanRounds = 4;                     // with which the means of a record are looked for
 constexpr int kScalesBelow = 5;                    // bytes below and above the best scale of a row between which its own must lie
 MIXKVQ_BOTH inline int scales_above(int bits) { return bits == 2 ? 9 : bits == 3 ? 15 : bits == 4 ? 21 : 2; }
 

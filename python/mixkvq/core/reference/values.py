@@ -20,6 +20,7 @@ LEAST_MEAN = np.float32(2**-4)  # smaller means, beside the root mean square of 
 SAMPLE, SAMPLE_DIMS = 8, 32  # rows of a page that are looked at first, and how far
 SAMPLE_ORDER = [t % 8 * 16 + t // 8 for t in range(PAGE_CELLS)]
 PHASES = 256
+MEAN_ROUNDS = 4
 SCALES_BELOW, SCALES_ABOVE = 5, {2: 9, 3: 15, 4: 21, 8: 2}
 """Bytes below and above the best scale of what was read back between which its own scale must lie."""
 
@@ -77,25 +78,33 @@ def _rotated_mean(fmt: ValueFormat, x: NDArray[np.float32], y: NDArray[np.float3
     count = max(int(np.count_nonzero(valid)), 1)
     least = np.sqrt(sum_of_lanes(squares[None])[0, 0] / np.float32(count * fmt.head_size)) * LEAST_MEAN
     exact = rotate(total / np.float32(count), fmt.rotation_block)
-    near = pack_mean(exact)
+    byte = pack_mean(exact)
+    large = _no_small_means(exact, byte, least)
+    # Small means are mostly 0. At 2 bits steps are so large that they may stay in, and need not be looked for.
+    near, own = (large, byte) if fmt.bits > 2 else (byte, np.zeros_like(byte))
 
     z = y - unpack_mean(near)
     sample = [t for t in SAMPLE_ORDER if valid[t]][:SAMPLE]
     if not sample or 2 * np.count_nonzero(_kept_scale(z[sample], fmt.bits, SAMPLE_DIMS)) < len(sample):
-        return _no_small_means(exact, near, least), False
-    for _ in range(2):  # with better means, more rows find their scale
+        return large, False
+    for _ in range(MEAN_ROUNDS):  # with better means, more rows find their scale
         z = y[valid] - unpack_mean(near)
-        near = _kept_mean(exact, near, z, _kept_scale(z, fmt.bits, fmt.head_size), least)
+        near = _kept_mean(exact, own, near, z, _kept_scale(z, fmt.bits, fmt.head_size), least)
     return near, True
 
 
 def _kept_mean(
-    mean: NDArray[np.float32], near: NDArray[np.uint8], z: NDArray[np.float32], scale: NDArray[np.uint8], least: np.float32
+    mean: NDArray[np.float32],
+    own: NDArray[np.uint8],
+    near: NDArray[np.uint8],
+    z: NDArray[np.float32],
+    scale: NDArray[np.uint8],
+    least: np.float32,
 ) -> NDArray[np.uint8]:
     """The means that put rows z [n, Dv], which are rid of the means `near`, on the middles of their steps; only rows with a scale count.
 
-    It is what the rows' distances from the middles say, or, where that leaves them far off or is another byte, 0 or a neighbour of `near` in the list
-    of bytes. Where several do, because they are whole steps apart, it is the one next to the `mean` of the rows.
+    It is what the rows' distances from the middles say, or, where that leaves them far off or is another byte, 0 or a neighbour of `near` in the list of
+    bytes; where `near` is 0, `own` or a neighbour of it. Where several do, because they are whole steps apart, it is the one next to the `mean` of the rows.
     """
     z, step = z[scale > 0], unpack_scale(scale[scale > 0])
     inverse = reciprocal(step)
@@ -115,9 +124,10 @@ def _kept_mean(
 
     fewest = off(best)
     settled = (fewest <= PHASES // 16 * len(z)) & ((best == near) | (best == 0))
-    magnitude = (near & 0x7F).astype(np.int32)
-    sign = near & np.uint8(0x80)
-    for byte in [*(sign | np.clip(magnitude + by, 0, 0x7B).astype(np.uint8) for by in (1, -1)), np.zeros_like(near)]:
+    around = np.where(near == 0, own, near)
+    magnitude = (around & 0x7F).astype(np.int32)
+    neighbours = ((around & np.uint8(0x80)) | np.clip(magnitude + by, 0, 0x7B).astype(np.uint8) for by in (1, -1))
+    for byte in (*neighbours, np.where(near == 0, own, np.uint8(0)), np.zeros_like(near)):
         nearer = np.abs(unpack_mean(byte) - mean) < np.abs(unpack_mean(best) - mean)
         better = ~settled & ((off(byte) < fewest - len(z)) | (nearer & (off(byte) <= fewest + len(z))))
         best, fewest = np.where(better, byte, best), np.where(better, off(byte), fewest)
