@@ -234,7 +234,7 @@ def _kept(result: dict[str, Any], given: dict[str, Any]) -> str:
 
 
 def _wide_console() -> Console:
-    return Console(width=max(190, Console().width), highlight=False)
+    return Console(width=max(205, Console().width), highlight=False)
 
 
 def show(result: dict[str, Any], texts: Sequence[Text], given: dict[str, Any]) -> None:
