@@ -35,7 +35,7 @@ BENCH := build/bench
 # Tokens in the context when `make bench` measures.
 DEPTHS ?= 0,2048,4096,8192,16384,32768
 # What `make figures` measures, with which texts, and with how many problems.
-STEPS ?= calibration,caches,codecs,codecs-published,variations,problems,memory
+STEPS ?= calibration,caches,exact,codecs,codecs-published,variations,problems,memory
 NOVEL ?=
 WIKI ?=
 PROBLEMS ?= 200
@@ -188,7 +188,7 @@ bench: $(NATIVE)/.built .venv/.plot $(BENCH)/8b-2layers.gguf
 
 # On a machine that does nothing else: make figures STEPS=speed
 figures: .venv/.plot
-	@$(PY) bench/figures.py --steps "$(STEPS)" --problems "$(PROBLEMS)" $(if $(NOVEL),--novel "$(NOVEL)") $(if $(WIKI),--wiki "$(WIKI)")
+	@$(PY) bench/figures.py --steps "$(STEPS)" --problems "$(PROBLEMS)" $(if $(NOVEL),--novel "$(NOVEL)") $(if $(WIKI),--wiki "$(WIKI)") $(if $(MODELS),--models "$(MODELS)")
 
 tables: .venv/.installed
 	@$(PY) bench/tables.py

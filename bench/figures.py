@@ -50,6 +50,7 @@ class Given:
     novel: Path | None
     wiki: Path | None
     problems: int
+    models: tuple[str, ...] = ()
 
 
 def profile(bits: str) -> str:
@@ -125,6 +126,11 @@ def commands(step: str, given: Given) -> list[list[str]]:
             [speed, str(MODEL), *common, "--out", "speed-builtin.json"],
             [speed, "8b-2layers.gguf", *common, "--tokens", "8", "--out", "speed-8b-2layers.json"],
         ]
+    if step == "exact":
+        names = ",".join(("f16", "q8_0", *PRESETS))
+        return [evaluate("plain", names, "--ctx", "4096"), evaluate("exact", names, "--ctx", "4096", "--exact")]
+    if step == "timings":
+        return [[str(ROOT / "bench" / "timings.py"), str(MODEL), *given.models, "--force", "--out", "timings.json"]]
     raise click.UsageError(f"There is no step {step!r}; the steps are {', '.join(STEPS)}.")
 
 
@@ -138,11 +144,13 @@ STEPS = {
     "memory": ("memory",),
     "restores": ("restores",),
     "states": ("states",),
+    "exact": ("plain", "exact"),
+    "timings": ("timings",),
     "speed": ("speed-builtin", "speed-8b-2layers"),
 }
 """The files that a step leaves in bench/results."""
 
-QUIET = ("speed", "states")  # on a machine that does nothing else
+QUIET = ("speed", "states", "timings")  # on a machine that does nothing else
 NEEDS_TEXTS = ("caches", "codecs", "codecs-published", "variations")
 
 
@@ -216,8 +224,10 @@ def run_step(step: str, given: Given, head: str) -> None:
 @click.option("--novel", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Frankenstein as text.")
 @click.option("--wiki", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="wiki.test.raw of WikiText-2.")
 @click.option("--problems", type=click.IntRange(min=1), default=200, show_default=True, help="Problems that are solved with every cache.")
-def main(steps, novel, wiki, problems):
-    given, names = Given(novel, wiki, problems), split_names(steps)
+@click.option("--models", default="", help="Further models, comma-separated, of the step timings.")
+def main(steps, novel, wiki, problems, models):
+    further = tuple(str(Path(name).resolve()) for name in split_names(models))
+    given, names = Given(novel, wiki, problems, further), split_names(steps)
     WORK.mkdir(parents=True, exist_ok=True)
     for step in names:
         if step not in STEPS:

@@ -141,7 +141,7 @@ def label(cache: str) -> str:
 
 def number(x: float) -> str:
     """Three digits, or the whole number."""
-    return f"{x:.0f}" if x >= 100 else f"{x:.1f}"
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}"
 
 
 def decoding(name: str) -> str:
@@ -232,6 +232,21 @@ def restores_table() -> str:
     return table(["cache", "states", *(f"{n} rounds" for n in found[0]["rounds"])], rows) + source("restores")
 
 
+def timings_table() -> str:
+    """A row for each model on each machine that was measured."""
+    names = ["timings", *sorted(path.stem for path in RESULTS.glob("timings-*.json"))]
+    rows = []
+    for name in names:
+        machine = result(name)["machine"]
+        for r in result(name)["models"]:
+            e, c = r["evaluate"], r["calibrate"]
+            where = machine.get("gpu", f"{machine['cores']} cores")
+            shares = [f"{100 * each['outside_llama']:.0f} %" for each in (e, c)]
+            rows.append([r["name"], where, f"{e['seconds']:.1f}", shares[0], f"{c['seconds']:.0f}", f"{c['seconds_said']:.0f}", shares[1]])
+    head = ["model", "machine", "evaluate, s", "outside llama.cpp", "calibrate, s", "as said, s", "outside llama.cpp"]
+    return table(head, rows) + source(*names)
+
+
 # ---- quality ---------------------------------------------------------------------------------------------
 
 
@@ -279,6 +294,19 @@ def caches_table() -> str:
         columns = [cell for text in (novel, wiki) for cell in (two(text[name]), share(text[name]["same_top"]))]
         rows.append([label(name), *bits, *columns])
     return table(["cache", "body bits", "total bits at 32768", "novel", "same first choice", "wiki", "same first choice"], rows) + source("caches")
+
+
+def exact_table() -> str:
+    """The same caches with the weights as they are, from F16, and in F32, from F32: mean KLD, and what it is over the noise floor."""
+    plain, exact = (section(name, "the default text") for name in ("plain", "exact"))
+
+    def cells(figures: dict[str, Any] | None, floor: bool) -> list[str]:
+        if figures is None:
+            return ["", ""]
+        return [number(1e6 * figures["kld_mean"]), "" if floor else number(1e6 * figures["kld_over_floor"])]
+
+    rows = [[label(name), *(cell for each in (plain, exact) for cell in cells(each.get(name), name == "noise floor"))] for name in by_bits(exact)]
+    return table(["cache", "weights as they are", "over the floor", "weights in F32", "over the floor"], rows) + source("plain", "exact")
 
 
 def derivations_table() -> str:
@@ -373,8 +401,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "states": states_table,
     "restores": restores_table,
+    "timings": timings_table,
     "quality": quality_short,
     "caches": caches_table,
+    "exact": exact_table,
     "derivations": derivations_table,
     "problems": problems_table,
     "codecs": codecs_table,
@@ -386,7 +416,9 @@ TABLES: dict[str, Callable[[], str]] = {
 
 MEASURED = ("calibration", "caches", "codecs", "codecs-published", "variations", "problems", "memory", "restores", "states")
 COMMANDS = {name: f"make figures STEPS={name}" for name in MEASURED}
+COMMANDS |= dict.fromkeys(("plain", "exact"), "make figures STEPS=exact")
 COMMANDS |= {name: "make figures STEPS=speed" for name in ("speed-builtin", "speed-8b-2layers")}
+COMMANDS |= {name: "make figures STEPS=timings MODELS=..." for name in ("timings", *(path.stem for path in RESULTS.glob("timings-*.json")))}
 COMMANDS[GPU] = "python bench/llama_bench.py LLAMA-BENCH MODEL --depths 0,32768,131072 --tokens 128 --prefill 0 --rounds 1 --repetitions 3"
 COMMANDS[GPU_PROMPTS] = "python bench/llama_bench.py LLAMA-BENCH MODEL --kv f16,balanced --depths 0 --rounds 1 --repetitions 3"
 """By result: what measures it."""

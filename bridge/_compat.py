@@ -208,6 +208,7 @@ class Base(llama_cpp.Llama):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, sequence
             batch.logits[i] = i >= n - n_logits
         self._ctx.decode(self._batch)
+        C.llama_synchronize(self._ctx.ctx)  # a GPU may still compute
         self._requires_eval = False
 
     def _batch_size(self) -> int:

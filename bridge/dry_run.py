@@ -160,7 +160,9 @@ def _context_params(n_ctx: int, options: dict[str, Any]) -> Any:
     params.n_ctx = n_ctx
     params.n_batch = min(n_ctx, options.get("n_batch", 512))
     params.n_ubatch = min(params.n_batch, options.get("n_ubatch", 512))
-    params.flash_attn_type, params.offload_kqv = C.LLAMA_FLASH_ATTN_TYPE_ENABLED, True
+    exact = options.get("type_k") == 0  # F32, as in `Llama`
+    params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED if exact else C.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.offload_kqv = True
     for name in ("type_k", "type_v", "swa_full", "op_offload", "pooling_type", "attention_type"):
         if options.get(name) is not None:
             setattr(params, name, options[name])

@@ -23,6 +23,7 @@ from . import report, streams
 from ._compat import ARGUMENTS, BUSY, C, Tokenizer, decoding_failed
 from .arguments import asks_for_something, check_name, check_threads, checked_context, refuse_unknown
 from .backend import Backend, backend, load_lock
+from .computing import computing
 from .devices import check_device
 from .keeping import Keeping
 from .loading import Loading, explained
@@ -51,8 +52,9 @@ class Llama(Keeping):
         on_load: called with the share of the model that is loaded, 0.0 to 1.0. What it raises stops the load and is raised again; so does Ctrl-C.
         **kwargs: as for `llama_cpp.Llama`; other names are refused with a TypeError. n_gpu_layers is how many layers GPUs get, the last ones,
             with their part of the cache; not given, it is as many as fit their memory, and -1 is all. flash_attn and offload_kqv are set as the
-            cache needs them, whatever is given; n_ctx is rounded up to a multiple of 256 cells (as llama.cpp does inside), and 0 means the model's
-            training context. logprobs need logits_all=True, with a draft_model as well.
+            cache needs them, whatever is given (stock="f32" goes without flash attention, which would round it to F16); n_ctx is rounded up to a
+            multiple of 256 cells (as llama.cpp does inside), and 0 means the model's training context. logprobs need logits_all=True, with a
+            draft_model as well.
 
     Attributes:
         on_read: None, or a function called with (tokens read, tokens to read) while a prompt is evaluated: at its start and after every batch.
@@ -144,13 +146,14 @@ class Llama(Keeping):
             loaded = backend() if self.stock is None else None
             self._place(loaded, kwargs)
             loading.finish()
-            kwargs["flash_attn"] = True
+            kwargs["flash_attn"] = self.stock != "f32"  # flash attention would round F32 to F16
             with load_lock:
                 log.begin()
                 if loaded is not None:
                     self._session = loaded.begin(self.kv, self._file, _guarded(self.codec, self) if self.codec is not None else None)
                 try:
-                    super().__init__(model_path, **kwargs)
+                    with computing():
+                        super().__init__(model_path, **kwargs)
                     loading.finish()
                 except BaseException as e:
                     error = loading.raised or explained(e, self._file.path, self._session)
@@ -171,7 +174,8 @@ class Llama(Keeping):
     def _place(self, loaded: Backend | None, kwargs: dict[str, Any]) -> None:
         """Decide which devices compute the model, and check that the context fits them."""
         wish = Wish(self._file, loaded, self.device, self.kv, self.stock, self.codec, self.n_seq, kwargs)
-        self._placement = find_placement(wish)
+        with computing():
+            self._placement = find_placement(wish)
         devices, options = device_options(wish, self._placement)
         kwargs.update(options)
         self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
@@ -339,7 +343,8 @@ class Llama(Keeping):
         """One batch behind the tokens before it, with logits of its last tokens."""
         n, past = len(tokens), self.n_tokens
         try:
-            self._decode_cells([(0, past + i, token) for i, token in enumerate(tokens)], max(1, n_logits))  # the last is sampled from
+            with computing():
+                self._decode_cells([(0, past + i, token) for i, token in enumerate(tokens)], max(1, n_logits))  # the last is sampled from
         except RuntimeError as e:
             failure = self._failure(e, n)
             raise failure from failure.__cause__
@@ -471,7 +476,7 @@ def _guarded(codec: Codec, llama: Llama) -> Codec:
         llama = model()
         if llama is None:
             return codec(page)
-        with llama._lent():
+        with llama._lent(), computing(-1):
             return codec(page)
 
     return call

@@ -11,6 +11,7 @@ from mixkvq.core.errors import ContextError, SettingsError
 from mixkvq.core.memory import SEQUENCES
 
 from . import states
+from .computing import computing
 from .llama import Llama
 
 
@@ -133,7 +134,8 @@ class Sequences(Llama):
                 ends[sequence] += 1
             try:
                 if n:
-                    self._decode_cells(cells, n_logits)
+                    with computing():
+                        self._decode_cells(cells, n_logits)
             except RuntimeError as e:
                 failure = self._failure(e, n)
                 raise failure from failure.__cause__

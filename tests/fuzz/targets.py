@@ -29,7 +29,7 @@ from mixkvq.cli import conversations, defaults, inspect
 from mixkvq.core import profile
 from mixkvq.core.native import native
 from mixkvq.core.profile import LayerProfile, Profile
-from mixkvq.study import evaluate, problems, profile_plots
+from mixkvq.study import problems, profile_plots, record
 
 _FRESH = {
     **{"bench": "mixkvq.evaluate", "model": {"name": "m"}, "settings": {"ctx": 512}, "files": {"p.gguf": "0"}},
@@ -87,7 +87,7 @@ def settings_toml(data: bytes) -> None:
 
 def results_json(data: bytes) -> None:
     """Results that an evaluation goes on from."""
-    evaluate.load_or_start(_file(data), _FRESH, restart=False)
+    record.load_or_start(_file(data), _FRESH, restart=False)
 
 
 def problems_jsonl(data: bytes) -> None:

@@ -18,6 +18,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_I
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 os.environ["MIXKVQ_CONFIG"] = ""  # no settings file of the user's
+os.environ["XDG_DATA_HOME"] = os.devnull  # nothing is kept in the user's folder, unless a test names one: so no calibration is offered, either
 
 # Hypothesis draws the constants of every module that is loaded, too: examples would hang on which tests ran in a process before.
 providers.is_local_module_file = lambda path: False

@@ -17,6 +17,8 @@ import plot
 import pytest
 import restores
 import speed
+import tables
+import tiny_models
 from _common import open_model
 from click.testing import CliRunner
 from contexts import GPU, devices, library_name
@@ -357,6 +359,28 @@ def test_plot_without_matplotlib(result, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SettingsError, match="Plots need matplotlib"):
         plot.draw([result], tmp_path / "speed.svg")
+
+
+# ---- how long the tools take -----------------------------------------------------------------------------
+
+
+def test_timings_of_the_tools_and_their_table(tmp_path, monkeypatch):
+    tiny, out = tiny_models.llama(tmp_path / "tiny.gguf", n_kv=2, ratio=1, n_layers=3), tmp_path / "timings.json"
+    options = ["--ctx", "512", "--minutes", "0.2", "--device", "cpu", "--threads", "1", "--out", str(out)]
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / "timings.py"), str(tiny), *options], capture_output=True, text=True)
+    assert done.returncode == 0 and "tiny.gguf" in done.stdout, done.stderr
+    result = json.loads(out.read_text())
+    (row,) = result["models"]
+    assert row["name"] == "tiny.gguf" and len(row["sha256"]) == 64 and "gpu" not in result["machine"]
+    for each in (row["evaluate"], row["calibrate"]):
+        assert each["seconds"] > 0 and 0 <= each["outside_llama"] < 1
+    assert 0 < row["calibrate"]["seconds_said"] <= 12.1 and row["calibrate"]["measured"][0]["text"] == "the default text"
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    tables.result.cache_clear()
+    table = tables.timings_table()
+    tables.result.cache_clear()
+    cores = result["machine"]["cores"]
+    assert f"| tiny.gguf | {cores} cores | {row['evaluate']['seconds']:.1f} |" in table and "commit" in table
 
 
 # ---- imports ---------------------------------------------------------------------------------------------

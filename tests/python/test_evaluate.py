@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import product
 from pathlib import Path
@@ -28,7 +29,7 @@ from mixkvq.cli.evaluate import main
 from mixkvq.core.model_file import built_in_model
 from mixkvq.core.native import native
 from mixkvq.core.profile import uniform_profile, write_profile
-from mixkvq.study import caches, compare, evaluate, plots, problems, record
+from mixkvq.study import caches, compare, evaluate, plots, problems, record, tokens
 from mixkvq.study.compare import NOISE_FLOOR, Comparison, Passage, compare_caches, cut, feed
 from mixkvq.study.texts import default_text
 
@@ -342,7 +343,8 @@ def test_what_is_there_is_not_measured_again(run_file, capfd):
     code, _, _ = run(capfd, *arguments, "--no-floor", "--at-once", "2", "--style", "decode", "-q", "--out", out.with_name("other.json"))
     again = json.loads(out.with_name("other.json").read_text())["sections"][0]
     for name, figures in again["caches"].items():
-        assert {**figures, "seconds": 0} == {**before["sections"][0]["caches"][name], "seconds": 0}
+        old = {key: x for key, x in before["sections"][0]["caches"][name].items() if key != "kld_over_floor"}  # there is no floor here
+        assert {**figures, "seconds": 0} == {**old, "seconds": 0}
     # Other settings, or another file under the same name, are another run.
     assert run(capfd, *arguments, "--seed", "2", "--out", out)[0] == 2
     write_profile(profile, uniform_profile(MODEL, "mix8.2"))
@@ -792,6 +794,96 @@ def test_presets_are_tried_by_rising_size():
     names = evaluate.presets_by_size()
     bits = {p["alias"] or p["name"]: p["body_bits"] for p in native().presets()}
     assert sorted(bits.values()) == [bits[name] for name in names] and "balanced" in names
+
+
+# ---- exact arithmetic, single predictions, and what survives ---------------------------------------------
+
+
+def test_exact_arithmetic_takes_the_noise_out(tmp_path, capfd):
+    """The floor falls by four orders of magnitude, and what a cache of 8 bits does is told from it."""
+    sections = {}
+    for way in ((), ("--exact",)):
+        out = tmp_path / f"{len(way)}.json"
+        code, shown, _ = run(capfd, MODEL, "--kv", "f16,q8_0,mix8.2", "--ctx", "512", *way, *THREADS, "--out", out)
+        result = json.loads(out.read_text())
+        assert code == 0 and "noise floor: the cache" in shown and result["settings"]["baseline"] == ("f32" if way else "f16")
+        assert ("in F32 against f32" in " ".join(shown.split())) == bool(way)
+        (section,) = result["sections"]
+        floor = section["caches"][NOISE_FLOOR]["kld_mean"]
+        for figures in section["caches"].values():
+            assert figures["kld_over_floor"] == pytest.approx(figures["kld_mean"] - floor)
+        assert 0 <= result["run"]["outside_llama"] < 0.9 and result["run"]["seconds"] > 0
+        sections[bool(way)] = {name: figures["kld_mean"] for name, figures in section["caches"].items()}
+    plain, exact = sections[False], sections[True]
+    assert exact[NOISE_FLOOR] < 1e-4 * plain[NOISE_FLOOR] and exact["mix8.2"] < 1e-4 < exact["q8_0"]
+    assert exact[NOISE_FLOOR] < exact["f16"] < exact["mix8.2"] < plain["mix8.2"]
+
+
+def test_exact_leaves_no_copy_behind(tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run(capfd, tiny, "--exact", "--kv", "q8_0", "--ctx", "256", "--no-floor", *THREADS)[0] == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_figures_of_single_predictions(tmp_path, capfd):
+    out, rows_file = tmp_path / "out.json", tmp_path / "tokens.npz"
+    common = (MODEL, "--ctx", "400", "--windows", "2", "--skip", "100", "--no-floor", *THREADS, "--out", out, "--tokens", rows_file)
+    assert run(capfd, *common, "--kv", "q4_0")[0] == 0
+    assert run(capfd, *common, "--kv", "q4_0,q8_0")[0] == 0  # goes on, in the same file
+    (section,) = json.loads(out.read_text())["sections"]
+    rows = dict(np.load(rows_file))
+    n = 2 * (400 - 101)
+    assert all(len(rows[name]) == 2 * n for name in tokens.COLUMNS) and (rows["seed"] == 1).all()
+    for name in ("q4_0", "q8_0"):
+        own = rows["cache"] == name
+        assert own.sum() == n and rows["kld"][own].mean() == pytest.approx(section["caches"][name]["kld_mean"])
+        assert rows["same_top"][own].mean() == pytest.approx(section["caches"][name]["same_top"])
+        for window in (0, 1):
+            assert rows["position"][own & (rows["passage"] == window)].tolist() == list(range(101, 400))
+    assert set(rows["text"]) == {"the default text, decode"} and rows["token"].max() > 256
+    code, _, err = run(capfd, *common, "--seed", "2", "--restart")
+    assert code == 2 and "holds rows of another run" in err
+    rows_file.unlink()
+    code, _, err = run(capfd, *common, "--kv", "q4_0")
+    assert code == 2 and "does not exist, and the --out file holds figures already" in err
+    code, _, err = run(capfd, *common[:-1], tmp_path / "tokens.csv", "--kv", "q4_0")
+    assert code == 2 and "must end in .npz" in err
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_figures(tmp_path, capfd):
+    """At moments that a seed draws, wherever they fall."""
+    rng = Random(3)
+
+    def command(folder):
+        caches = "q8_0,q4_0,mix2.4,balanced"
+        files = ("--out", folder / "out.json", "--tokens", folder / "tokens.npz")
+        return [MODEL, "--kv", caches, "--ctx", "640", "--at-once", "1", "--derivations", "1", "--tasks", "add", *THREADS, *files]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    begin = time.monotonic()
+    assert run(capfd, *command(whole))[0] == 0
+    longest, deaths = (time.monotonic() - begin) / 2, 0
+    while True:
+        process = subprocess.Popen([sys.executable, "-m", "mixkvq.evaluate", *map(str, command(killed)), "-q"])
+        try:
+            assert process.wait(longest * (0.5 + rng.random())) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            deaths, longest = deaths + 1, 1.15 * longest
+    assert deaths
+    results = [json.loads((folder / "out.json").read_text())["sections"] for folder in (whole, killed)]
+    for section in (section for sections in results for section in sections):
+        for figures in section["caches"].values():
+            figures.pop("seconds")
+    assert results[0] == results[1]
+    rows = [dict(np.load(folder / "tokens.npz")) for folder in (whole, killed)]
+    orders = [np.lexsort((r["position"], r["cache"], r["text"])) for r in rows]
+    for name in tokens.COLUMNS:
+        np.testing.assert_array_equal(rows[0][name][orders[0]], rows[1][name][orders[1]])
 
 
 def test_compare_refuses_an_empty_passage():

@@ -16,9 +16,10 @@ from profiles import GOLDEN_LAYERS, refused
 
 import bridge
 from bridge import Kv
+from bridge.requantise import requantise
 from mixkvq.core import embedding
-from mixkvq.core.model_file import open_model
-from mixkvq.core.profile import Profile, side_car, uniform_profile, with_profile, write_profile
+from mixkvq.core.model_file import open_model, read_header
+from mixkvq.core.profile import Profile, found, known_name, read_profile, side_car, uniform_profile, with_profile, write_profile
 from mixkvq.core.settings import resolve_kv
 
 
@@ -79,6 +80,56 @@ def test_order_and_what_the_report_says(model):
     asked, title = cache(model, kv=str(model))
     assert title == "MixKVQ profile model.gguf" and asked["found"] is None and asked["body_bits"] == inside["body_bits"]
     assert cache(model, stock="f16")[1] == "llama.cpp f16"
+
+
+def quantised(model, type):
+    """The same model with other weights, by llama.cpp's own function."""
+    path = Path(model).with_name(f"{type}.gguf")
+    requantise(model, path, type)
+    return str(path)
+
+
+def test_a_quantisation_is_the_same_model_and_another_one_is_not(model, tmp_path):
+    files = [open_model(path) for path in (model, *(quantised(model, type) for type in ("Q8_0", "Q4_0", "F16")))]
+    assert len({Path(file.path).stat().st_size for file in files}) >= 3
+    assert len({(file.fingerprint, file.norm) for file in files}) == 1 and len(files[0].norm) == 8
+    with pytest.raises(bridge.ModelFileError, match="cannot be written while it is read"):
+        requantise(model, model, "F16")
+    trained_further = tmp_path / "further.gguf"
+    raw = Path(model).read_bytes()
+    at = read_header(model).tensors["output_norm.weight"].offset
+    trained_further.write_bytes(raw[:at] + b"\0\0\x90\x3f" + raw[at + 4 :])
+    other = open_model(trained_further)
+    assert other.fingerprint == files[0].fingerprint and other.norm != files[0].norm
+
+
+def test_a_profile_serves_other_quantisations_in_the_folder(model, tmp_path):
+    other = quantised(model, "Q4_0")
+    put_beside(model)
+    stats, title = cache(other)
+    assert title == "MixKVQ profile model.mixkvq.gguf (found beside another quantisation of the model)" and stats["profile"] == side_car(model)
+    Path(model).unlink()  # whose profile it is cannot be told any more
+    assert cache(other)[1] == "MixKVQ balanced"
+
+
+def test_profiles_that_come_with_mixkvq(model, tmp_path, monkeypatch):
+    known = tmp_path / "known"
+    known.mkdir()
+    monkeypatch.setattr(found, "_FOLDERS", (tmp_path / "none", known))
+    assert cache(model)[1] == "MixKVQ balanced"
+    write_profile(known / f"a-model.{known_name(open_model(model))}.mixkvq.gguf", uniform_profile(model, "near-lossless"))
+    for path in (model, quantised(model, "Q8_0")):
+        assert cache(path)[1].endswith("(found among those that come with MixKVQ)")
+    put_beside(model, "small")  # one's own goes first
+    assert cache(model)[1].endswith("(found beside the model)")
+    assert cache(model, kv="balanced")[1] == "MixKVQ balanced"
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "models" / "profiles").glob("*.gguf")), ids=lambda path: path.name)
+def test_what_comes_with_mixkvq_is_whole_and_says_how_it_was_made(path):
+    profile = read_profile(path)
+    assert f".{profile.fingerprint[:8]}-" in path.name and path.stat().st_size < 200_000
+    assert profile.made_by.startswith("mixkvq.calibrate") and profile.measured and profile.body_bits < 3.3
 
 
 def test_window_and_sinks_go_with_a_profile_that_is_found(model):

@@ -85,7 +85,7 @@ def test_a_context_goes_on_with_the_same_bits(models, kv, n_seq, unified, n_ctx)
 @pytest.mark.parametrize("whole", [False, True], ids=["sequence", "context"])
 @pytest.mark.parametrize("kv", SETTINGS, ids=IDS)
 def test_texts_that_take_turns_by_llama_cpps_own_states(models, kv, whole):
-    """As a server's prompt cache does it: rows in F16 come back, and what else there was to know of them with the same rows. Each goes on as alone."""
+    """As a server's prompt cache does it: rows in F16 come back, and with them what else was known of them. Each goes on as alone."""
     parts = [[random_tokens(n, seed + i) for i, n in enumerate((first, 70, 150, 1, 90))] for first, seed in ((900, 10), (400, 20), (650, 30))]
     alone = []
     for text in parts:

@@ -84,7 +84,16 @@ def _two_numbers(_context: Any, _parameter: Any, text: str | None) -> tuple[floa
 @click.option("--sinks", type=F16_TOKENS, help="First tokens in F16.  [default: 128]")
 @click.option("--tokens", type=click.IntRange(FEWEST_TOKENS, 1 << 20), default=TOKENS, show_default=True,
               help="Of each kind of text, to calibrate and to measure, at most.")  # fmt: skip
-@click.option("--minutes", type=Number(min=0.1, max=1e5), default=2, show_default=True, help="How long it may take; less is coarser.")
+@click.option(
+    "--minutes",
+    type=Number(min=0.1, max=1e5),
+    help="How long it may take; less is coarser.  [default: up to 2, up to 8 where a model is read slowly; it is said]",
+)
+@click.option(
+    "--exact/--no-exact",
+    default=None,
+    help="Measure a copy with weights in F32, without llama.cpp's own noise.  [default: on the CPU, where it takes less than 2/5 of the free memory]",
+)
 @click.option("--seed", type=SEED, default=1, show_default=True)
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
 @click.option("--threads", type=THREADS, help="Threads.  [default: physical cores]")
@@ -144,8 +153,11 @@ def _stopped(out: Path) -> Iterator[None]:
 def _print_words(profile: Profile, found: dict[str, Any], out: Path, model: str) -> None:
     if found["coarser"]:
         click.echo(f"The profile is coarser than with more --minutes: {'; '.join(found['coarser'])}.")
-    if found["fell_back"]:
-        click.echo(f"No allocation was better than the preset {found['preset']} on text of every kind, so the profile has the preset's formats.")
+    if found["instead"] == found["preset"] and found["held_out"]:
+        click.echo(f"No allocation was better than the preset {found['preset']} on text that was held out, so the profile has the preset's formats.")
+    elif found["instead"]:
+        more = ", and more where the bits that are left help most" if found["held_out"] else ""
+        click.echo(f"The profile has the formats of the preset {found['preset']}{more}.")
     nearest = found["nearest"]
     click.echo(f"The preset of the nearest size is {nearest.name}, of {nearest.bits:.2f} bits.")
     window = f", a window of {profile.window} tokens" if profile.window is not None else ""
@@ -159,7 +171,7 @@ def _how_to_use(out: Path, model: str) -> str:
 
 def _print_table(console: Console, profile: Profile, found: dict[str, Any]) -> None:
     columns = ("held-out text", "cache", "body bits", "mean KLD", "+-", "median", "99.9 %", "same top", "perplexity ratio")
-    table = Table(*columns, title="Against F16, decode-style")
+    table = Table(*columns, title=f"Against {found['against']}, decode-style")
     for kind, verdict in found["held_out"].items():
         for name, figures in verdict.figures.items():
             error = figures["kld_standard_error"]

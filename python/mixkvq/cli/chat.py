@@ -22,6 +22,7 @@ from ..core.memory import format_bytes
 from .answer import LARGEST_SEED, Answer, Message, Sampling, stream_answer
 from .command import for_command
 from .conversations import Autosave, cache_of, folder, kept, load_cache, parse_conversation, read_conversation, save_cache, to_text
+from .offer import Offer
 from .running import Options, load, note_missing_template, print_report, why_it_ended, writer
 
 if TYPE_CHECKING:
@@ -73,11 +74,13 @@ class Chat:
         ask: Callable[[str], str],
         autosave: bool = False,
         on_read: Callable[[], None] | None = None,
+        offer: Offer | None = None,
     ) -> None:
         self.llama, self.sampling, self.console, self.write, self.ask, self.on_read = llama, sampling, console, write, ask, on_read
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []
         self.autosave = Autosave(self.say, autosave)
         self.last: Answer | None = None
+        self.offer = offer
         self.begin(self.system)
 
     def begin(self, messages: list[Message]) -> None:
@@ -119,6 +122,8 @@ class Chat:
         ended = why_it_ended(answer, self.sampling.max_tokens)
         if ended:
             self.say(ended)
+        if self.offer is not None:
+            self.offer.answered(answer)
 
     def fitted(self, messages: list[Message]) -> list[Message]:
         """The conversation, without old turns if it would not leave room for an answer. Raises SettingsError if one message is too long."""
@@ -221,11 +226,16 @@ class Chat:
         """Read and answer until /exit or the end of input."""
         while True:
             try:
+                if self.offer is not None:
+                    self.offer.waits()
                 line = self.ask("> ")
             except KeyboardInterrupt:
                 continue
             except EOFError:
                 return
+            finally:
+                if self.offer is not None:
+                    self.offer.returned()
             if not line.strip():
                 continue
             try:
@@ -240,7 +250,8 @@ class Chat:
                 self.say("(stopped)")
 
 
-def _reader() -> Callable[[str], str]:
+def _reader(typed: Callable[[], None]) -> Callable[[str], str]:
+    """typed: called at every change of the line."""
     keys = KeyBindings()
 
     @keys.add("escape", "enter")
@@ -248,6 +259,7 @@ def _reader() -> Callable[[str], str]:
         event.current_buffer.insert_text("\n")
 
     session: PromptSession[str] = PromptSession(history=InMemoryHistory(), key_bindings=keys)
+    session.default_buffer.on_text_changed += lambda _: typed()
     return lambda message: session.prompt(message)
 
 
@@ -264,7 +276,9 @@ def chat(options: Options, console: Console) -> int:
         )
         if options.autosave and kept(most=1):
             console.print("Earlier conversations are kept: /resume goes on with the last, /chats lists them.", markup=False)
-        conversation = Chat(llama, options.sampling, options.system, console, writer(), _reader(), options.autosave, options.on_read(llama))
+        ask = _reader(lambda: offer.typed())
+        offer = Offer(options, lambda line: console.print(line, markup=False, highlight=False), ask)
+        conversation = Chat(llama, options.sampling, options.system, console, writer(), ask, options.autosave, options.on_read(llama), offer)
         if options.prompt_cache is not None:
             options.prompt_cache.begin(llama)
         conversation.loop()

@@ -44,13 +44,13 @@ def print_figures(console: Console, result: dict[str, Any]) -> None:
     baseline = result["settings"]["baseline"]
     sections = [section for section in result["sections"] if section["caches"]]
     if sections:
-        table = Table(title=f"{result['model']['name']} against {baseline}, seed {result['settings']['seed']}")
+        table = Table(title=f"{_model(result)} against {baseline}, seed {result['settings']['seed']}")
         for heading in ("measured on", "cache"):
             table.add_column(heading)
         lengths = _common_lengths(sections)
         for heading in (
             "body bits", "total here", *(f"at {int(n) // 1024}k" for n in lengths), "MiB", "perplexity", "ratio",
-            "mean KLD", "+-", "median", "99 %", "99.9 %", "max", "same top",
+            "mean KLD", "over floor", "+-", "median", "99 %", "99.9 %", "max", "same top",
         ):  # fmt: skip
             table.add_column(heading, justify="right")
         for section in sections:
@@ -61,6 +61,8 @@ def print_figures(console: Console, result: dict[str, Any]) -> None:
                 table.add_row(_what(section) if i == 0 else "", name, *_row(name, figures, lengths))
             table.add_section()
         console.print(table)
+        if any(NOISE_FLOOR in section["caches"] for section in sections):
+            console.print(f"{NOISE_FLOOR}: the cache {baseline} against itself in batches of another size, which llama.cpp rounds otherwise.")
     if any(section["kind"] == "derivations" for section in sections):
         table = Table("measured on", "cache", "tokens", "flips", "wrong", "exact", f"exact with {baseline}", title="Derivations, token by token")
         for section in sections:
@@ -73,6 +75,10 @@ def print_figures(console: Console, result: dict[str, Any]) -> None:
         console.print(table)
     if result.get("problems"):
         print_answers(console, result)
+
+
+def _model(result: dict[str, Any]) -> str:
+    return f"{result['model']['name']}{' in F32' if result['settings'].get('exact') else ''}"
 
 
 def print_answers(console: Console, result: dict[str, Any]) -> None:
@@ -123,6 +129,7 @@ def _row(name: str, figures: dict[str, Any], lengths: Sequence[str]) -> list[str
         f"{figures['perplexity']:.3f}",
         f"{figures['perplexity_ratio']:.4f}",
         _nats(figures["kld_mean"]),
+        _nats(figures["kld_over_floor"]) if name != NOISE_FLOOR and "kld_over_floor" in figures else "",
         "" if error is None else _nats(error),
         *(_nats(figures[key]) for key in ("kld_median", "kld_99%", "kld_99.9%", "kld_max")),
         f"{figures['same_top']:.2%}",
@@ -130,7 +137,7 @@ def _row(name: str, figures: dict[str, Any], lengths: Sequence[str]) -> list[str
 
 
 def _nats(x: float) -> str:
-    return f"{x:.5f}" if x >= 0.001 or x == 0 else f"{x:.1e}"
+    return f"{x:.5f}" if abs(x) >= 0.001 or x == 0 else f"{x:.1e}"
 
 
 # ---- command line ----------------------------------------------------------------------------------------
@@ -142,7 +149,11 @@ GIVEN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @tool()
 @click.argument("model", type=Model(), callback=lambda _context, _parameter, path: Path(path))
 @click.option("--kv", multiple=True, help=f"The {CACHE_HELP}; may be repeated.  [default: {DEFAULT_CACHES}]")
-@click.option("--baseline", default="f16", show_default=True, help="What all caches are compared with.")
+@click.option("--baseline", help="What all caches are compared with.  [default: f16; with --exact f32]")
+@click.option(
+    "--exact", is_flag=True,
+    help="Weights in F32 (a copy that is removed at the end) and the baseline in F32: without llama.cpp's own noise, for what drowns in it.",
+)  # fmt: skip
 @click.option("--text", "texts", multiple=True, type=GIVEN_FILE, help="Text to read; may be repeated.  [default: a text that comes with MixKVQ]")
 @click.option("--style", default="decode", show_default=True, help="How tokens are fed: decode, prefill or token; several, comma-separated.")
 @click.option("--ctx", type=click.IntRange(2, 1 << 30), help=f"Tokens per window of a text.  [default: {DEFAULT_CONTEXT}, or the model's context]")
@@ -172,6 +183,7 @@ GIVEN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
 @click.option("--threads", type=THREADS, help="Threads.  [default: physical cores]")
 @click.option("--out", type=FILE, help="Write the figures as JSON; what is there already is not measured again.")
+@click.option("--tokens", "token_file", type=FILE, help="Write the figures of every prediction, a row for each position, as NumPy's .npz.")
 @click.option("--restart", is_flag=True, help="Measure everything anew, and replace the figures in the file of --out.")
 @click.option("--plot", type=FILE, help="Draw divergence over bits, .png or .svg.")
 @force_option("the picture of --plot")
@@ -222,7 +234,7 @@ def _kept(result: dict[str, Any], given: dict[str, Any]) -> str:
 
 
 def _wide_console() -> Console:
-    return Console(width=max(190, Console().width), highlight=False)
+    return Console(width=max(205, Console().width), highlight=False)
 
 
 def show(result: dict[str, Any], texts: Sequence[Text], given: dict[str, Any]) -> None:
@@ -248,6 +260,8 @@ def check_outputs(given: dict[str, Any]) -> None:
     """Raises SettingsError if --out or --plot cannot be written, or something would be lost by it."""
     inputs = [given["model"], *given["texts"], *(given[key] for key in ("problems_file", "checker") if given[key])]
     check_different(given["out"], given["plot"])
+    check_different(given["out"], given["token_file"])
+    check_different(given["plot"], given["token_file"])
     if given["out"]:
         check_result(given["out"], "evaluate", force=True, inputs=inputs)  # a result is gone on with, or replaced if --restart says so
     if given["plot"]:

@@ -24,6 +24,7 @@ from ..core.settings import STOCK_TYPES, Kv, resolve_kv
 from . import streams
 from .answer import LARGEST_SEED, Answer, Message, Sampling, stream_answer
 from .command import INTERRUPTED, Number, files, run, typed_first
+from .offer import WAYS, Offer, calibrate_now
 from .prompt_cache import PromptCache
 from .running import DEFAULT_CONTEXT, Options, at_limit, load, note_missing_template, print_report, why_it_ended, writer
 
@@ -66,6 +67,8 @@ def answer_once(options: Options, console: Console) -> int:
         print_report(llama, answer, options, console)
         if options.prompt_cache is not None:
             options.prompt_cache.end(llama)
+        if options.report == "text":
+            Offer(options, lambda line: console.print(line, markup=False, highlight=False)).answered(answer)
         return exit_code(answer, options.sampling.max_tokens)
     finally:
         llama.close()
@@ -125,6 +128,13 @@ def complete_kv(context: click.Context, parameter: click.Parameter, incomplete: 
 @click.option("--window", type=click.IntRange(0, 1 << 20), help="Recent tokens kept in F16.  [default: 128]")
 @click.option("--sinks", type=click.IntRange(0, 1 << 20), help="First tokens kept in F16.  [default: 128]")
 @click.option("--stock", type=click.Choice(list(STOCK_TYPES)), help="Use llama.cpp's own cache of this type instead, to compare.")
+@click.option(
+    "--calibrate",
+    type=click.Choice(WAYS),
+    default="ask",
+    show_default=True,
+    help="For a model without a profile: say once what one takes, and ask at a terminal; make it while a chat is idle; do nothing; make it first.",
+)
 @click.option("--report", type=click.Choice(["text", "json", "none"]), default="text", show_default=True, help="Report at the end, on stderr.")
 @click.option("--report-file", shell_complete=files, help="Write the report as JSON to this file as well.")
 @click.option("--force", is_flag=True, help="Replace the file of --report-file if there is one already.")
@@ -151,6 +161,8 @@ def command(**given: Any) -> int:
     if not console.is_terminal:
         console = Console(file=sys.stderr, highlight=False, width=200)  # do not wrap what a program reads
     options = check(given)
+    if options.calibrate == "now":
+        calibrate_now(options)
     if options.prompt is not None:
         return answer_once(options, console)
     from .chat import chat
@@ -223,6 +235,7 @@ def check(given: dict[str, Any]) -> Options:
         autosave=not given["no_autosave"],
         verbose=given["verbose"],
         prompt_cache=prompt_cache,
+        calibrate=given["calibrate"],
     )
 
 

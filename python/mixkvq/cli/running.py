@@ -52,6 +52,7 @@ class Options:
     autosave: bool
     verbose: bool
     prompt_cache: PromptCache | None = None
+    calibrate: str = "never"
 
     def on_read(self, llama: Llama) -> Callable[[], None] | None:
         """What to do once a prompt has been read."""

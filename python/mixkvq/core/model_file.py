@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from gguf import GGMLQuantizationType
+
 from .errors import GeometryError, ModelFileError
 from .gguf_header import Header, ParseError, parse
 from .memory import CELLS
@@ -95,6 +97,7 @@ class ModelFile:
     fingerprint: str = ""
     parts: tuple[str, ...] = ()  # the other files of a model in several files
     has_profile: bool = False  # a profile is embedded
+    norm: str = ""  # 8 hexadecimal digits of the weights of the last norm, which no quantisation changes; "": they are not there as F32
 
     @property
     def n_layers(self) -> int:
@@ -197,6 +200,7 @@ def _open_model(path: str, mtime_ns: int, size: int) -> ModelFile:
         fingerprint=_fingerprint(header, arch, n_layers, heads.n_kv, heads.size_k, heads.size_v, n_embd, tokens),
         parts=parts,
         has_profile="mixkvq.profile.version" in v,
+        norm=_norm(header),
     )
 
 
@@ -317,6 +321,16 @@ def _fingerprint(
     for token in tokens:
         digest.update(len(token).to_bytes(8, "little") + token)
     return digest.hexdigest()[:32]
+
+
+def _norm(header: Header) -> str:
+    """Quantisations of a model share these numbers; a model that was trained further has others."""
+    tensor = header.tensors.get("output_norm.weight")
+    if tensor is None or tensor.type != GGMLQuantizationType.F32 or len(tensor.shape) != 1:
+        return ""
+    with open(header.path, "rb") as f:
+        f.seek(tensor.offset)
+        return hashlib.sha256(f.read(4 * tensor.shape[0])).hexdigest()[:8]
 
 
 def _other_parts(header: Header) -> tuple[str, ...]:

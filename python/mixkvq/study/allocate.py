@@ -120,14 +120,19 @@ def body_bits(layers: Sequence[Tables | None], profiles: Sequence[LayerProfile |
 # ---- allocation ----------------------------------------------------------------------------------------------------------------------
 
 
-def _keys_at(tables: Tables, head: int, price: float) -> tuple[float, tuple[int, ...], int]:
-    """The best tiers and group of a head's keys when a bit of an element costs `price`: (cost, counts, group)."""
+def _keys_at(tables: Tables, head: int, price: float, least: NDArray[np.int32] | None) -> tuple[float, tuple[int, ...], int]:
+    """The best tiers and group of a head's keys when a bit of an element costs `price`: (cost, counts, group). least: tiers that they go beyond."""
     best: tuple[float, tuple[int, ...], int] | None = None
     elements = QUAD * PAGE_CELLS
     for group, error in tables.key_error.items():
+        if least is not None and group > least[5]:
+            continue
         cost = tables.key_weight[head] * error[head] + price * tables.cells * elements * np.array(CODED_BITS)
         # Tiers are filled in the order of salience, so bits must not rise along it.
         choice = np.maximum.accumulate(cost.argmin(axis=1))
+        if least is not None:
+            counts_least = (least[0] + least[1], *least[2:5])
+            choice = np.minimum(choice, np.repeat(np.arange(len(CODED_BITS)), np.array(counts_least) // QUAD))
         metadata = 32 * PAGE_CELLS // group * tables.head_size
         total = float(cost[np.arange(len(choice)), choice].sum()) + price * tables.cells * metadata
         if best is None or total < best[0]:
@@ -137,38 +142,40 @@ def _keys_at(tables: Tables, head: int, price: float) -> tuple[float, tuple[int,
     return best
 
 
-def _values_at(tables: Tables, head: int, price: float) -> int:
+def _values_at(tables: Tables, head: int, price: float, least: int) -> int:
     cost = tables.value_weight[head] * tables.value_error[head] + price * tables.cells * PAGE_CELLS * tables.size_v * np.array(VALUE_BITS)
-    return VALUE_BITS[int(cost.argmin())]
+    return max(least, VALUE_BITS[int(cost.argmin())])
 
 
-def formats_at(layers: Sequence[Tables | None], price: float) -> list[LayerProfile | None]:
-    """The best formats when a bit of an element costs `price` harm."""
+def formats_at(layers: Sequence[Tables | None], price: float, least: Sequence[LayerProfile | None] | None = None) -> list[LayerProfile | None]:
+    """The best formats when a bit of an element costs `price` harm. least: formats, with rotated values, of which no head gets less."""
     profiles: list[LayerProfile | None] = []
-    for tables in layers:
+    for i, tables in enumerate(layers):
         if tables is None:
             profiles.append(None)
             continue
-        keys = [_keys_at(tables, head, price) for head in range(tables.n_heads)]
+        floor = None if least is None else least[i]
+        keys = [_keys_at(tables, head, price, None if floor is None else floor.tiers[head]) for head in range(tables.n_heads)]
         tiers = np.array([(*counts, group) for _, counts, group in keys], dtype=np.int32)
-        values = np.array([(_values_at(tables, head, price), 0) for head in range(tables.n_heads)], dtype=np.int32)
+        fewest = [VALUE_BITS[0] if floor is None else int(floor.values[head, 0]) for head in range(tables.n_heads)]
+        values = np.array([(_values_at(tables, head, price, n), 0) for head, n in enumerate(fewest)], dtype=np.int32)
         profiles.append(LayerProfile(tiers, values))
     return profiles
 
 
-def allocate(layers: Sequence[Tables | None], bits: float) -> list[LayerProfile | None]:
-    """The formats of least harm that take at most `bits` body bits per element.
+def allocate(layers: Sequence[Tables | None], bits: float, least: Sequence[LayerProfile | None] | None = None) -> list[LayerProfile | None]:
+    """The formats of least harm that take at most `bits` body bits per element. least: formats of which no head gets less.
 
     Raises ValueError if no formats are that small.
     """
     low, high = -60.0, 30.0  # logarithms of a bit's price: at the one everything has 8 bits, at the other 2
-    best = formats_at(layers, float(np.exp(high)))
-    least = body_bits(layers, best)
-    if bits < least:
-        raise ValueError(f"{bits:g} bits are fewer than the smallest formats take ({least:.2f}).")
+    best = formats_at(layers, float(np.exp(high)), least)
+    smallest = body_bits(layers, best)
+    if bits < smallest:
+        raise ValueError(f"{bits:g} bits are fewer than the smallest formats take ({smallest:.2f}).")
     for _ in range(40):
         middle = (low + high) / 2
-        profiles = formats_at(layers, float(np.exp(middle)))
+        profiles = formats_at(layers, float(np.exp(middle)), least)
         if body_bits(layers, profiles) <= bits:
             best, high = profiles, middle
         else:
@@ -176,8 +183,12 @@ def allocate(layers: Sequence[Tables | None], bits: float) -> list[LayerProfile 
     return _fill(layers, best, bits)
 
 
-def allocate_by_kind(layers: Sequence[Tables | None], bits: float, shares: Mapping[str, float]) -> list[LayerProfile | None]:
+def allocate_by_kind(
+    layers: Sequence[Tables | None], bits: float, shares: Mapping[str, float], least: Sequence[LayerProfile | None] | None = None
+) -> list[LayerProfile | None]:
     """The formats of at most `bits` body bits for which the harms to the kinds of text, each to the power of its share, have the least product.
+
+    least: formats of which no head gets less.
 
     One part of the cache may do nearly all the harm to a kind. Once it has its bits, what the others do to that kind counts for more: a round
     weighs all harm against what the formats of the last one leave of its kind, and the product falls from round to round.
@@ -187,7 +198,7 @@ def allocate_by_kind(layers: Sequence[Tables | None], bits: float, shares: Mappi
     best: tuple[float, list[LayerProfile | None]] | None = None
     for _ in range(ROUNDS):
         now = {kind: share / left[kind] for kind, share in shares.items()}
-        formats = allocate([None if t is None else t.weighted(now) for t in layers], bits)
+        formats = allocate([None if t is None else t.weighted(now) for t in layers], bits, least)
         kept = [f for f, t in zip(formats, layers, strict=True) if t is not None]
         left = {kind: max(harm([t.weighted({kind: 1.0}) for t in seen], kept), 1e-12) for kind in shares}
         product = sum(share * math.log(left[kind]) for kind, share in shares.items())

@@ -6,21 +6,23 @@ What is in the JSON file of an earlier run is not measured again: it goes on, al
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridge.computing import Share
 from bridge.devices import check_device
 
 from ..core.errors import SettingsError
 from ..core.machine import physical_cores
 from ..core.model_file import open_model
 from ..core.native import native
-from . import plots, problems, tasks
+from . import exact, plots, problems, tasks, tokens
 from .caches import check_name, file_of, is_stock, open_cache, split_names
 from .compare import (
     LEAST_BLOCKS,
@@ -35,7 +37,7 @@ from .compare import (
     windows_of,
     work,
 )
-from .record import describe_file, describe_run, save_json
+from .record import describe_file, describe_run, load_or_start, save_json
 from .steps import Steps
 from .texts import DEFAULT_TEXT, default_text, read_utf8
 
@@ -55,12 +57,13 @@ class Request:
     floor: whether the baseline is measured in other batches as well; None: unless there is a limit. limit: the mean divergence of a guarantee.
     derivations: so many built-in problems are teacher-forced. count: so many problems are answered: built-in ones of task_names and levels, of a
     problems_file, or of a checker. first: greedy tokens that are compared with the baseline's. workers: problems answered at once. at_once: caches in
-    memory. out: the JSON file that is gone on with, unless restart.
+    memory. out: the JSON file that is gone on with, unless restart. baseline: None: F16, or F32 if exact. exact: weights and the baseline's cache in
+    F32, so that llama.cpp rounds nothing. token_file: where the figures of every single prediction go, as .npz.
     """
 
     model: Path
     kv: Sequence[str] = ()
-    baseline: str = "f16"
+    baseline: str | None = None
     texts: Sequence[Path] = ()
     style: str = "decode"
     ctx: int | None = None
@@ -86,6 +89,8 @@ class Request:
     threads: int | None = None
     out: Path | None = None
     restart: bool = False
+    exact: bool = False
+    token_file: Path | None = None
 
 
 # ---- measuring -------------------------------------------------------------------------------------------
@@ -103,6 +108,7 @@ class Evaluation:
     at_once: int
     threads: int
     cache_options: dict[str, Any]  # window, sinks and device: what compare_caches and Solver know, too
+    token_file: Path | None = None
 
     def section(self, description: dict[str, Any]) -> dict[str, Any]:
         """The part of the result with this description, new if there is none."""
@@ -134,33 +140,21 @@ class Evaluation:
                 **self.cache_options,
             )
             for group in groups:
+                # First what is not asked for again once the result has the caches.
+                tokens.add(self.token_file, section, passages, {name: measured.passages for name, measured in group.items()}, self.result)
                 for name, measured in group.items():
                     section["caches"][name] = measured.summary() | note(name, measured)
+                add_excess(section["caches"])
                 order = dict.fromkeys([*names, *section["caches"]])
                 section["caches"] = {name: section["caches"][name] for name in order if name in section["caches"]}
                 save_json(self.out, self.result)
 
 
-def load_or_start(out: Path | None, fresh: dict[str, Any], restart: bool) -> dict[str, Any]:
-    """The result file of an earlier run, if there is one and it was made with the same model and settings.
-
-    Raises SettingsError if it was made with others.
-    """
-    if out is None or restart or not out.exists():
-        return fresh
-    try:
-        found = json.loads(out.read_text(encoding="utf-8"))
-        other = next((key for key in ("bench", "model", "settings") if found.get(key) != fresh[key]), None)
-        known = dict(found["files"]) if other is None else {}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError):
-        raise SettingsError(f"{out} is not a result of this program; give another --out, or --restart to replace it.") from None
-    if other is None:
-        changed = [name for name in fresh["files"] if name in known and known[name] != fresh["files"][name]]
-        if not changed:
-            newer = {key: fresh[key] for key in ("date", "command", "commit", "machine", "versions")}
-            return {**found, **newer, "files": {**known, **fresh["files"]}}
-        other = f"content of {changed[0]}"
-    raise SettingsError(f"{out} holds a run with another {other}; give another --out, or --restart to replace it.")
+def add_excess(caches: dict[str, dict[str, Any]]) -> None:
+    """What a cache diverges more than the noise floor, where that was measured."""
+    if NOISE_FLOOR in caches:
+        for figures in caches.values():
+            figures["kld_over_floor"] = figures["kld_mean"] - caches[NOISE_FLOOR]["kld_mean"]
 
 
 @dataclass
@@ -355,8 +349,21 @@ def evaluate(request: Request, result: dict[str, Any], texts: list[Text], steps:
     result, texts: empty; they get what is measured, as it comes, and the texts that were read. words: the command line, for the record.
     Raises BridgeError.
     """
+    request = replace(request, baseline=request.baseline or (exact.BASELINE if request.exact else "f16"))
     asked = _checked(request)
-    evaluation = _begin(request, asked, result, steps, words)
+    with contextlib.ExitStack() as stack:
+        evaluation = _begin(request, asked, result, steps, words)
+        share = Share()
+        stack.callback(lambda: result["run"].update(share.taken()))
+        if request.exact:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixkvq-")))
+            evaluation.model = Path(exact.f32_copy(request.model, folder, evaluation.threads))
+        _measure_all(request, asked, evaluation, texts)
+    save_json(request.out, result)
+
+
+def _measure_all(request: Request, asked: _Asked, evaluation: Evaluation, texts: list[Text]) -> None:
+    result = evaluation.result
     vocabulary = open_cache(request.model, "f16", n_ctx=256, vocab_only=True)
     if asked.reads_text:
         texts += [read_text(vocabulary, path, asked.ctx, request.windows, request.skip, request.seed) for path in request.texts or (None,)]
@@ -377,7 +384,6 @@ def evaluate(request: Request, result: dict[str, Any], texts: list[Text], steps:
         options = {"max_tokens": request.max_tokens, "first": request.first, "workers": result["run"]["workers"], "threads": evaluation.threads}
         answer_problems(evaluation, vocabulary, asked.source, request.count, asked.names, **options)
     vocabulary.close()
-    save_json(request.out, result)
 
 
 @dataclass(frozen=True)
@@ -405,6 +411,7 @@ def _checked(request: Request) -> _Asked:
         raise SettingsError(f"There is no style {unknown[0]!r}; the styles are {', '.join(STYLES)}.")
     check_device(request.device)
     file = open_model(request.model)  # says what is wrong with it before anything else is read
+    assert request.baseline is not None
     names = [name for name in split_names(request.kv or DEFAULT_CACHES) if name != request.baseline]
     candidates = (names if request.kv else presets_by_size()) if request.limit is not None else []
     if not names:
@@ -422,18 +429,21 @@ def _checked(request: Request) -> _Asked:
 
 def _begin(request: Request, asked: _Asked, result: dict[str, Any], steps: Steps, words: Sequence[str]) -> Evaluation:
     """A new result, or that of an earlier run with the same settings. Raises SettingsError if it had others."""
+    assert request.baseline is not None
     caches = [request.baseline, *asked.measured]
     windows = windows_of(caches, request.window)
     settings = {key: getattr(request, key) for key in ("baseline", "windows", "skip", "window", "sinks", "seed")}
     settings |= {"ctx": asked.ctx, "cuts": sorted(windows)}
     settings |= {"device": request.device} if request.device != "auto" else {}
+    settings |= {"exact": True} if request.exact else {}
     fresh = _described(request, settings, steps, words)
     fresh.update(files=_files(caches), sections=[], problems=None)
     result.update(load_or_start(request.out, fresh, request.restart))
+    tokens.check(request.token_file, result, restart=request.restart)
     threads = request.threads or physical_cores()
     result["run"] = {"threads": threads, "workers": request.workers or problems.AT_ONCE, "at_once": request.at_once}
     options = {"window": request.window, "sinks": request.sinks, "device": request.device}
-    return Evaluation(request.model, result, request.out, steps, windows, request.at_once, threads, options)
+    return Evaluation(request.model, result, request.out, steps, windows, request.at_once, threads, options, request.token_file)
 
 
 def _described(request: Request, settings: dict[str, Any], steps: Steps, words: Sequence[str]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def encode_texts(llm: Llama, texts: Sequence[Path]) -> list[tuple[list[int], lis
 
 
 def gather(llm: Llama, texts: list[tuple[list[int], list[int]]], plan: Plan, seed: int) -> Material:
-    """At most `plan.tokens` tokens of each kind for each purpose, of problems twice as many to calibrate; and some of the model's own words."""
+    """At most `plan.tokens` tokens of each kind for each purpose, of problems more to calibrate; and some of the model's own words."""
     material = Material()
     longest = min(LONGEST, llm.n_ctx())
     for part, (encoded, bos), name in zip((material.calibration, material.held_out), texts, PURPOSES, strict=True):
@@ -60,7 +60,7 @@ def gather(llm: Llama, texts: list[tuple[list[int], list[int]]], plan: Plan, see
         if not plan.every_kind:
             continue
         # Only the solutions of problems count, about half.
-        if found := _derivations(llm, plan.tokens if part is material.held_out else 2 * plan.tokens, longest, Random(f"{name} {seed}")):
+        if found := _derivations(llm, plan.tokens * (1 if part is material.held_out else plan.problems), longest, Random(f"{name} {seed}")):
             part["retrieval"] = found
     if plan.own >= 3 * PAGE_CELLS:
         material.calibration["own"] = [Passage(_own_words(llm, min(plan.own, longest), seed))]
@@ -79,16 +79,17 @@ def _halves(texts: Sequence[Path]) -> tuple[str, str]:
 def _derivations(llm: Llama, tokens: int, longest: int, rng: Random) -> list[Passage]:
     """Solved problems as chat. The problem is random, so only the solution's tokens count.
 
-    At least half are long chains of lookups: there a small error of the keys shows. Then all tasks take turns.
+    At least half are long chains of lookups (shorter where those do not fit): there a small error of the keys shows. Then all tasks take turns.
     """
-    found, left = [], tokens
+    found: list[Passage] = []
+    left = tokens
     for attempt in range(200):
         most = min(longest, left)
         if most < 4 * PAGE_CELLS:
             break
         task, level = tasks.TASKS[attempt % len(tasks.TASKS)], "hard" if attempt % 2 else "medium"
         if attempt < 50 and 2 * left > tokens:
-            task, level = "chain", "hard"
+            task, level = "chain", "hard" if found or attempt < 10 else "medium"
         problem = tasks.make(task, rng, tasks.LEVELS.index(level))
         prompt = llm.tokenize(tasks.chat(problem.prompt).encode(), add_bos=True, special=True)
         if len(prompt) >= most:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,30 +16,32 @@ from ..core.errors import SettingsError
 from ..core.reference import PAGE_CELLS
 from .budget import Clock, Speed, least_tokens
 from .compare import Passage, compare_caches, feed, standard_error, work
-from .search import Calibration
-from .sensitivity import Collector, Reader, divergences, even_weights, measure_weights, parts_of
+from .search import NEGLIGIBLE, Calibration
+from .sensitivity import Collector, Reader, Sample, all_passes, divergences, measure_weights
 from .sizes import Formats
 from .steps import Steps
 
-LEAST_BY_HEAD = 2 * PAGE_CELLS  # tokens of a kind with which a head's effect is told from another's
 LONG_SAMPLE = 5 * PAGE_CELLS  # three times as many reach beyond the prompt of a long chain
 KEY_GROUPS = (128, 64)  # tokens per scale that are tried
+SPEED_SECONDS, SPEED_TOKENS = 2.0, 8 * PAGE_CELLS  # how long the speed is measured
 
 
-def measure_speed(llm: Llama) -> Speed:
-    """Of a model with llama.cpp's own cache."""
+def measure_speed(llm: Llama, load: float) -> Speed:
+    """Of a model with llama.cpp's own cache. load: seconds that it took to open it."""
     page = [i % llm.n_vocab() for i in range(min(PAGE_CELLS, llm.n_ctx() // 2))]
     llm.clear()
     feed(llm, page[:1], PAGE_CELLS, 1)  # the first time memory is set up, and the weights come from the disk
     begin = time.perf_counter()
     feed(llm, page[:1], PAGE_CELLS, 1)
     write = time.perf_counter() - begin
-    begin = time.perf_counter()
-    rows = feed(llm, page, PAGE_CELLS, len(page))
-    divergences(rows, rows, llm.n_threads)
-    read = len(page) / max(1e-9, time.perf_counter() - begin)
     llm.clear()
-    return Speed(read, write)
+    begin, n, taken = time.perf_counter(), 0, 0.0
+    while not n or taken < SPEED_SECONDS and n + len(page) <= min(llm.n_ctx(), SPEED_TOKENS):
+        rows = feed(llm, page, PAGE_CELLS, len(page))
+        divergences(rows, rows, llm.n_threads)
+        n, taken = n + len(page), time.perf_counter() - begin
+    llm.clear()
+    return Speed(n / max(1e-9, taken), write, load)
 
 
 def measure_speed_rounded(model: str, formats: Formats, speed: Speed, **options: Any) -> Speed:
@@ -51,7 +54,7 @@ def measure_speed_rounded(model: str, formats: Formats, speed: Speed, **options:
         tables = collector.tables(len(formats))
         begin = time.perf_counter()
         reader.divergence(formats, tables, lambda n: None)
-        return Speed(min(speed.read, reader.n_tokens / max(1e-9, time.perf_counter() - begin)), speed.write)
+        return replace(speed, read=min(speed.read, reader.n_tokens / max(1e-9, time.perf_counter() - begin)), load=min(speed.load, reader.load))
     finally:
         reader.close()
 
@@ -68,102 +71,121 @@ def read_whole(reader: Reader, n_layers: int, preset: Formats, steps: Steps, *, 
     whole = dict.fromkeys(reader.passages, 1.0)
     if compared:
         with steps("the preset of this size", reader.n_tokens) as progress:
-            begin = time.perf_counter()
             whole = reader.divergence(preset, tables, progress)
-    speed = reader.n_tokens / max(1e-9, time.perf_counter() - begin)
+    speed = (1 + compared) * reader.n_tokens / max(1e-9, time.perf_counter() - begin)
     return Calibration(reader, tables, {kind: max(kld, 1e-9) for kind, kld in whole.items()}, lambda n: None), speed
 
 
-def measure_parts(calibration: Calibration, probe: Formats, steps: Steps, speed: float, seconds: float, most: float) -> str:
-    """A sample is read with each part of the cache rounded by itself to the formats of `probe`; the weights follow. Returns what a part was.
+def passes_of_parts(formats: Formats, exact: bool) -> int:
+    """Passes over a sample in which the keys and values of every head are measured by themselves."""
+    return all_passes([layer.n_heads for layer in formats if layer is not None], exact)
 
-    A part is a head's keys or values if some pages of every kind can be read with each of them in `seconds`, else a layer's; the sample is as long
-    as `seconds` allow. Where even a short one would take more than `most`, neighbouring layers are one part; with no time at all parts weigh alike.
+
+def shares_of_sample(kinds: Collection[str]) -> int:
+    """Of a sample of n tokens, how many times n are read: three times as many of problems as of another kind."""
+    return len(kinds) + 2 * ("retrieval" in kinds)
+
+
+def measure_parts(calibration: Calibration, probe: Formats, steps: Steps, speed: float, seconds: float, *, exact: bool) -> tuple[str, float]:
+    """A sample is read with each part of the cache rounded by itself to the formats of `probe`, for so many seconds; the weights follow.
+
+    See `measure_weights`. The sample is as long as lets every head be measured, within limits. Returns what was not done, and tokens a second.
     """
     reader, tables = calibration.reader, calibration.tables
-    seen = [t for t, p in zip(tables, probe, strict=True) if t is not None and p is not None]
-    n_heads = 2 * sum(t.n_heads for t in seen)
-    n_shares = len(reader.passages) + 2 * ("retrieval" in reader.passages)  # three times as many tokens of problems as of another kind
-    affordable = seconds * speed / n_shares
-    by_head = affordable / (n_heads + len(seen)) >= LEAST_BY_HEAD
-    n_tokens = int(affordable / ((n_heads if by_head else 2 * len(seen)) + len(seen)))
-    clock = Clock(most / 60)
-    group, samples = 1, [reader.sample(max(n_tokens, LONG_SAMPLE) if n_tokens >= PAGE_CELLS else n_tokens), reader.sample(0)]
-    while True:
-        groups = parts_of(tables, probe, group, by_head=by_head)
-        n_passes = len(groups) + sum(map(len, groups))
-        for sample in samples:
-            work = n_passes * sum(n - 1 for some in sample.values() for _, n in some)
-            if work <= most * speed:
-                what = "head" if by_head else "layer" if group == 1 else f"{group} layers" if group < len(seen) else "all layers"
-                with steps(f"{n_passes - len(groups)} parts, one {what} at a time" if group == 1 else f"parts of {what}", work) as progress:
-                    done = measure_weights(reader, tables, probe, groups, sample=sample, progress=progress, enough=lambda: clock.taken() > 1.2 * most)
-                return what if done else ""
-        if by_head:
-            by_head = False
-        elif group >= len(seen):
-            even_weights(tables, probe, parts_of(tables, probe, 1, by_head=False), list(reader.passages))
-            return ""
-        else:
-            group *= 2
+    seen = [p if t is not None else None for t, p in zip(tables, probe, strict=True)]
+    n_layers, n_all = sum(p is not None for p in seen), passes_of_parts(seen, exact)
+    tokens = speed * max(0.0, seconds)
+    n = int(tokens / n_all / shares_of_sample(reader.passages))
+    sample = reader.sample(max(n, LONG_SAMPLE))
+    if tokens < 3 * n_layers * length(sample):
+        sample = reader.sample(0)
+    n_passes = max(2, min(n_all, int(tokens / length(sample))))
+    clock, done = Clock(seconds), 0
+
+    def enough(n: int) -> bool:
+        """Whether the next pass would end too late."""
+        nonlocal done
+        done = n
+        taken = clock.taken()
+        return taken * (1 + 1 / n) > seconds if n else seconds <= 0
+
+    with steps(f"parts of the cache, up to {n_passes} passes", n_passes * length(sample)) as progress:
+        groups = max(1, min(n_passes // 6, n_layers))
+        options: dict[str, Any] = {"sample": sample, "shares": calibration.shares, "progress": progress, "exact": exact, "enough": enough}
+        n_parts = measure_weights(reader, tables, seen, groups, **options)
+    taken, n_heads = clock.taken(), 2 * sum(p.n_heads for p in seen if p is not None)
+    speed = done * length(sample) / taken if done and taken > 0 else speed
+    if not n_parts:
+        return "no part of the cache was measured by itself", speed
+    return f"{n_parts} parts of the cache were measured instead of {n_heads}" if n_parts < n_heads else "", speed
+
+
+def length(sample: Sample) -> int:
+    """Tokens that a pass over it reads."""
+    return sum(n - 1 for some in sample.values() for _, n in some)
 
 
 @dataclass
 class Verdict:
-    """A kind of held-out text: the figures of caches by name, and the mean paired difference of divergence.
+    """A kind of held-out text: the figures of caches by name, and by how much they diverge more than `against`, the last of them.
 
-    difference: profile less what it could fall back to.
+    difference: mean and standard error of the paired difference, by name.
     """
 
     figures: dict[str, dict[str, Any]]
-    difference: float = 0.0
-    standard_error: float = 0.0
+    against: str
+    difference: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def profile(self) -> dict[str, Any]:
         """The figures of the profile."""
         return next(iter(self.figures.values()))
 
-    @property
-    def worse(self) -> bool:
-        """Whether the profile diverges more, by more than chance explains."""
-        return self.difference > 2 * self.standard_error
-
-    @property
-    def better(self) -> bool:
-        """Whether it diverges less, by more than chance explains."""
-        return self.difference < -2 * self.standard_error
-
 
 PROFILE = "this profile"
 
 
-def measure(model: str, caches: Mapping[str, str], passages: dict[str, list[Passage]], steps: Steps, **options: Any) -> dict[str, Verdict]:
+def is_better(verdicts: Mapping[str, Verdict], name: str, shares: Mapping[str, float]) -> bool:
+    """Whether a cache diverges less than what it is compared with, in the mean over the kinds of text, and on none more, by a standard error."""
+    gain = 0.0
+    for kind, verdict in verdicts.items():
+        mean, error = verdict.difference[name]
+        if mean > max(error, NEGLIGIBLE):
+            return False
+        own, other = (verdict.figures[each]["kld_mean"] + NEGLIGIBLE for each in (name, verdict.against))
+        gain += shares.get(kind, 0.0) * math.log(own / other)
+    return gain < 0
+
+
+def measure(
+    model: str, caches: Mapping[str, str], against: str, passages: dict[str, list[Passage]], steps: Steps, **options: Any
+) -> dict[str, Verdict]:
     """Caches on held-out text, by kind of text.
 
-    caches: what each is called, and its name for `open_cache`; the profile first, behind it what it could fall back to. options: `compare_caches`'s.
+    caches: what each is called, and its name for `open_cache`. against: which of them the others are compared with. options: `compare_caches`'s.
     """
     found = {}
     n = len(caches)
     with steps("measuring on text that was held out", work(n, [p for some in passages.values() for p in some], n)) as progress:
         for kind, some in passages.items():
             (group,) = compare_caches(model, list(caches.values()), some, progress=progress, at_once=n, lengths=[], **options)
-            measured = [group[name] for name in caches.values()]
-            found[kind] = Verdict({called: each.summary() for called, each in zip(caches, measured)})
-            if n > 1:
-                differences = [np.subtract(a.kld, b.kld) for a, b in zip(measured[0].passages, measured[1].passages, strict=True)]
+            measured = {called: group[name] for called, name in caches.items()}
+            verdict = found[kind] = Verdict({called: each.summary() for called, each in measured.items()}, against)
+            for called, each in measured.items():
+                differences = [np.subtract(a.kld, b.kld) for a, b in zip(each.passages, measured[against].passages, strict=True)]
                 mean = float(np.concatenate(differences).mean())
-                found[kind].difference, found[kind].standard_error = mean, standard_error(differences) or abs(mean) / 2
+                error = standard_error(differences)
+                verdict.difference[called] = mean, abs(mean) / 2 if error is None else error
     return found
 
 
-def record_of(kind: str, figures: dict[str, Any]) -> dict[str, Any]:
+def record_of(kind: str, figures: dict[str, Any], baseline: str) -> dict[str, Any]:
     """What a profile keeps of a measurement."""
     return {
         "text": kind,
         "tokens": figures["tokens"],
         "style": "decode",
-        "against": "f16",
+        "against": baseline,
         "kld_mean": figures["kld_mean"],
         "kld_median": figures["kld_median"],
         "kld_p999": figures["kld_99.9%"],

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.errors import SettingsError
 from ..core.files import PathLike, write_atomically
 from ..core.outputs import check_json, check_output
 
@@ -64,6 +65,28 @@ def check_result(path: PathLike, bench: str, *, force: bool, inputs: Iterable[Pa
     """Raises SettingsError unless a result of `bench` can be written there without a loss: what is replaced must be one, too."""
     check_output(path, "JSON", force=True, inputs=inputs)
     check_json(path, f"a result of {bench}", lambda found: isinstance(found, dict) and found.get("bench") == bench, force=force, inputs=inputs)
+
+
+def load_or_start(out: Path | None, fresh: dict[str, Any], restart: bool) -> dict[str, Any]:
+    """The result file of an earlier run, if there is one and it was made with the same model and settings.
+
+    Raises SettingsError if it was made with others.
+    """
+    if out is None or restart or not out.exists():
+        return fresh
+    try:
+        found = json.loads(out.read_text(encoding="utf-8"))
+        other = next((key for key in ("bench", "model", "settings") if found.get(key) != fresh[key]), None)
+        known = dict(found["files"]) if other is None else {}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError):
+        raise SettingsError(f"{out} is not a result of this program; give another --out, or --restart to replace it.") from None
+    if other is None:
+        changed = [name for name in fresh["files"] if name in known and known[name] != fresh["files"][name]]
+        if not changed:
+            newer = {key: fresh[key] for key in ("date", "command", "commit", "machine", "versions")}
+            return {**found, **newer, "files": {**known, **fresh["files"]}}
+        other = f"content of {changed[0]}"
+    raise SettingsError(f"{out} holds a run with another {other}; give another --out, or --restart to replace it.")
 
 
 def save_json(path: PathLike | None, result: dict[str, Any]) -> None:

@@ -16,10 +16,12 @@ from .sensitivity import Reader
 from .sizes import LONG_IN_WINDOWS, Formats
 
 TRUSTS = (1.0, 0.75)  # in the weights that were measured
+DOUBTS = (0.5, 0.25)  # if nothing was better than the preset with more trust
 TILTS = (0.5, 2.0)  # weight of keys against that of values, tried beside 1
 PAPER_RANGE = (0.1, 2.0)  # of both thresholds in the paper's search
 PAPER_TRIALS, PAPER_LEAST_TRIALS = 30, 8
 TOLERANCE = 0.05
+NEGLIGIBLE = 1e-5  # nats a token: what is smaller is no difference between caches
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Calibration:
         The geometric mean over the kinds of text; but where a kind is worse than with the preset by more than such samples tell apart, that counts.
         """
         found = self.reader.divergence(formats, self.tables, self.progress)
-        ratios = {kind: max(kld, 1e-9) / self.preset[kind] for kind, kld in found.items()}
+        ratios = {kind: (kld + NEGLIGIBLE) / (self.preset[kind] + NEGLIGIBLE) for kind, kld in found.items()}
         worst = max(ratios.values())
         value = worst if worst > 1 + TOLERANCE else math.exp(sum(share * math.log(ratios[kind]) for kind, share in self.shares.items()))
         if self.best is None or value < self.best[0]:
@@ -80,7 +82,19 @@ def best_formats(calibration: Calibration, bits: float, tries: int = 4, another:
     best, _ = min(tried, key=lambda settings: tried[settings][1])
     for tilt in TILTS:
         attempt(best, tilt)
+    for trust in DOUBTS:
+        if min(objective for _, objective in tried.values()) >= 1:
+            tries += 1
+            attempt(trust, 1.0)
     return min(tried.values(), key=lambda entry: entry[1])
+
+
+def more_than(calibration: Calibration, least: Formats, bits: float) -> Formats | None:
+    """Formats of which no head gets less than `least` gives it, with the bits that are left where they prevent most harm; None if there are none."""
+    try:
+        return allocate_by_kind(calibration.tables, bits, calibration.shares, least)
+    except ValueError:
+        return None
 
 
 def best_window(calibration: Calibration, sizes: Mapping[int, float]) -> int:

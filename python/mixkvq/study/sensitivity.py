@@ -7,6 +7,7 @@ which every query sees the cache that it would see token by token.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -182,10 +183,12 @@ class Reader:
 
     def _open(self, window: int) -> None:
         self.window = window
+        begin = time.perf_counter()
         self.llm = Llama(
             self._model, kv=Kv(window=window, sinks=self._sinks), codec=self.probe, n_ctx=self._n_ctx, n_batch=PAGE_CELLS, n_ubatch=PAGE_CELLS,
             n_threads=self._threads, n_threads_batch=self._threads, verbose=False, device=self._device,
         )  # fmt: skip
+        self.load = time.perf_counter() - begin  # seconds
 
     def change_window(self, window: int) -> None:
         """Go on with another window; what the exact cache predicts stays, if both windows end at pages."""
@@ -238,7 +241,7 @@ class Reader:
     def sample(self, tokens: int) -> Sample:
         """About so many tokens of every kind, three times as many of solved problems, but at least SHORT.
 
-        The first passages whose predictions begin early enough, the last one cut; if there are none, the shortest one.
+        The first passages whose predictions begin early enough, the last one cut; if there are none, the one that is shortest up to some predictions.
         """
         found: Sample = {}
         for kind, some in self.passages.items():
@@ -248,14 +251,17 @@ class Reader:
                 if n > left:
                     if left < (SHORT if passage.first == 1 else passage.first + 2 * PAGE_CELLS):
                         continue
-                    # Where it is cut into batches.
-                    n = 1 + max(c for c in cut(n - 1, "decode", [self.window]) if c <= left)
+                    n = self._cut(n, left)
                 found.setdefault(kind, []).append((i, n))
                 left -= n
             if kind not in found:
-                i = min(range(len(some)), key=lambda i: len(some[i].tokens))
-                found[kind] = [(i, len(some[i].tokens))]
+                n, i = min((min(len(p.tokens), max(left, p.first + 2 * PAGE_CELLS)), i) for i, p in enumerate(some))
+                found[kind] = [(i, n if n == len(some[i].tokens) else self._cut(len(some[i].tokens), n))]
         return found
+
+    def _cut(self, n: int, most: int) -> int:
+        """How many tokens of a passage of n are read, if at most `most` are: up to where it is cut into batches."""
+        return 1 + max(c for c in cut(n - 1, "decode", [self.window]) if c <= most)
 
     def passages_from(self, n_tokens: int) -> Sample:
         """The passages of so many tokens or more, whole; if there is none, all."""
@@ -294,76 +300,118 @@ Part = tuple[bool, list[tuple[int, list[int]]]]
 """A part of the cache: whether it is values, and the heads of each of its layers."""
 
 
-def parts_of(layers: Sequence[Tables | None], probe: Sequence[LayerProfile | None], group: int, *, by_head: bool) -> list[list[Part]]:
-    """The parts that are rounded one at a time, those of `group` neighbouring layers together: keys and values of a group, or of every head."""
+def parts_of(layers: Sequence[Tables | None], probe: Sequence[LayerProfile | None], n_groups: int) -> list[Part]:
+    """Keys and values, each, of so many groups of neighbouring layers."""
     seen = [(i, list(range(t.n_heads))) for i, (t, p) in enumerate(zip(layers, probe, strict=True)) if t is not None and p is not None]
-    groups = [seen[i : i + group] for i in range(0, len(seen), group)]
-    found = []
-    for some in groups:
-        pieces = [[(i, [h])] for i, heads in some for h in heads] if by_head else [some]
-        found.append([(is_value, piece) for piece in pieces for is_value in (False, True)])
-    return found
+    groups = [[seen[i] for i in group] for group in np.array_split(np.arange(len(seen)), min(n_groups, len(seen)))]
+    return [(is_value, group) for group in groups for is_value in (False, True)]
+
+
+def divided(part: Part) -> list[Part]:
+    """A part's two halves by layers; of one layer its heads. One part if it is a single head."""
+    is_value, piece = part
+    if len(piece) > 1:
+        return [(is_value, piece[: len(piece) // 2]), (is_value, piece[len(piece) // 2 :])]
+    ((layer, heads),) = piece
+    return [(is_value, [(layer, [head])]) for head in heads]
+
+
+def n_heads(part: Part) -> int:
+    """Heads of a part, counted in each of its layers."""
+    return sum(len(heads) for _, heads in part[1])
+
+
+def all_passes(heads: Sequence[int], exact: bool) -> int:
+    """Passes over the text in which every head is measured by itself, of layers with so many heads; see `measure_weights`."""
+    return sum((2 if exact else 3) + (2 * n if n > 1 else 0) for n in heads)
 
 
 def measure_weights(
     reader: Reader,
     layers: Sequence[Tables | None],
     probe: Sequence[LayerProfile | None],
-    groups: Sequence[Sequence[Part]],
+    n_groups: int,
     *,
     sample: Sample,
+    shares: Mapping[str, float],
     progress: Progress,
-    enough: Callable[[], bool] = lambda: False,
+    exact: bool = False,
+    enough: Callable[[int], bool] = lambda n_passes: False,
 ) -> int:
     """Sets the weights of `layers`: what rounding one part at a time to the formats of `probe` does to the predictions, per unit of its error.
 
-    groups: see `parts_of`. A part's effect on a kind of text is its share of the effects of all parts, so the sum over all parts of weight times
-    error is 1 for `probe`: for every kind, and for `key_weight` and `value_weight`, in which kinds count alike.
+    It begins with the keys and the values of `n_groups` groups of layers. Then the part that does most is divided, again and again: where little time
+    is, it goes to the heads that matter. shares: how much a kind of text counts in that.
 
-    Whatever changes a layer at all moves the predictions a little, through the rounding of all that comes behind it. What the group's values do at
-    8 bits is taken for that and subtracted.
+    A part's effect on a kind of text is its share of the effects of all parts, so the sum over all parts of weight times error is 1 for `probe`: for
+    every kind, and for `key_weight` and `value_weight`, in which kinds count alike. Unless arithmetic is exact, whatever changes a layer at all moves
+    the predictions, through the rounding of all that comes behind it. What the values of the part's first layer do at 8 bits is taken for that and
+    subtracted.
 
-    enough: asked before every part; once it says so the parts that are left count as the mean of the others. Returns how many were measured.
+    enough: asked before every pass, with the number of those that were made; once it says so, parts are not divided any further, and those that were
+    not measured at all count as the others. Returns how many parts were measured.
     """
-    parts: list[Part] = [part for group in groups for part in group]
-    effects: list[dict[str, float]] = []
-    for group in groups:
-        if enough():
-            break
-        reader.probe.rounding = {}
-        for i in {i for _, piece in group for i, _ in piece}:
-            tables = layers[i]
+    floors: dict[int, dict[str, float]] = {}
+    n_passes = 0
+
+    def divergence(rounding: dict[tuple[int, bool], list[KeyFormat | ValueFormat | None]]) -> dict[str, float]:
+        nonlocal n_passes
+        reader.probe.rounding = rounding
+        n_passes += 1
+        return reader.divergence_now(progress, sample, power=1)
+
+    def effect(part: Part) -> dict[str, float]:
+        is_value, piece = part
+        first = piece[0][0]
+        if exact:
+            floors[first] = dict.fromkeys(sample, 0.0)
+        if first not in floors:
+            tables = layers[first]
             assert tables is not None
-            reader.probe.rounding[i, True] = [ValueFormat(tables.size_v, 8)] * tables.n_heads
-        floor = reader.divergence_now(progress, sample, power=1)
-        for is_value, piece in group:
-            if enough():
+            floors[first] = divergence({(first, True): [ValueFormat(tables.size_v, 8)] * tables.n_heads})
+        rounding: dict[tuple[int, bool], list[KeyFormat | ValueFormat | None]] = {}
+        for i, heads in piece:
+            formats: Sequence[KeyFormat | ValueFormat] = _formats_of(layers[i], probe[i])[is_value]
+            rounding[i, is_value] = [f if h in heads else None for h, f in enumerate(formats)]
+        return {kind: max(0.0, kld - floors[first][kind]) for kind, kld in divergence(rounding).items()}
+
+    def measured(parts: Sequence[Part]) -> list[tuple[Part, dict[str, float]]]:
+        found = []
+        for part in parts:
+            if enough(n_passes):
                 break
-            reader.probe.rounding = {}
-            for i, heads in piece:
-                formats: Sequence[KeyFormat | ValueFormat] = _formats_of(layers[i], probe[i])[is_value]
-                reader.probe.rounding[i, is_value] = [f if h in heads else None for h, f in enumerate(formats)]
-            found = reader.divergence_now(progress, sample, power=1)
-            effects.append({kind: max(0.0, kld - floor[kind]) for kind, kld in found.items()})
-    n_measured = len(effects)
-    if not n_measured:
-        even_weights(layers, probe, groups, kinds=list(sample))
+            found.append((part, effect(part)))
+        return found
+
+    first = parts_of(layers, probe, n_groups)
+    leaves = measured(first)
+    if not leaves:
+        even_weights(layers, probe, list(sample))
         return 0
-    mean = {kind: sum(effect[kind] for effect in effects) / n_measured for kind in effects[0]}
-    effects += [mean] * (len(parts) - n_measured)
-    total = {kind: sum(effect[kind] for effect in effects) or 1.0 for kind in mean}
-    least = 1 / (20 * len(parts))  # a part whose rounding did not show on a short text is not free
-    norm = {kind: sum(max(effect[kind] / total[kind], least) for effect in effects) for kind in total}
-    shares = [{kind: max(effect[kind] / total[kind], least) / norm[kind] for kind in total} for effect in effects]
-    _set_weights(layers, probe, parts, shares)
+    n_measured = len(leaves)
+    per_head = {kind: sum(e[kind] for _, e in leaves) / sum(n_heads(part) for part, _ in leaves) for kind in sample}
+    leaves += [(part, {kind: n_heads(part) * x for kind, x in per_head.items()}) for part in first[n_measured:]]
+    while n_measured >= len(first) and (left := [leaf for leaf in leaves if len(divided(leaf[0])) > 1]):
+        total = {kind: sum(e[kind] for _, e in leaves) or 1.0 for kind in sample}
+        most = max(left, key=lambda leaf: sum(shares[kind] * e / total[kind] for kind, e in leaf[1].items()))
+        pieces = divided(most[0])
+        found = measured(pieces)
+        if len(found) < len(pieces):
+            break
+        leaves = [leaf for leaf in leaves if leaf is not most] + found
+        n_measured += len(found) - 1
+    total = {kind: sum(e[kind] for _, e in leaves) or 1.0 for kind in sample}
+    n_all = sum(n_heads(part) for part, _ in leaves)
+    # A part whose rounding did not show on a short text is not free.
+    raised = [{kind: max(e[kind] / total[kind], n_heads(part) / (20 * n_all)) for kind in total} for part, e in leaves]
+    norm = {kind: sum(share[kind] for share in raised) for kind in total}
+    _set_weights(layers, probe, [part for part, _ in leaves], [{kind: x / norm[kind] for kind, x in share.items()} for share in raised])
     return n_measured
 
 
-def even_weights(
-    layers: Sequence[Tables | None], probe: Sequence[LayerProfile | None], groups: Sequence[Sequence[Part]], kinds: Sequence[str]
-) -> None:
-    """Weights with which every part does the same harm at the formats of `probe`: where nothing of it was measured."""
-    parts = [part for group in groups for part in group]
+def even_weights(layers: Sequence[Tables | None], probe: Sequence[LayerProfile | None], kinds: Sequence[str]) -> None:
+    """Weights with which every layer's keys and values do the same harm at the formats of `probe`: where nothing of it was measured."""
+    parts = parts_of(layers, probe, len(layers))
     _set_weights(layers, probe, parts, [dict.fromkeys(kinds, 1 / len(parts)) for _ in parts])
 
 
@@ -371,6 +419,7 @@ def _set_weights(
     layers: Sequence[Tables | None], probe: Sequence[LayerProfile | None], parts: Sequence[Part], shares: Sequence[Mapping[str, float]]
 ) -> None:
     """shares: of each part in the harm of all, by kind of text."""
+    n_all = sum(map(n_heads, parts))
     for (is_value, piece), share in zip(parts, shares, strict=True):
         error = 0.0
         for i, heads in piece:
@@ -384,7 +433,7 @@ def _set_weights(
             weight, even, kinds = (
                 (tables.value_weight, tables.value_even, tables.value_kinds) if is_value else (tables.key_weight, tables.key_even, tables.key_kinds)
             )
-            even[heads] = 1 / (len(parts) * error)
+            even[heads] = n_heads((is_value, piece)) / (n_all * error)
             for kind, part in share.items():
                 kinds.setdefault(kind, np.ones(tables.n_heads))[heads] = part / error
             weight[heads] = np.mean([of[heads] for of in kinds.values()], axis=0)

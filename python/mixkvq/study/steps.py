@@ -6,6 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 
+def duration(seconds: float) -> str:
+    """A time for a person: seconds below a minute and a half, else minutes."""
+    return f"{max(1, round(seconds))} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+
+
 class Steps:
     """The steps of a study, silent; `mixkvq.cli.progress` shows them on a terminal."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from ..errors import ProfileError
 from .data import PREFIX, PROFILE_VERSION, LayerProfile, Profile
 from .file import read_profile, side_car, write_keys, write_profile
-from .found import with_profile
+from .found import known_name, known_profile, with_profile
 from .model import check_model, fingerprint, uniform_profile
 from .text import from_json, load_profile, read_json, to_json
 
@@ -25,6 +25,8 @@ __all__ = [
     "check_model",
     "fingerprint",
     "from_json",
+    "known_name",
+    "known_profile",
     "load_profile",
     "read_json",
     "read_profile",
