@@ -116,6 +116,9 @@ def commands(step: str, given: Given) -> list[list[str]]:
     if step == "restores":
         caches = ",".join((*PRESETS, "paper"))
         return [[str(ROOT / "bench" / "restores.py"), str(MODEL), "--kv", caches, "--threads", "1", "--windows", "1", "--out", "restores.json"]]
+    if step == "turns":
+        caches = ",".join((*PRESETS, "f16", "q8_0"))
+        return [[str(ROOT / "bench" / "turns.py"), str(MODEL), "--kv", caches, "--threads", "2", "--out", "turns.json"]]
     if step == "states":
         return [[str(ROOT / "bench" / "states.py"), str(MODEL), "--kv", "balanced,q8_0,f16", "--out", "states.json"]]
     if step == "speed":
@@ -144,6 +147,7 @@ STEPS = {
     "memory": ("memory",),
     "restores": ("restores",),
     "states": ("states",),
+    "turns": ("turns",),
     "exact": ("plain", "exact"),
     "timings": ("timings",),
     "speed": ("speed-builtin", "speed-8b-2layers"),
@@ -220,7 +224,7 @@ def run_step(step: str, given: Given, head: str) -> None:
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.option("--steps", default=",".join(step for step in STEPS if step not in QUIET), show_default=True, help="What is measured, in this order.")
+@click.option("--steps", default=",".join(step for step in STEPS if step not in (*QUIET, "turns")), show_default=True, help="What is measured, in this order.")
 @click.option("--novel", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Frankenstein as text.")
 @click.option("--wiki", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="wiki.test.raw of WikiText-2.")
 @click.option("--problems", type=click.IntRange(min=1), default=200, show_default=True, help="Problems that are solved with every cache.")

@@ -215,6 +215,14 @@ def memory_table() -> str:
     return table(["cache", "before the context", "context created", "full", "the cache by our own count"], rows) + source("memory")
 
 
+def turns_table() -> str:
+    found: dict[str, list[str]] = {}
+    for r in result("turns")["turns"]:
+        found.setdefault(r["cache"], []).append(f"{r['same']} of {r['of']}")
+    rows = [[f"`{cache}`", *cells] for cache, cells in found.items()]
+    return table(["cache", "A, cache in RAM", "B, cache in RAM", "A, slot files", "B, slot files"], rows) + source("turns")
+
+
 def states_table() -> str:
     rows = []
     for r in result("states")["states"]:
@@ -400,6 +408,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-attention": lambda: attention_alone(GPU),
     "memory": memory_table,
     "states": states_table,
+    "turns": turns_table,
     "restores": restores_table,
     "timings": timings_table,
     "quality": quality_short,
@@ -414,7 +423,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets_table,
 }
 
-MEASURED = ("calibration", "caches", "codecs", "codecs-published", "variations", "problems", "memory", "restores", "states")
+MEASURED = ("calibration", "caches", "codecs", "codecs-published", "variations", "problems", "memory", "restores", "states", "turns")
 COMMANDS = {name: f"make figures STEPS={name}" for name in MEASURED}
 COMMANDS |= dict.fromkeys(("plain", "exact"), "make figures STEPS=exact")
 COMMANDS |= {name: "make figures STEPS=speed" for name in ("speed-builtin", "speed-8b-2layers")}

@@ -2,9 +2,9 @@
 
     LLAMA_CPP_BIN=... .venv/bin/python bench/turns.py models/cot-tiny-34m-q8_0.gguf --out build/bench/turns.json
 
-Each conversation begins with a long text, the two have no first token in common, and every turn adds a question and the greedy answer to it. Alone, it
-has the server to itself from beginning to end. In turns, the server has one slot, and what a conversation held comes back either from its prompt cache in
-RAM, which llama-server uses by itself, or from a file by /slots. Tokens are given as numbers, so that nothing is tokenised twice.
+Each conversation begins with a long text, the two have no first token in common, and every turn adds a question and the greedy answer to it. Alone,
+it has the server to itself from beginning to end. In turns, the server has one slot, and what a conversation held comes back either from its prompt
+cache in RAM, which llama-server uses by itself, or from a file by /slots. Tokens are given as numbers, so that nothing is tokenised twice.
 """
 
 from __future__ import annotations

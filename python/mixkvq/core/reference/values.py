@@ -111,8 +111,8 @@ def _kept_mean(
     """The means that put rows z [n, Dv], which are rid of the means `near`, on the middles of their steps; only rows with a scale count.
 
     It is what the rows' distances from the middles say, or, where that leaves them far off or is another byte, 0 or a byte not far from `near` in the
-    list of bytes; where `near` is 0, `own` or one not far from it. Where several do, because they are whole steps apart, it is the one next to the `mean`
-    of the rows. Beside them how far off that leaves all numbers together, in 256ths of a step.
+    list of bytes; where `near` is 0, `own` or one not far from it. Where several do, because they are whole steps apart, it is the one next to the
+    `mean` of the rows. Beside them how far off that leaves all numbers together, in 256ths of a step.
     """
     z, step = z[scale > 0], unpack_scale(scale[scale > 0])
     inverse = reciprocal(step)
