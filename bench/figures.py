@@ -225,7 +225,7 @@ def run_step(step: str, given: Given, head: str) -> None:
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.option("--steps", default=",".join(step for step in STEPS if step not in ONLY_ASKED), show_default=True, help="What is measured, in this order.")
+@click.option("--steps", default=",".join(step for step in STEPS if step not in ONLY_ASKED), show_default=True, help="What is measured, in order.")
 @click.option("--novel", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Frankenstein as text.")
 @click.option("--wiki", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="wiki.test.raw of WikiText-2.")
 @click.option("--problems", type=click.IntRange(min=1), default=200, show_default=True, help="Problems that are solved with every cache.")
