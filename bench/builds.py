@@ -3,7 +3,7 @@
     .venv/bin/python bench/builds.py models/cot-tiny-34m-q8_0.gguf b91b90c ddea892 HEAD --out build/bench/builds.json
 
 Each commit is built in build/bench/builds, with the native benchmarks of the present tree. Then the builds take turns: in a model (many short rounds,
-whose median counts), then kernels of every instruction set and attention without a model (the best of some rounds counts). The first commit takes part
+whose median counts), then kernels of every instruction set and attention without one (the best of some rounds counts). The first commit takes part
 twice: what it differs from itself is noise. All of it is on one thread.
 """
 
@@ -99,7 +99,7 @@ def model_rounds(library: str, model: str) -> None:
     device = function("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)(b"MIXKVQ-CPU")
     of_model = llama_cpp.llama_model_default_params()
     devices = (ctypes.c_void_p * 2)(device, None)
-    of_model.devices, of_model.n_gpu_layers = ctypes.cast(devices, type(of_model.devices)), 999
+    of_model.devices, of_model.n_gpu_layers = ctypes.cast(devices, ctypes.c_void_p), 999
     loaded = llama_cpp.llama_model_load_from_file(os.fsencode(model), of_model)
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = TOKENS + 2 * UBATCH, UBATCH, UBATCH
@@ -139,16 +139,16 @@ def model_rounds(library: str, model: str) -> None:
         decode(TOKENS + DECODED + 1 - TOKENS // 4, 1)
         llama_cpp.llama_memory_seq_rm(memory, 1, -1, -1)
 
-    state = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(context))()
-    size = 0
+    state = (ctypes.c_uint8 * 0)()
 
     def save() -> None:
-        nonlocal size
-        size = llama_cpp.llama_state_get_data(context, state, len(state))
+        nonlocal state
+        state = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(context))()
+        llama_cpp.llama_state_get_data(context, state, len(state))
 
     def load() -> None:
         llama_cpp.llama_memory_clear(memory, True)
-        if not llama_cpp.llama_state_set_data(context, state, size):
+        if not llama_cpp.llama_state_set_data(context, state, len(state)):
             raise click.ClickException("llama.cpp did not take its own state back")
 
     steps: dict[str, Callable[[], None]] = {"prompt": read, "tokens": tokens, "shift": shift, "copy": copy, "save": save, "load": load}
@@ -211,8 +211,8 @@ def in_turn(n: int, turn: int) -> list[int]:
 @tool()
 @click.argument("model", type=Model())
 @click.argument("commits", nargs=-1, required=True)
-@click.option("--rounds", default=3, show_default=True, type=COUNT, help="Of the benchmarks without a model.")
-@click.option("--model-rounds", default=40, show_default=True, type=COUNT, help="Of each build in the model.")
+@click.option("--rounds", default=2, show_default=True, type=COUNT, help="Of the benchmarks without a model.")
+@click.option("--model-rounds", default=20, show_default=True, type=COUNT, help="Of each build in the model.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
 @force_option()
 def main(model: str, commits: tuple[str, ...], rounds: int, model_rounds: int, out: Path | None, force: bool) -> None:
