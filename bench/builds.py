@@ -2,9 +2,9 @@
 
     .venv/bin/python bench/builds.py models/cot-tiny-34m-q8_0.gguf b91b90c ddea892 HEAD --out build/bench/builds.json
 
-Each commit is built in build/bench/builds, with the native benchmarks of the present tree. Then the builds take turns: in a model (many short rounds,
-whose median counts), then kernels of every instruction set and attention without one (the best of some rounds counts). The first commit takes part
-twice: what it differs from itself is noise. All of it is on one thread.
+Each commit is built in build/bench/builds, with the native benchmarks of the present tree. Then the builds take turns: in a model (short rounds, of which
+the median counts), then kernels and attention without one (of which the best round counts). The first commit takes part twice: what it differs from
+itself is noise. All of it is on one thread, with the best instruction set unless --isa names others.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from typing import Any
 
 import click
 import llama_cpp
-from _common import COUNT, Model, check_result, describe, force_option, run, save_json, tool, wide_console
+from _common import COUNT, Model, check_result, describe, force_option, run, save_json, split_names, tool, wide_console
 from rich.table import Table
+from tables import build_ratios
 
 from bridge.backend import function
+from mixkvq.core.native import native
 
 ROOT = Path(__file__).parents[1]
 BUILDS = ROOT / "build" / "bench" / "builds"
 BENCHES = ("bench_kernels", "bench_attention")
-PRESET, UBATCH, TOKENS, DECODED = "balanced", 512, 2048, 64
+PRESET, UBATCH, TOKENS, DECODED = "balanced", 512, 1024, 64
 
 
 # ---- builds ----------------------------------------------------------------------------------------------
@@ -62,10 +64,14 @@ def build(commit: str) -> Path:
 # ---- without a model -------------------------------------------------------------------------------------
 
 
-def kernels(folder: Path) -> dict[str, float]:
-    """Nanoseconds, by what bench_kernels prints them for."""
+def output(isa: str, *command: Path | str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"MIXKVQ_ISA": isa}).stdout
+
+
+def kernels(text: str) -> dict[str, float]:
+    """What bench_kernels prints: nanoseconds by instruction set, format, kernel and number of queries."""
     found, isa, counts = {}, "", []
-    for line in subprocess.run([folder / "bench_kernels"], capture_output=True, text=True, check=True).stdout.splitlines():
+    for line in text.splitlines():
         if head := re.match(r"(\w+), head size", line):
             isa, counts = head[1], re.findall(r"n=(\d+)", line)
         elif line.startswith("  "):
@@ -75,10 +81,10 @@ def kernels(folder: Path) -> dict[str, float]:
     return found
 
 
-def attention(folder: Path) -> dict[str, float]:
-    """Milliseconds of attention, microseconds a token of packing."""
+def attention(text: str) -> dict[str, float]:
+    """What bench_attention prints: milliseconds of attention, microseconds a token of packing."""
     found, isa = {}, ""
-    for line in subprocess.run([folder / "bench_attention", "1"], capture_output=True, text=True, check=True).stdout.splitlines():
+    for line in text.splitlines():
         if head := re.match(r"(\w+), .*: packing ([\d.]+) us", line):
             isa = head[1]
             found[f"{isa}, packing"] = float(head[2])
@@ -90,7 +96,7 @@ def attention(folder: Path) -> dict[str, float]:
 # ---- in a model ------------------------------------------------------------------------------------------
 
 
-def model_rounds(library: str, model: str) -> None:
+def serve_rounds(library: str, model: str) -> None:
     """The process of a build: for each line on stdin it does everything once, and prints processor time in milliseconds."""
     llama_cpp.llama_log_set(_silent, None)
     llama_cpp.llama_backend_init()
@@ -211,18 +217,21 @@ def in_turn(n: int, turn: int) -> list[int]:
 @tool()
 @click.argument("model", type=Model())
 @click.argument("commits", nargs=-1, required=True)
-@click.option("--rounds", default=2, show_default=True, type=COUNT, help="Of the benchmarks without a model.")
-@click.option("--model-rounds", default=20, show_default=True, type=COUNT, help="Of each build in the model.")
+@click.option("--rounds", default=1, show_default=True, type=COUNT, help="Of the benchmarks without a model.")
+@click.option("--model-rounds", default=8, show_default=True, type=COUNT, help="Of each build in the model.")
+@click.option("--isa", help="Instruction sets, comma-separated.  [default: the best of this machine]")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
 @force_option()
-def main(model: str, commits: tuple[str, ...], rounds: int, model_rounds: int, out: Path | None, force: bool) -> None:
+def main(model: str, commits: tuple[str, ...], rounds: int, model_rounds: int, isa: str | None, out: Path | None, force: bool) -> None:
     if out is not None:
         check_result(out, "builds", force=force, inputs=(model,))
     try:
         names = [git("rev-parse", "--verify", "--short=7", f"{c}^{{commit}}").decode().strip() for c in commits]
     except subprocess.CalledProcessError:
         raise click.UsageError(f"{' '.join(commits)}: not all of these are commits of this repository.") from None
+    sets = split_names(isa) if isa else [native().isa()]
     settings = {
+        "isa": sets,
         "commits": names,
         "preset": PRESET,
         "tokens": TOKENS,
@@ -236,6 +245,10 @@ def main(model: str, commits: tuple[str, ...], rounds: int, model_rounds: int, o
     folders = [build(name) for name in names]
     folders.append(folders[0])
     result["builds"] = [*names, f"{names[0]} again"]
+
+    def of_sets(*command: Path | str) -> str:
+        return "".join(output(name, *command) for name in sets)
+
     turns: list[list[dict[str, float]]] = [[] for _ in folders]
     processes = [InModel(folder, model) for folder in folders]
     for turn in range(model_rounds + 1):  # the first one warms up
@@ -247,33 +260,18 @@ def main(model: str, commits: tuple[str, ...], rounds: int, model_rounds: int, o
         process.close()
     result["model_ms"] = {step: [statistics.median(t[step] for t in each) for each in turns] for step in turns[0][0]}
     save_json(out, result)
-    result["attention_ms"] = best(folders, attention, rounds)
+    result["attention_ms"] = best(folders, lambda folder: attention(of_sets(folder / "bench_attention", "1")), rounds)
     save_json(out, result)
-    result["kernels_ns"] = best(folders, kernels, rounds)
+    result["kernels_ns"] = best(folders, lambda folder: kernels(of_sets(folder / "bench_kernels")), rounds)
     save_json(out, result)
     table = Table("figure", *result["builds"], title=f"Processor time over that of {names[0]}: geometric means, and extremes")
-    for name, ratios in summary(result):
+    for name, ratios in build_ratios(result):
         table.add_row(name, *(f"{mean:.3f}" if low == high else f"{mean:.3f} ({low:.2f} to {high:.2f})" for mean, low, high in ratios))
     wide_console().print(table)
 
 
-def summary(result: dict[str, Any]) -> list[tuple[str, list[tuple[float, float, float]]]]:
-    """Rows: what, and for each build the ratio to the first, the least and the greatest ratio of what it is the mean of."""
-
-    def row(name: str, figures: list[list[float]]) -> tuple[str, list[tuple[float, float, float]]]:
-        builds = ([f[i] / f[0] for f in figures] for i in range(len(result["builds"])))
-        return name, [(statistics.geometric_mean(ratios), min(ratios), max(ratios)) for ratios in builds]
-
-    rows = [row(f"in a model: {name}", [figures]) for name, figures in result["model_ms"].items()]
-    for name, pattern in (("packing", "packing"), ("1 token", r"1 tokens"), ("64 tokens", r"64 tokens")):
-        rows.append(row(f"attention alone: {name}", [f for key, f in result["attention_ms"].items() if key.split(", ")[1].startswith(pattern)]))
-    for name in dict.fromkeys(key.split(", ")[-2] for key in result["kernels_ns"]):
-        rows.append(row(f"kernels: {name}", [f for key, f in result["kernels_ns"].items() if key.split(", ")[-2] == name]))
-    return rows
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--process"]:
-        model_rounds(*sys.argv[2:])
+        serve_rounds(*sys.argv[2:])
     else:
         sys.exit(run(main, "bench/builds.py"))
