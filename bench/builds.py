@@ -2,9 +2,9 @@
 
     .venv/bin/python bench/builds.py models/cot-tiny-34m-q8_0.gguf b91b90c ddea892 HEAD --out build/bench/builds.json
 
-Each commit is built in build/bench/builds, with the native benchmarks of the present tree. Then the builds take turns: in a model (short rounds, of which
-the median counts), then kernels and attention without one (of which the best round counts). The first commit takes part twice: what it differs from
-itself is noise. All of it is on one thread, with the best instruction set unless --isa names others.
+Each commit is built in build/bench/builds, with the native benchmarks of the present tree. Then the builds take turns: in a model (short rounds, of
+which the median counts), then kernels and attention without one (of which the best round counts). The first commit takes part twice: what it differs
+from itself is noise. All of it is on one thread, with the best instruction set unless --isa names others.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ def test_twelve_restores_change_no_prediction(cache, kind):
     llm = open_model(MODEL, cache, n_ctx=768, n_batch=512, n_threads=1)
     tokens = llm.tokenize(restores.TEXT.read_bytes()[:8192])[:512]
     assert len(tokens) == 512
-    before, after = (restores.predictions(llm, tokens, 448, rounds, kind) for rounds in (0, 12))
+    before, after = restores.predictions(llm, tokens, 448, [0, 12], kind)
     llm.close()
     np.testing.assert_array_equal(before, after)
 
