@@ -120,9 +120,9 @@ def commands(step: str, given: Given) -> list[list[str]]:
     if step == "restores-real":
         fixed = ["--kv", "near-lossless,balanced,mix2.4", "--rounds", "0,1,4,12", "--threads", "1", "--windows", "1"]
         return [[str(ROOT / "bench" / "restores.py"), *given.models, *fixed, "--out", "restores-real.json"]]
-    if step == "builds":
+    if step == "commits":
         before, after = REFACTORING
-        return [[str(ROOT / "bench" / "builds.py"), str(MODEL), before, after, "HEAD", "--out", "builds.json"]]
+        return [[str(ROOT / "bench" / "commits.py"), str(MODEL), before, after, "HEAD", "--out", "commits.json"]]
     if step == "turns":
         caches = ",".join((*PRESETS, "f16", "q8_0"))
         return [[str(ROOT / "bench" / "turns.py"), str(MODEL), "--kv", caches, "--threads", "2", "--out", "turns.json"]]
@@ -154,7 +154,7 @@ STEPS = {
     "memory": ("memory",),
     "restores": ("restores",),
     "restores-real": ("restores-real",),
-    "builds": ("builds",),
+    "commits": ("commits",),
     "states": ("states",),
     "turns": ("turns",),
     "exact": ("plain", "exact"),
@@ -164,7 +164,7 @@ STEPS = {
 """The files that a step leaves in bench/results."""
 
 QUIET = ("speed", "states", "timings")  # on a machine that does nothing else
-ONLY_ASKED = (*QUIET, "turns", "restores-real", "builds")  # or with LLAMA_CPP_BIN: the folder with a llama-server
+ONLY_ASKED = (*QUIET, "turns", "restores-real", "commits")  # or with LLAMA_CPP_BIN: the folder with a llama-server
 NEEDS_TEXTS = ("caches", "codecs", "codecs-published", "variations")
 
 

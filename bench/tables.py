@@ -256,14 +256,14 @@ def build_ratios(result: dict[str, Any]) -> list[tuple[str, list[tuple[float, fl
     return rows
 
 
-def builds_table() -> str:
+def commits_table() -> str:
     """Processor time over that of the first commit: means, and extremes where there are several."""
-    found = result("builds")
+    found = result("commits")
     rows = []
     for name, ratios in build_ratios(found):
         each = (f"{mean:.3f}" if low == high else f"{mean:.3f} ({low:.2f} to {high:.2f})" for mean, low, high in ratios[1:])
         rows.append([name, *each])
-    return table(["processor time", *found["builds"][1:]], rows) + source("builds")
+    return table(["processor time", *found["builds"][1:]], rows) + source("commits")
 
 
 def timings_table() -> str:
@@ -437,7 +437,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "turns": turns_table,
     "restores": restores_table,
     "restores-real": partial(restores_table, "restores-real"),
-    "builds": builds_table,
+    "commits": commits_table,
     "timings": timings_table,
     "quality": quality_short,
     "caches": caches_table,
@@ -451,7 +451,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets_table,
 }
 
-MEASURED = ("calibration", "caches", "codecs", "codecs-published", "variations", "problems", "memory", "restores", "states", "turns", "builds")
+MEASURED = ("calibration", "caches", "codecs", "codecs-published", "variations", "problems", "memory", "restores", "states", "turns", "commits")
 COMMANDS = {name: f"make figures STEPS={name}" for name in MEASURED}
 COMMANDS |= dict.fromkeys(("plain", "exact"), "make figures STEPS=exact")
 COMMANDS["restores-real"] = "make figures STEPS=restores-real MODELS=..."

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import _common
-import builds
+import commits
 import cuda_trace
 import imports
 import llama_bench
@@ -403,15 +403,15 @@ avx512_vnni, balanced, 1 threads, 32 query / 8 KV heads of 128: packing 1.25 us 
 """
 
 
-def test_builds_against_each_other():
+def test_commits_against_each_other():
     """What the native benchmarks print is understood, and ratios are to the first build."""
-    found = builds.kernels(KERNELS)
+    found = commits.kernels(KERNELS)
     keys = "avx2, keys 8@4 4@5/16 2@rest, "
     assert found == {
         **{keys + "pack, 1": 9187, keys + "scores, 1": 1500, keys + "scores, 4": 3000},
         **{"avx2, F16 rows, values, 1": 900, "avx2, F16 rows, values, 4": 1800, "avx512, values 2 bits, groups of 32, again, 1": 2000},
     }
-    alone = builds.attention(ATTENTION)
+    alone = commits.attention(ATTENTION)
     assert alone == {"avx512_vnni, packing": 1.25, "avx512_vnni, 1 tokens at 4096": 0.5, "avx512_vnni, 64 tokens at 16384": 21}
     twice = {key: [x, 2 * x] for key, x in found.items()}
     twice["avx2, F16 rows, values, 4"] = [1800, 14400]

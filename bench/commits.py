@@ -1,8 +1,8 @@
 """Whether a change of the C++ code costs speed: commits of this repository against each other, in processor time, as others may use the machine.
 
-    .venv/bin/python bench/builds.py models/cot-tiny-34m-q8_0.gguf b91b90c ddea892 HEAD --out build/bench/builds.json
+    .venv/bin/python bench/commits.py models/cot-tiny-34m-q8_0.gguf b91b90c ddea892 HEAD --out build/bench/commits.json
 
-Each commit is built in build/bench/builds, with the native benchmarks of the present tree. Then the builds take turns: in a model (short rounds, of
+Each commit is built in build/bench/commits, with the native benchmarks of the present tree. Then the builds take turns: in a model (short rounds, of
 which the median counts), then kernels and attention without one (of which the best round counts). The first commit takes part twice: what it differs
 from itself is noise. All of it is on one thread, with the best instruction set unless --isa names others.
 """
@@ -33,7 +33,7 @@ from bridge.backend import function
 from mixkvq.core.native import native
 
 ROOT = Path(__file__).parents[1]
-BUILDS = ROOT / "build" / "bench" / "builds"
+BUILDS = ROOT / "build" / "bench" / "commits"
 BENCHES = ("bench_kernels", "bench_attention")
 PRESET, UBATCH, TOKENS, DECODED = "balanced", 512, 1024, 64
 
@@ -224,7 +224,7 @@ def in_turn(n: int, turn: int) -> list[int]:
 @force_option()
 def main(model: str, commits: tuple[str, ...], rounds: int, model_rounds: int, isa: str | None, out: Path | None, force: bool) -> None:
     if out is not None:
-        check_result(out, "builds", force=force, inputs=(model,))
+        check_result(out, "commits", force=force, inputs=(model,))
     try:
         names = [git("rev-parse", "--verify", "--short=7", f"{c}^{{commit}}").decode().strip() for c in commits]
     except subprocess.CalledProcessError:
@@ -241,7 +241,7 @@ def main(model: str, commits: tuple[str, ...], rounds: int, model_rounds: int, i
         "model_rounds": model_rounds,
         "threads": 1,
     }
-    result = describe("builds", Path(model), settings, out)
+    result = describe("commits", Path(model), settings, out)
     folders = [build(name) for name in names]
     folders.append(folders[0])
     result["builds"] = [*names, f"{names[0]} again"]
@@ -274,4 +274,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--process"]:
         serve_rounds(*sys.argv[2:])
     else:
-        sys.exit(run(main, "bench/builds.py"))
+        sys.exit(run(main, "bench/commits.py"))
