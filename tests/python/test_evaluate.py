@@ -666,6 +666,13 @@ def test_problems_from_a_file(tmp_path, capfd):
     part = json.loads(out.read_text())["problems"]
     assert code == 0 and "4 problems, gsm.jsonl" in printed and part["count"] == 4
     assert part["summary"]["f16"]["correct"] == part["summary"]["balanced"]["correct"] == 3
+    code, printed, _ = run(
+        capfd, MODEL, "--problems-file", file, "--shots", 2, "--max-tokens", 3, "--kv", "balanced", "--restart", "--out", out, *THREADS
+    )  # fmt: skip
+    part = json.loads(out.read_text())["problems"]
+    assert code == 0 and part["shots"] == 2 and part["count"] == 2 and "2 problems" in printed
+    code, _, err = run(capfd, MODEL, "--problems", 2, "--shots", 2, "--kv", "balanced", *THREADS)
+    assert code == 2 and "--shots needs --problems-file" in err
     drawn = problems.NumberFile(file).draw(1, 2)
     assert drawn == problems.NumberFile(file).draw(1, None)[:2] and drawn[0]["prompt"].endswith(problems.INSTRUCTION)
 
