@@ -251,7 +251,8 @@ def timings_table() -> str:
             where = machine.get("gpu", f"{machine['cores']} cores")
             shares = [f"{100 * each['outside_llama']:.0f} %" for each in (e, c)]
             rows.append([r["name"], where, f"{e['seconds']:.1f}", shares[0], f"{c['seconds']:.0f}", f"{c['seconds_said']:.0f}", shares[1]])
-    head = ["model", "machine", "evaluate, s", "outside llama.cpp", "calibrate, s", "as said, s", "outside llama.cpp"]
+            rows[-1].append(f"{r['answers']['seconds']:.0f}" if "answers" in r else "")
+    head = ["model", "machine", "evaluate, s", "outside llama.cpp", "calibrate, s", "as said, s", "outside llama.cpp", "144 problems, s"]
     return table(head, rows) + source(*names)
 
 
