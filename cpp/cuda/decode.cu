@@ -12,6 +12,7 @@
 #include "common.cuh"
 #include "decode.cuh"
 #include "observe.cuh"
+#include "prefill.cuh"
 
 #include <algorithm>
 #include <atomic>
@@ -22,6 +23,7 @@ namespace {
 
 constexpr int kMostRows = 8;    // query vectors of a KV head that a block serves
 constexpr int kMostTiles = 8;   // tiles of as many; with more prefill.cu is faster
+constexpr int kFewTiles = 4, kSmallShared = 160 * 1024;  // with more than these it is, too, where an SM holds few pairs
 constexpr int kMostPairs = 4;   // in a block
 constexpr int kMostSplits = 512, kAlonePages = 4;
 constexpr int kAhead = 11;  // parts of a row that a warp loads at once to join them
@@ -1404,6 +1406,7 @@ Plan make_plan(const Attention & c) {
 
     const Gpu gpu = current_gpu();
     const int most_bytes = gpu.shared - 2048;  // less what the kernel declares itself
+    if (n_tiles(c, kMostRows) > kFewTiles && gpu.shared < kSmallShared && prefill_workspace(c) > 0) return plan;
 
     cut.n_pages = (c.n_kv + kPageCells - 1) / kPageCells;
     int blocks = 0;
