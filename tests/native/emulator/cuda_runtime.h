@@ -77,6 +77,7 @@ constexpr int kWarpLanes = 32;
 constexpr int kWords = 16;  // that a lane shows the others of its warp
 
 void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()> & kernel);
+constexpr int kShared = 227 * 1024;  // bytes of a block
 void later(Work work);  // queues it on a stream
 void finish();          // does all that is queued
 void begin_order(unsigned number);  // one of many orders in which threads, blocks and queues take turns
@@ -273,7 +274,7 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp * properties, int devi
 }
 inline cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute, int) {
     *value = attribute == cudaDevAttrMultiProcessorCount              ? 24
-             : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
+             : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulator::kShared
              : attribute == cudaDevAttrComputeCapabilityMajor       ? 8
              : attribute == cudaDevAttrMemoryPoolsSupported         ? 1
                                                                     : 1 << 20;
@@ -286,7 +287,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, Function *) {
 inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) { return cudaSuccess; }
 template <class Function>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int * n, Function *, int threads, size_t shared_bytes) {
-    return *n = int(std::min<size_t>(1024 / threads, 227 * 1024 / (shared_bytes + 1024))), cudaSuccess;
+    return *n = int(std::min<size_t>(1024 / threads, (emulator::kShared + 1024) / (shared_bytes + 1024))), cudaSuccess;
 }
 
 // One order of work for all streams: events say nothing that it does not.

@@ -22,7 +22,7 @@ dim3 grid_size, block_size;
 
 namespace {
 
-constexpr size_t kStack = 128 * 1024, kShared = 256 * 1024;
+constexpr size_t kStack = 128 * 1024;
 
 struct Started {
     std::vector<std::pair<int, Work>> list;  // by group
@@ -174,7 +174,7 @@ uint8_t * dynamic_shared() {
 }
 
 void run(dim3 grid, int n, size_t shared_bytes, const std::function<void()> & kernel) {
-    if (n < 1 || n > kMostThreads || shared_bytes > kShared) std::fprintf(stderr, "emulator: a block of %d threads, %zu bytes\n", n, shared_bytes), std::abort();
+    if (n < 1 || n > kMostThreads || shared_bytes > size_t(kShared)) std::fprintf(stderr, "emulator: a block of %d threads, %zu bytes\n", n, shared_bytes), std::abort();
     while (int(threads.size()) < n) {
         threads.push_back(std::make_unique<Thread>());
         Thread & t = *threads.back();
