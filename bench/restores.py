@@ -75,7 +75,7 @@ def predictions(llm: Any, tokens: list[int], read: int, counts: list[int], kind:
         for i in range(n):
             load(llm, kind, state)
             state = save(llm, kind) if i + 1 < n else None
-        found.append(feed(llm, tokens[read:], BATCH, len(tokens) - read))
+        found.append(np.array(feed(llm, tokens[read:], BATCH, len(tokens) - read)))  # which llama.cpp writes over
     return found
 
 
