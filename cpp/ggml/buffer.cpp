@@ -8,7 +8,7 @@
 #include "buffer.h"
 #include "state.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 namespace {
 
@@ -605,7 +605,14 @@ void take_dry(const ggml_tensor * tensor) {
 }
 
 void init_buffer_type(Device & device) {
-    device.type = {{buft_name, alloc_buffer, get_alignment, nullptr, get_alloc_size, is_host}, &device.ggml, &device};
+    ggml_backend_buffer_type_i & iface = device.type.iface = {};
+    iface.get_name = buft_name;
+    iface.alloc_buffer = alloc_buffer;
+    iface.get_alignment = get_alignment;
+    iface.get_alloc_size = get_alloc_size;
+    iface.is_host = is_host;
+    device.type.device = &device.ggml;
+    device.type.context = &device;
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

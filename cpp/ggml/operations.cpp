@@ -8,7 +8,7 @@
 
 #include "border.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 namespace {
 
@@ -55,7 +55,7 @@ bool is_view(ggml_op op) {
 }
 
 Kind kind_of(const ggml_tensor * node) {
-    if (is_view(node->op) || !(node->flags & GGML_TENSOR_FLAG_COMPUTE) || ggml_is_empty(node)) return Kind::view;
+    if (is_view(node->op) || (has_compute_flag && !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) || ggml_is_empty(node)) return Kind::view;
     CacheTensor * to = cache_of(node);
     bool any = to && !is_as_it_is(*to);
     for (int i = 0; i < GGML_MAX_SRC && !any; ++i) {
@@ -256,4 +256,4 @@ ggml_status run_node(ggml_backend_t backend, ggml_tensor * node) {
     return status;
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -8,7 +8,7 @@
 #include "buffer.h"
 #include "mixkvq/attention.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 enum class Kind {
     view,    // computes nothing
@@ -80,4 +80,4 @@ struct OnCopies {
 void warn_unpacked(const ggml_tensor * op);
 ggml_status run_node(ggml_backend_t backend, ggml_tensor * node);  // may return before it is done
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE
