@@ -81,7 +81,7 @@ test: .venv/.installed $(NATIVE)/.built
 # Python 3.10 gets the oldest versions of all libraries that pyproject.toml allows.
 pythons: .venv/.llama
 	@mkdir -p build/pythons
-	@sed -n '/^dependencies/,/^]/s/^ *"\([A-Za-z0-9_-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml >build/pythons/oldest.txt
+	@sed -n '/^dependencies/,/^]/{/llama-cpp-python/!s/^ *"\([A-Za-z0-9_-]*\)>=\([0-9.]*\).*/\1==\2/p}' pyproject.toml >build/pythons/oldest.txt
 	@$(PIP) wheel --quiet --no-deps --wheel-dir build/pythons --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
 	@for python in $(PYTHONS); do \
 	    command -v $$python >/dev/null || { echo "make pythons: there is no $$python" >&2; exit 1; }; \

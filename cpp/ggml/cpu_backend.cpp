@@ -45,6 +45,7 @@ ggml_status write_rows(BackendContext & backend, CacheTensor & t, const ggml_ten
     if (!t.store->settle(backend.n_threads)) return GGML_STATUS_FAILED;  // normally nothing to do: the attention of the last batch did it
     if (!find_cells(t, op, op->src[1]->data, backend.cells)) return GGML_STATUS_FAILED;
     t.store->write(backend.cells.data(), int(backend.cells.size()), rows_of(op, /*on_host=*/true));
+    warn_unread(t);
     return GGML_STATUS_SUCCESS;
 }
 

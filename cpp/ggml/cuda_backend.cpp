@@ -264,6 +264,7 @@ ggml_status Run::write(CacheTensor & t, const ggml_tensor * op) {
     if (!t.store->settle(1)) return GGML_STATUS_FAILED;  // normally nothing to do
     if (!find_cells(t, op, indices_of(op->src[1], queue), c_.cells)) return GGML_STATUS_FAILED;
     t.store->write(c_.cells.data(), int(c_.cells.size()), rows_of(op, /*on_host=*/false));
+    warn_unread(t);
     return GGML_STATUS_SUCCESS;
 }
 

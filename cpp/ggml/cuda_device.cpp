@@ -247,7 +247,8 @@ std::vector<std::unique_ptr<Device>> find_cuda_devices(std::vector<LeftOut> & le
         ggml_backend_dev_get_props(inner, &props);
         auto device = std::make_unique<CudaDevice>();
         device->number = props.device_id ? cuda::device_of_bus(props.device_id) : -1;
-        const char * const why = device->number < 0 ? "CUDA does not show it" : cuda::unavailable(device->number);
+        const char * why = device->number < 0 ? "CUDA does not show it" : cuda::unavailable(device->number);
+        if (asserts_sizes) why = "this ggml is built with assertions (without NDEBUG), which want a cache of nominal size";
         if (why) {
             left_out.push_back({ggml_backend_dev_name(inner), why});
             continue;

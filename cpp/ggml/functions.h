@@ -4,7 +4,7 @@
 #include <string>
 
 #include "abi.h"
-#include "entry.h"
+#include "library.h"
 
 namespace mixkvq::MIXKVQ_GLUE {
 

@@ -245,6 +245,14 @@ void warn_unpacked(const ggml_tensor * op) {
     warn_once("an attention of " + k->name + " has a form that the packed kernels do not serve; it is unpacked for every token");
 }
 
+void warn_unread(const CacheTensor & t) {
+    if (t.mode != CacheTensor::Mode::undecided) return;
+    const StoreShape & shape = t.store->shape();
+    const int kept = (shape.sinks + kPageCells - 1) / kPageCells + (shape.window + kPageCells - 1) / kPageCells + 1;
+    if (t.store->pages_half() <= kept) return;
+    warn_once("the cache is not packed: nothing reads " + t.name + " in a way that MixKVQ knows; llama.cpp may be newer than this MixKVQ", "unread");
+}
+
 ggml_status run_node(ggml_backend_t backend, ggml_tensor * node) {
     ggml_init_params params = {ggml_graph_overhead_custom(4, false) + 1024, nullptr, true};
     ggml_context * ctx = ggml_init(params);

@@ -1,12 +1,10 @@
-// What the entry point and the layouts know of each other.
+// The ggml that loads this library, as far as it does not depend on the layout of its structs.
 #pragma once
-
-#include <string>
 
 namespace mixkvq {
 
-// The ggml that loads this library. A process may hold several (copies of libggml under one name), so it is found by the address that called
-// ggml_backend_init, and all its functions are looked up in that library and those that it depends on.
+// A process may hold several (copies of libggml under one name), so the right one is found by the address that called ggml_backend_init, and all its functions
+// are looked up in that library and those that it depends on.
 class GgmlLibrary {
   public:
     // caller: an address in it.
