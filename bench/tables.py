@@ -258,6 +258,19 @@ def timings_table() -> str:
 # ---- quality ---------------------------------------------------------------------------------------------
 
 
+def compatibility_table() -> str:
+    """Of every build: what it is, its sizes, the mean divergence of every operation, and whether it passes."""
+    found = result("compatibility")["builds"]
+    rows = []
+    for name, build in found.items():
+        package = {"pypi": "PyPI", "npm": "npm"}[build["package"]]
+        klds = [f"{figures['kld_mean']:.4f}" for figures in build.get("operations", {}).values()]
+        sizes = f"{build['mib']:.1f} / {build['mib_f16']:.1f}" if klds else ""
+        rows.append([name, package, build.get("ggml", ""), build.get("layout", ""), sizes, *(klds or [""] * 6), "; ".join(build["faults"]) or "passes"])
+    head = ["build", "from", "ggml", "layout", "MiB / F16", "prompt", "64 tokens", "shift", "two streams", "state out", "state in", ""]
+    return table(head, rows) + source("compatibility")
+
+
 def by_bits(caches: dict[str, Any]) -> list[str]:
     """The noise floor, then by falling bits."""
     return sorted(caches, key=lambda name: -caches[name]["body_bits"])
@@ -411,6 +424,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "turns": turns_table,
     "restores": restores_table,
     "timings": timings_table,
+    "compatibility": compatibility_table,
     "quality": quality_short,
     "caches": caches_table,
     "exact": exact_table,
@@ -430,6 +444,7 @@ COMMANDS |= {name: "make figures STEPS=speed" for name in ("speed-builtin", "spe
 COMMANDS |= {name: "make figures STEPS=timings MODELS=..." for name in ("timings", *(path.stem for path in RESULTS.glob("timings-*.json")))}
 COMMANDS[GPU] = "python bench/llama_bench.py LLAMA-BENCH MODEL --depths 0,32768,131072 --tokens 128 --prefill 0 --rounds 1 --repetitions 3"
 COMMANDS[GPU_PROMPTS] = "python bench/llama_bench.py LLAMA-BENCH MODEL --kv f16,balanced --depths 0 --rounds 1 --repetitions 3"
+COMMANDS["compatibility"] = "make compat"
 """By result: what measures it."""
 
 
