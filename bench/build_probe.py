@@ -12,14 +12,31 @@ import ctypes
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 VOID, INT, UINT, SIZE, TEXT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, ctypes.c_size_t, ctypes.c_char_p
-BATCH, PROMPT, TOKENS, MORE, SHIFT, STREAM = 256, 1024, 64, 8, 256, 384
+BATCH = 256
 LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, TEXT, VOID)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens: of a prompt, single ones after it, those after a shift or a state; of a prompt in each of two streams, and single ones there."""
+
+    prompt: int = 1024
+    tokens: int = 64
+    more: int = 8
+    stream: int = 384
+    stream_tokens: int = 16
+
+    @property
+    def end(self) -> int:
+        """Of the prompt and the single tokens."""
+        return self.prompt + self.tokens
 
 
 class Params(ctypes.Structure):
@@ -141,11 +158,10 @@ class Run:
         if self.program.call("llama_state_set_data", SIZE, (VOID, self.context), (VOID, ctypes.addressof(state)), (SIZE, len(state))) == 0:
             raise SystemExit("the state was not loaded")
 
-    def shift(self) -> None:
-        """Forget tokens near the start, as a context that is full does."""
-        end = 2 * SHIFT
-        self.program.call("llama_memory_seq_rm", ctypes.c_bool, (VOID, self.memory), (INT, 0), (INT, SHIFT), (INT, end))
-        self.program.call("llama_memory_seq_add", None, (VOID, self.memory), (INT, 0), (INT, end), (INT, -1), (INT, -SHIFT))
+    def shift(self, n: int) -> None:
+        """Forget n tokens near the start, as a context that is full does."""
+        self.program.call("llama_memory_seq_rm", ctypes.c_bool, (VOID, self.memory), (INT, 0), (INT, n), (INT, 2 * n))
+        self.program.call("llama_memory_seq_add", None, (VOID, self.memory), (INT, 0), (INT, 2 * n), (INT, -1), (INT, -n))
 
     def close(self) -> None:
         self.program.call("llama_free", None, (VOID, self.context))
@@ -160,35 +176,35 @@ def tokenize(program: Program, model: int) -> list[int]:
     return list(tokens[:n])
 
 
-def scenario(program: Program, model: int, tokens: list[int]) -> dict[str, Any]:
+def scenario(program: Program, model: int, tokens: list[int], n: Lengths) -> dict[str, Any]:
     """Everything that is compared, of one device."""
     run = Run(program, model)
-    end = PROMPT + TOKENS
-    found: dict[str, Any] = {"mib": run.mib, "prompt": run.feed(tokens[:PROMPT], 0, BATCH), "tokens": run.feed(tokens[PROMPT:end], PROMPT)}
+    found: dict[str, Any] = {"mib": run.mib, "prompt": run.feed(tokens[: n.prompt], 0, BATCH)}
+    found["tokens"] = run.feed(tokens[n.prompt : n.end], n.prompt)
     found["state"] = run.save()
-    found["after"] = run.feed(tokens[end : end + MORE], end)
-    run.shift()
-    found["shift"] = run.feed(tokens[end + MORE : end + 2 * MORE], end + MORE - SHIFT)
+    last = n.end + n.more
+    found["after"] = run.feed(tokens[n.end : last], n.end)
+    run.shift(n.prompt // 4)
+    found["shift"] = run.feed(tokens[last : last + n.more], last - n.prompt // 4)
     run.close()
     run = Run(program, model, streams=2)
     found["streams_mib"] = run.mib
-    first, second = tokens[:STREAM], tokens[STREAM : 2 * STREAM]
+    first, second = tokens[: n.stream], tokens[n.stream : 2 * n.stream]
     rows = []
-    for i in range(0, STREAM, 128):
+    for i in range(0, n.stream, 128):
         rows.append(run.decode([(s, i + j, text[i + j]) for s, text in enumerate((first, second)) for j in range(128)]))
-    for i in range(16):
-        rows.append(run.decode([(0, STREAM + i, second[i]), (1, STREAM + i, first[i])]))
+    for i in range(n.stream_tokens):
+        rows.append(run.decode([(0, n.stream + i, second[i]), (1, n.stream + i, first[i])]))
     found["streams"] = np.concatenate(rows)
     run.close()
     return found
 
 
-def loaded(program: Program, model: int, state: ctypes.Array, tokens: list[int]) -> np.ndarray:
+def loaded(program: Program, model: int, state: ctypes.Array, tokens: list[int], n: Lengths) -> np.ndarray:
     """What a fresh context says after a state of another."""
     run = Run(program, model)
     run.load(state)
-    end = PROMPT + TOKENS
-    rows = run.feed(tokens[end : end + MORE], end)
+    rows = run.feed(tokens[n.end : n.end + n.more], n.end)
     run.close()
     return rows
 
@@ -217,19 +233,20 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         program.call("ggml_backend_register", None, (VOID, devices(cpu)))
     model = program.model(job["model"], None)
     tokens = tokenize(program, model)
-    stock = scenario(program, model, tokens) if job.get("runs", True) else {}
+    n = Lengths(**job.get("lengths", {}))
+    stock = scenario(program, model, tokens, n) if job.get("runs", True) else {}
     if not program.call("ggml_backend_load", VOID, (TEXT, job["library"].encode())):
         return {**found, "refused": True}
     device = program.call("ggml_backend_dev_by_name", VOID, (TEXT, job["device"].encode()))
     if not device:
         raise SystemExit(f"the library offers no device {job['device']}")
     ours_model = program.model(job["model"], device)
-    ours = scenario(program, ours_model, tokens)
+    ours = scenario(program, ours_model, tokens, n)
     found["mib"], found["mib_f16"] = ours["mib"], stock["mib"]
     found["streams_mib"], found["streams_mib_f16"] = ours["streams_mib"], stock["streams_mib"]
     found["operations"] = {name: compare(stock[name], ours[name]) for name in ("prompt", "tokens", "shift", "streams")}
-    found["operations"]["state out"] = compare(ours["after"], loaded(program, model, ours["state"], tokens))
-    found["operations"]["state in"] = compare(stock["after"], loaded(program, ours_model, stock["state"], tokens))
+    found["operations"]["state out"] = compare(ours["after"], loaded(program, model, ours["state"], tokens, n))
+    found["operations"]["state in"] = compare(stock["after"], loaded(program, ours_model, stock["state"], tokens, n))
     return found
 
 

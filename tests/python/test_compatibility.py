@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import builds
@@ -21,6 +22,7 @@ from bridge.library import library_path
 from mixkvq.core.model_file import built_in_model
 
 ROOT = Path(__file__).resolve().parents[2]
+SHORT = {"prompt": 640, "tokens": 4, "more": 2, "stream": 384, "stream_tokens": 2}
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 
@@ -41,7 +43,7 @@ def test_a_build_of_each_layout(build):
 def test_a_gpu_of_each_layout(build):
     if not emulated.LIBRARY.is_file():
         pytest.skip(f"{emulated.LIBRARY} is not built: make test builds it")
-    found, said = probe(build, emulated.LIBRARY, device="MIXKVQ-CUDA0", emulated=True, variables={"MIXKVQ_EMULATED_GPUS": "8.0"})
+    found, said = probe(build, emulated.LIBRARY, device="MIXKVQ-CUDA0", emulated=True, lengths=SHORT, variables={"MIXKVQ_EMULATED_GPUS": "8.0"})
     assert (compatibility.faults(build, found), said) == ([], "")
 
 
@@ -140,21 +142,41 @@ def swap_functions(library: Path, names: tuple[bytes, bytes]) -> None:
     library.write_bytes(data)
 
 
+def changed_copy(build: builds.Build, folder: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the build is a copy of itself, with another libggml-base."""
+    try:
+        fetched = builds.fetch(build)
+    except builds.NotFetchedError as e:
+        pytest.skip(str(e))
+    other = folder / fetched.name
+    shutil.copytree(fetched, other, symlinks=True)
+    for path in other.glob("libggml-base.so*"):
+        if not path.is_symlink():
+            change(path)
+    monkeypatch.setattr(builds, "fetch", lambda build: other)
+
+
 @pytest.mark.parametrize("build", builds.OF_EACH_LAYOUT, ids=lambda b: b.name)
 def test_structs_that_are_others_are_noticed(tmp_path, monkeypatch, build):
     """The build with two functions exchanged: as if a table of ggml's had them in another order, with everything else as it was."""
-    try:
-        folder = builds.fetch(build)
-    except builds.NotFetchedError as e:
-        pytest.skip(str(e))
-    other = tmp_path / build.folder.name
-    shutil.copytree(folder, other, symlinks=True)
-    base = next(path for path in other.glob("libggml-base.so*") if path.is_file() and not path.is_symlink())
-    swap_functions(base, (b"ggml_backend_buft_get_alignment", b"ggml_backend_buft_get_max_size"))
-    for copy in other.glob("libggml-base.so*"):
-        if not copy.is_symlink():
-            copy.write_bytes(base.read_bytes())
-    monkeypatch.setattr(builds, "fetch", lambda build: other)
+    changed_copy(build, tmp_path, lambda path: swap_functions(path, (b"ggml_backend_buft_get_alignment", b"ggml_backend_buft_get_max_size")), monkeypatch)
     found, said = probe(build, runs=False)
     assert found.get("refused"), found
     assert "its ggml has other structs than it should: ggml_backend_buft_get_alignment: MixKVQ serves" in said
+
+
+def import_assert(library: Path) -> None:
+    """Let the library import __assert_fail, as one that is built without NDEBUG does, in place of what prints a backtrace when ggml ends the process."""
+    data = library.read_bytes()
+    assert data.count(b"\0backtrace_symbols_fd\0") >= 1
+    library.write_bytes(data.replace(b"\0backtrace_symbols_fd\0", b"\0__assert_fail\0_symbol\0"))
+
+
+def test_a_ggml_with_assertions_gets_the_sizes_that_it_asserts(tmp_path, monkeypatch):
+    """Of addresses; what is packed is packed."""
+    build = builds.OF_EACH_LAYOUT[-1]
+    changed_copy(build, tmp_path, import_assert, monkeypatch)
+    found, said = probe(build, lengths=SHORT)
+    assert (found.get("error"), said) == (None, "")
+    assert found["mib"] == found["mib_f16"] and found["streams_mib"] == found["streams_mib_f16"]
+    assert all(compatibility.LEAST < figures["kld_mean"] < compatibility.BOUND for figures in found["operations"].values())
