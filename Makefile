@@ -7,6 +7,7 @@
 #   make fuzz     damaged files, with libFuzzer and Atheris [MINUTES=10]
 #   make tsan     contexts in several threads, everything built with the thread sanitizer
 #   make compat   published builds of llama.cpp with our cache, fetched from PyPI and npm: about half an hour [BUILDS=b8683,v0.5.0]
+#   make releases [RELEASES=0.3.17] [TESTS=...]   Python tests on older releases of llama-cpp-python
 #   make lint     style, layers, types     make clean    removes what was built (not .venv)
 #   make figures NOVEL=... WIKI=...    measures anew what the documents state   make tables   writes it into them, and docs/commands.md
 #   make pythons [PYTHONS="python3.10 python3.13"]   the Python tests on other versions of Python, on 3.10 with the oldest libraries
@@ -16,6 +17,9 @@
 PYTHON ?= python3
 LLAMA_CPP_PYTHON := 0.3.36
 PY := .venv/bin/python
+# Whether a Python has an llama-cpp-python that serves; it is then used instead of building one, unless LLAMA_CPP_PYTHON=... or CUDA=ON asks for more.
+SERVES := -c 'import re, sys; from importlib.metadata import version as v; sys.exit([int(n) for n in re.findall("[0-9]+", v("llama-cpp-python"))[:3]] < [0, 3, 17])'
+ASKED = $(or $(filter command environment,$(origin LLAMA_CPP_PYTHON)),$(filter ON,$(CUDA)))
 PIP := $(PY) -m pip --disable-pip-version-check
 NATIVE := build/native
 
@@ -41,6 +45,8 @@ STEPS ?= calibration,caches,exact,codecs,codecs-published,variations,problems,me
 NOVEL ?=
 WIKI ?=
 PROBLEMS ?= 200
+# Of llama-cpp-python, for `make releases`; bench/builds.py knows which there are.
+RELEASES ?= 0.3.17 0.3.22
 # How often `make repeat` runs the tests.
 N ?= 10
 # Which builds `make compat` runs; empty: all of bench/builds.py.
@@ -64,7 +70,7 @@ CUDA ?= $(if $(and $(GPUS),$(shell command -v nvcc)),ON,OFF)
 # On a processor with AMX: whether the compiler's ldtilecfg reads 8 of the 64 bytes of a configuration, so that llama.cpp's is thrown away as unused.
 AMX_LOST := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && printf '\043include <immintrin.h>' | $${CXX:-c++} -mamx-tile -E -x c++ - 2>/dev/null | grep -q 'ldtilecfg.*%X0' && echo yes)
 
-.PHONY: run test compat pythons repeat sanitize soak fuzz tsan neon bench figures tables lint clean
+.PHONY: run test compat releases llama-cpp-python pythons repeat sanitize soak fuzz tsan neon bench figures tables lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/.installed
@@ -86,6 +92,14 @@ test: .venv/.installed $(NATIVE)/.built
 compat: .venv/.installed
 	@mkdir -p $(COMPAT)
 	@$(PY) bench/compatibility.py models/cot-tiny-34m-q8_0.gguf $(if $(BUILDS),--builds "$(BUILDS)") --force --out $(COMPAT)/compatibility.json
+
+# The Python of older releases of llama-cpp-python, on the libraries of published builds of their time; nothing is compiled.
+releases: .venv/.installed
+	@for release in $(RELEASES); do \
+	    echo "== llama-cpp-python $$release"; \
+	    settings=$$($(PY) bench/builds.py $$release) || exit 1; \
+	    env $$settings $(PY) -m pytest -q $(TESTS) || exit 1; \
+	done
 
 # Python 3.10 gets the oldest versions of all libraries that pyproject.toml allows.
 pythons: .venv/.llama
@@ -221,11 +235,19 @@ clean:
 .venv/.created:
 	@echo "== Creating .venv"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "MixKVQ needs Python 3.10 or newer; this is " + sys.version)'
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv $(if $(ASKED),,$$($(PYTHON) $(SERVES) 2>/dev/null && echo --system-site-packages)) .venv
 	@touch $@
 
 # llama.cpp as its authors publish it: the archive from PyPI, without images and without downloads over TLS.
 .venv/.llama: .venv/.created
+	@if [ -z "$(ASKED)" ] && $(PY) $(SERVES) 2>/dev/null; then \
+	    echo "== Using the llama-cpp-python that is installed"; \
+	else \
+	    $(MAKE) --no-print-directory llama-cpp-python; \
+	fi
+	@touch $@
+
+llama-cpp-python:
 	@echo "== Building llama.cpp (llama-cpp-python $(LLAMA_CPP_PYTHON)): about 10 minutes on two cores the first time, seconds when pip has it already"
 ifeq ($(CUDA),ON)
 	@echo "   With CUDA it takes several times as long; make CUDA=OFF leaves the GPU out."
@@ -236,7 +258,6 @@ endif
 	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA) $(if $(AMX_LOST),-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__)" \
 	    $(PIP) install --quiet $(if $(filter ON,$(CUDA))$(AMX_LOST),--no-cache-dir) \
 	    --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
-	@touch $@
 
 .venv/.tools: .venv/.created
 	@echo "== Installing the build tools"

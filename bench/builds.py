@@ -57,6 +57,10 @@ OF_EACH_LAYOUT = [next(b for b in BUILDS if b.name == name) for name in ("b8683"
 """What `make test` runs."""
 
 
+RELEASES = {"0.3.17": "8468", "0.3.18": "8468", "0.3.20": "8660", "0.3.22": "9014", "0.3.30": "9642"}
+"""Of llama-cpp-python: a build on PyPI of llama.cpp at about the commit that it carries, with the same parameters."""
+
+
 class NotFetchedError(Exception):
     """Why a build cannot be had on this machine, as a sentence."""
 
@@ -97,6 +101,27 @@ def fetch(build: Build) -> Path:
     libraries.rename(build.folder)
     shutil.rmtree(raw)
     return build.folder
+
+
+def fetch_release(version: str) -> dict[str, str]:
+    """Variables of a process that imports this llama-cpp-python: its Python from the source archive, its libraries from a build. Raises NotFetchedError."""
+    if version not in RELEASES:
+        raise NotFetchedError(f"There is no build for llama-cpp-python {version}: {', '.join(RELEASES)}.")
+    build = Build(f"b{RELEASES[version]}", "pypi", f"0.{RELEASES[version]}", "")
+    libraries, folder = fetch(build), FOLDER / f"llama-cpp-python-{version}"
+    if not folder.is_dir():
+        raw = FOLDER / "raw" / folder.name
+        shutil.rmtree(raw, ignore_errors=True)
+        raw.mkdir(parents=True)
+        options = ["-q", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
+        _call([sys.executable, "-m", "pip", "download", *options, f"llama-cpp-python=={version}"], raw, build)
+        with tarfile.open(next(raw.glob("*.tar.gz"))) as archive:
+            package = [m for m in archive.getmembers() if m.name.split("/")[1:2] == ["llama_cpp"]]
+            archive.extractall(raw, members=package, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        next(raw.glob("*/llama_cpp")).parent.rename(folder)
+        shutil.rmtree(raw)
+    found = {"PYTHONPATH": str(folder), "LLAMA_CPP_LIB_PATH": str(libraries), "LD_LIBRARY_PATH": str(libraries)}
+    return found | ({"LD_PRELOAD": preload()} if preload() else {})
 
 
 # ---- libraries for a newer glibc than this machine has --------------------------------------------------------------------------------------
@@ -147,3 +172,10 @@ def preload() -> str:
         source = Path(__file__).with_name("glibc_2_38.c")
         subprocess.run([compiler, "-shared", "-fPIC", "-O1", str(source), "-o", str(path)], check=True)
     return str(path)
+
+
+if __name__ == "__main__":
+    try:
+        print(*(f"{name}={value}" for name, value in fetch_release(sys.argv[1]).items()))
+    except NotFetchedError as e:
+        sys.exit(f"error: {e}")

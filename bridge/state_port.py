@@ -24,14 +24,14 @@ class StatePort:
         """Bytes of the state, with rows in F16."""
         if self._sequence is None:
             return int(C.llama_state_get_size(self._context))
-        return int(C.llama_state_seq_get_size_ext(self._context, self._sequence, 0))
+        return int(C.llama_state_seq_get_size(self._context, self._sequence))
 
     def get(self, address: int, size: int) -> int:
         """Write the state to memory of so many bytes; how many it has taken."""
         data = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
         if self._sequence is None:
             return int(C.llama_state_get_data(self._context, data, size))
-        return int(C.llama_state_seq_get_data_ext(self._context, data, size, self._sequence, 0))
+        return int(C.llama_state_seq_get_data(self._context, data, size, self._sequence))
 
     def set(self, address: int, size: int, *, may_write: bool = False) -> int:
         """Read the state from memory; how many bytes it has read.
@@ -50,7 +50,7 @@ class StatePort:
         data = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
         if sequence is None:
             return int(C.llama_state_set_data(self._context, data, size))
-        return int(C.llama_state_seq_set_data_ext(self._context, data, size, sequence, 0))
+        return int(C.llama_state_seq_set_data(self._context, data, size, sequence))
 
     def cut(self, position: int) -> None:
         """Remove the cells from a position on, which only kept others in their places; -1: none."""
