@@ -238,9 +238,10 @@ class Context:
             data = (ctypes.c_uint8 * size)()
             n = C.llama_state_get_data(self.ptr, data, size)
         else:
-            size = C.llama_state_seq_get_size_ext(self.ptr, seq, flags)
+            more, ending = ((flags,), "_ext") if flags else ((), "")  # older packages have no flags
+            size = getattr(C, f"llama_state_seq_get_size{ending}")(self.ptr, seq, *more)
             data = (ctypes.c_uint8 * size)()
-            n = C.llama_state_seq_get_data_ext(self.ptr, data, size, seq, flags)
+            n = getattr(C, f"llama_state_seq_get_data{ending}")(self.ptr, data, size, seq, *more)
         assert 0 < n <= size
         return bytes(data[:n])
 
@@ -249,7 +250,9 @@ class Context:
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if seq is None:
             return C.llama_state_set_data(self.ptr, data, len(state))
-        return C.llama_state_seq_set_data_ext(self.ptr, data, len(state), seq, flags)
+        if flags:
+            return C.llama_state_seq_set_data_ext(self.ptr, data, len(state), seq, flags)
+        return C.llama_state_seq_set_data(self.ptr, data, len(state), seq)
 
     def pack(self, seq: int | None = None) -> bytes:
         """The packed state of the whole context, or of one sequence."""

@@ -167,9 +167,9 @@ def test_structs_that_are_others_are_noticed(tmp_path, monkeypatch, build):
 
 def import_assert(library: Path) -> None:
     """Let the library import __assert_fail, as one that is built without NDEBUG does, in place of what prints a backtrace when ggml ends the process."""
-    data = library.read_bytes()
-    assert data.count(b"\0backtrace_symbols_fd\0") >= 1
-    library.write_bytes(data.replace(b"\0backtrace_symbols_fd\0", b"\0__assert_fail\0_symbol\0"))
+    data, other = library.read_bytes(), b"\0backtrace_symbols_fd\0"
+    assert other in data
+    library.write_bytes(data.replace(other, b"\0__assert_fail".ljust(len(other), b"\0")))
 
 
 def test_a_ggml_with_assertions_gets_the_sizes_that_it_asserts(tmp_path, monkeypatch):
