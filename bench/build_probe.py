@@ -1,9 +1,9 @@
 """One published build of llama.cpp in a process of its own: what it does with its F16 cache and with ours. Prints JSON.
 
-    python bench/build_probe.py '{"folder": "...", "library": "...", "model": "...", "device": "MIXKVQ-CPU", "loads_backends": false}'
+    python bench/build_probe.py '{"folder": "...", "library": "...", "model": "...", "device": "MIXKVQ-CPU", "loads_backends": false, ...}'
 
-No binding of one version fits all: parameters are structs that grow, of which only the members at the start are used. They are passed and returned with
-room to spare, which is the same call.
+No binding of one version fits all: parameters are structs that grow, of which only the members at the start are used. They are passed and returned
+with room to spare, which is the same call.
 """
 
 from __future__ import annotations
@@ -133,14 +133,14 @@ class Run:
         status = self.program.call("llama_decode", INT, (VOID, self.context), (Batch, batch))
         if status:
             raise SystemExit(f"llama_decode returned {status}: {''.join(self.program.log)[-300:]}")
-        rows = [
-            np.ctypeslib.as_array(
-                self.program.call("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), (VOID, self.context), (INT, last[sequence])), (self.n_vocab,)
-            ).astype(np.float64)
-            for sequence in sorted(last)
-        ]
+        rows = np.array([self.logits(last[sequence]) for sequence in sorted(last)], np.float64)
         self.program.call("llama_batch_free", None, (Batch, batch))
-        return np.array(rows)
+        return rows
+
+    def logits(self, i: int) -> np.ndarray:
+        """Those of a token of the last batch: the context's own."""
+        at = self.program.call("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), (VOID, self.context), (INT, i))
+        return np.ctypeslib.as_array(at, (self.n_vocab,))
 
     def feed(self, tokens: list[int], position: int, step: int = 1) -> np.ndarray:
         """Tokens of sequence 0 from a position on, in batches of `step`."""

@@ -74,7 +74,8 @@ def _call(command: list[str], folder: Path, build: Build) -> None:
     except subprocess.TimeoutExpired:
         raise NotFetchedError(f"{build.name} did not come within five minutes.") from None
     if done.returncode != 0:
-        raise NotFetchedError(f"{build.name} cannot be fetched ({command[0].rsplit('/', 1)[-1]}: {(done.stderr.strip() or 'no reason').splitlines()[-1]}).")
+        reason = (done.stderr.strip() or "no reason").splitlines()[-1]
+        raise NotFetchedError(f"{build.name} cannot be fetched ({Path(command[0]).name}: {reason}).")
 
 
 def fetch(build: Build) -> Path:
@@ -87,7 +88,8 @@ def fetch(build: Build) -> Path:
     shutil.rmtree(raw, ignore_errors=True)
     raw.mkdir(parents=True)
     if build.package == "pypi":
-        _call([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", f"llama-cpp-py-sync=={build.version}"], raw, build)
+        options = ["-q", "--no-deps", "--only-binary", ":all:"]
+        _call([sys.executable, "-m", "pip", "download", *options, f"llama-cpp-py-sync=={build.version}"], raw, build)
         with zipfile.ZipFile(next(raw.glob("*.whl"))) as archive:
             archive.extractall(raw)
     else:
@@ -104,7 +106,7 @@ def fetch(build: Build) -> Path:
 
 
 def fetch_release(version: str) -> dict[str, str]:
-    """Variables of a process that imports this llama-cpp-python: its Python from the source archive, its libraries from a build. Raises NotFetchedError."""
+    """Variables of a process that imports this llama-cpp-python: its Python from the archive, its libraries from a build. Raises NotFetchedError."""
     if version not in RELEASES:
         raise NotFetchedError(f"There is no build for llama-cpp-python {version}: {', '.join(RELEASES)}.")
     build = Build(f"b{RELEASES[version]}", "pypi", f"0.{RELEASES[version]}", "")
@@ -135,7 +137,7 @@ def glibc_is_new() -> bool:
 
 
 def _without_new_glibc(data: bytes) -> bytes:
-    """An ELF library whose need for versions of glibc that are newer than this machine's is weak: functions that it takes from them come from `preload`."""
+    """An ELF library whose need for versions of glibc that this machine lacks is weak: functions that it takes from them come from `preload`."""
     library = bytearray(data)
     (table,) = struct.unpack_from("<Q", library, 0x28)
     size, count = struct.unpack_from("<HH", library, 0x3A)

@@ -2,9 +2,9 @@
 
     .venv/bin/python bench/compatibility.py models/cot-tiny-34m-q8_0.gguf --out build/compat/compatibility.json
 
-Every build runs in a process of its own (build_probe.py): a prompt, single tokens, a context shift, two streams, and states that go from its F16 cache to
-ours and back. `balanced` passes where the cache takes fewer MiB and the divergence from F16 is there and within its bound: one that is 0 would be that of a
-cache that is not packed.
+Every build runs in a process of its own (build_probe.py): a prompt, single tokens, a shift, two streams, and states that go from its F16 cache
+to ours and back. `balanced` passes where the cache takes fewer MiB and the divergence from F16 is there and within its bound: one that is 0 would be
+that of a cache that is not packed.
 """
 
 from __future__ import annotations

@@ -266,7 +266,8 @@ def compatibility_table() -> str:
         package = {"pypi": "PyPI", "npm": "npm"}[build["package"]]
         klds = [f"{figures['kld_mean']:.4f}" for figures in build.get("operations", {}).values()]
         sizes = f"{build['mib']:.1f} / {build['mib_f16']:.1f}" if klds else ""
-        rows.append([name, package, build.get("ggml", ""), build.get("layout", ""), sizes, *(klds or [""] * 6), "; ".join(build["faults"]) or "passes"])
+        what = [name, package, build.get("ggml", ""), build.get("layout", ""), sizes]
+        rows.append([*what, *(klds or [""] * 6), "; ".join(build["faults"]) or "passes"])
     head = ["build", "from", "ggml", "layout", "MiB / F16", "prompt", "64 tokens", "shift", "two streams", "state out", "state in", ""]
     return table(head, rows) + source("compatibility")
 

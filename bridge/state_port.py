@@ -10,7 +10,8 @@ from mixkvq.core.native import native
 
 from ._compat import C
 
-_SEQUENCE_MAGIC = 0xAF143CD8  # before a sequence's state, and a number, in newer ones; a context's begins with the length and name of its architecture
+# Before a sequence's state, with a number behind it, in newer versions. A context's begins with the length and name of its architecture.
+_SEQUENCE_MAGIC = 0xAF143CD8
 
 
 class StatePort:

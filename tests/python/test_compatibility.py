@@ -1,4 +1,4 @@
-"""Published builds of llama.cpp, as whoever has one would use them: one of each layout of ggml's structs, on the CPU and on an emulated GPU, and what is refused.
+"""Published builds of llama.cpp as their users have them: one of each layout of ggml's structs, on the CPU and an emulated GPU; what is refused.
 
 `make compat` runs all of bench/builds.py. Builds are fetched once into build/compat; where that cannot be, the tests are skipped.
 """
@@ -89,7 +89,7 @@ EXPORT void * ggml_backend_dev_backend_reg(void * device) { return device; }
 EXPORT size_t ggml_backend_buft_get_alloc_size(void *, const void *) { return 0; }
 #define EXPORTED(name) EXPORT void name() {}
 FUNCTIONS
-EXPORT void * load(void * (*init)()) { void * found = init(); return found ? found : nullptr; }
+EXPORT int load(void * (*init)()) { return init() != nullptr; }
 """
 FUNCTIONS = ["ggml_solve_tri", "ggml_backend_tensor_set_2d", "ggml_backend_buft_alloc_buffer_n"]
 
@@ -102,9 +102,9 @@ def refused(folder: Path, api: int, functions: list[str]) -> str:
     (folder / "ggml.cpp").write_text(text)
     library = folder / "libggml.so"
     subprocess.run([COMPILER, "-shared", "-fPIC", str(folder / "ggml.cpp"), "-o", str(library)], check=True)
-    program = "import ctypes, sys; ggml, ours = map(ctypes.CDLL, sys.argv[1:]); ggml.load.restype = ctypes.c_void_p; print(ggml.load(ours.ggml_backend_init))"
+    program = "import ctypes, sys; ggml, ours = map(ctypes.CDLL, sys.argv[1:]); print(ggml.load(ours.ggml_backend_init))"
     done = subprocess.run([sys.executable, "-c", program, str(library), str(library_path())], capture_output=True, text=True, check=True)
-    assert done.stdout == "None\n" and done.stderr.count("\n") == 1
+    assert done.stdout == "0\n" and done.stderr.count("\n") == 1
     return done.stderr.strip()
 
 
@@ -159,14 +159,15 @@ def changed_copy(build: builds.Build, folder: Path, change: Callable[[Path], Non
 @pytest.mark.parametrize("build", builds.OF_EACH_LAYOUT, ids=lambda b: b.name)
 def test_structs_that_are_others_are_noticed(tmp_path, monkeypatch, build):
     """The build with two functions exchanged: as if a table of ggml's had them in another order, with everything else as it was."""
-    changed_copy(build, tmp_path, lambda path: swap_functions(path, (b"ggml_backend_buft_get_alignment", b"ggml_backend_buft_get_max_size")), monkeypatch)
+    names = (b"ggml_backend_buft_get_alignment", b"ggml_backend_buft_get_max_size")
+    changed_copy(build, tmp_path, lambda path: swap_functions(path, names), monkeypatch)
     found, said = probe(build, runs=False)
     assert found.get("refused"), found
     assert "its ggml has other structs than it should: ggml_backend_buft_get_alignment: MixKVQ serves" in said
 
 
 def import_assert(library: Path) -> None:
-    """Let the library import __assert_fail, as one that is built without NDEBUG does, in place of what prints a backtrace when ggml ends the process."""
+    """Let the library import __assert_fail, as one that is built without NDEBUG does, in place of what prints a backtrace where ggml aborts."""
     data, other = library.read_bytes(), b"\0backtrace_symbols_fd\0"
     assert other in data
     library.write_bytes(data.replace(other, b"\0__assert_fail".ljust(len(other), b"\0")))

@@ -283,9 +283,9 @@ print(json.dumps([kind, caches, llama.kv_stats()["device"]]))
 def test_beside_an_integrated_gpu_of_another_backend_llama_cpp_does_not_choose_ours():
     """Which would be slower. Whoever names our device gets it."""
     found, said = run(CHOICE, MIXKVQ_EMULATED_AS="Vulkan")
-    assert found == [3, ["CUDA0"], "cpu"] and said == []  # GGML_BACKEND_DEVICE_TYPE_ACCEL
+    assert found == [3, ["CUDA0"], "CPU"] and said == []  # GGML_BACKEND_DEVICE_TYPE_ACCEL
 
 
-def test_without_a_gpu_llama_cpp_chooses_ours():
-    found, said = run(CHOICE, gpus="")
-    assert found == [2, ["MIXKVQ-CPU"], "cpu"] and said == []  # GGML_BACKEND_DEVICE_TYPE_IGPU
+def test_beside_a_discrete_gpu_llama_cpp_does_not_choose_ours():
+    found, said = run(CHOICE)
+    assert found == [2, ["CUDA0"], "CPU"] and said == []  # GGML_BACKEND_DEVICE_TYPE_IGPU, which it takes where there is nothing else

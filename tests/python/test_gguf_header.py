@@ -30,7 +30,7 @@ class InitParams(ctypes.Structure):
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
 
 
-def ggml_header(path: Path):
+def ggml_header(path: Path, shapes: bool = True):
     """Values, types and tensors as ggml reads them, or None if it refuses."""
     context = P()
 
@@ -44,7 +44,7 @@ def ggml_header(path: Path):
         return f("get_tensor_ne", ctypes.POINTER(I64), P, I64)(handle, i)[:4]
 
     # A ggml before 0.16 says shapes only in tensors.
-    where = None if hasattr(next(libraries()), "gguf_get_tensor_ne") else ctypes.addressof(context)
+    where = None if not shapes or hasattr(next(libraries()), "gguf_get_tensor_ne") else ctypes.addressof(context)
     with log.kept():
         handle = f("init_from_file", P, ctypes.c_char_p, InitParams)(str(path).encode(), InitParams(True, where))
     if not handle:
@@ -69,7 +69,7 @@ def ggml_header(path: Path):
     tensors, data_at = {}, f("get_data_offset", ctypes.c_size_t, P)(handle)
     for i in range(f("get_n_tensors", I64, P)(handle)):
         raw = f("get_tensor_name", ctypes.c_char_p, P, I64)(handle, i)
-        name, shape = raw.decode(errors="replace"), shape_of(i, raw)
+        name, shape = raw.decode(errors="replace"), shape_of(i, raw) if shapes else []
         while len(shape) > 1 and shape[-1] == 1:
             shape.pop()
         offset = data_at + f("get_tensor_offset", ctypes.c_size_t, P, I64)(handle, i)
@@ -136,7 +136,7 @@ def test_whatever_ggml_refuses_is_refused(models, tmp_path):
             if case[:4] != b"GGUF" or case[4:8] not in (b"\2\0\0\0", b"\3\0\0\0"):
                 continue  # read_header looks at these itself
             path.write_bytes(case)
-            theirs = ggml_header(path)
+            theirs = ggml_header(path, shapes=False)
             try:
                 header = ours(path)
             except ParseError:
