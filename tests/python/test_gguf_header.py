@@ -124,6 +124,8 @@ def test_the_places_are_those_of_the_pairs(models):
 
 def test_whatever_ggml_refuses_is_refused(models, tmp_path):
     """Changed bytes and cut ends, all over the header. What both accept reads the same."""
+    if not hasattr(next(libraries()), "gguf_init_from_buffer"):
+        pytest.skip("a ggml as old as this one ends the process at some of them")
     rng, path = random.Random(1), tmp_path / "changed.gguf"
     verdicts = {True: 0, False: 0}
     small = [path for path in models if path.stat().st_size < 1 << 20]
