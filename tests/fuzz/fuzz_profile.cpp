@@ -20,7 +20,8 @@ std::string path;
 extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     const GgmlLibrary ggml(reinterpret_cast<void *>(&LLVMFuzzerInitialize));
     std::string error;
-    promise(MIXKVQ_GLUE::load_functions(ggml, error), error.c_str());
+    const bool found = MIXKVQ_GLUE::load_functions(ggml, error);
+    promise(found, error.c_str());
     const auto set_log = reinterpret_cast<void (*)(void (*)(int, const char *, void *), void *)>(ggml.find("ggml_log_set"));
     set_log([](int, const char *, void *) {}, nullptr);  // it says in its own words what is wrong
     const char * folder = std::getenv("TMPDIR");

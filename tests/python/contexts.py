@@ -12,7 +12,7 @@ import pytest
 
 from bridge import Kv
 from bridge import backend as adapter
-from bridge._compat import C
+from bridge._compat import C, leave_weights_out
 from bridge.log import log
 from bridge.state_port import StatePort
 from mixkvq.core.model_file import open_model
@@ -108,7 +108,7 @@ class Model:
             params.tensor_split = ctypes.cast(self._split, ctypes.POINTER(ctypes.c_float))
         params.no_alloc = no_alloc
         if no_alloc:
-            params.load_mode = C.LLAMA_LOAD_MODE_NONE  # llama.cpp asserts that nothing is mapped
+            leave_weights_out(params)  # llama.cpp asserts that nothing is mapped
         self.ptr = C.llama_model_load_from_file(self.path.encode(), params)
         assert self.ptr, f"{path} does not load"
         self.n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(self.ptr))
