@@ -66,7 +66,7 @@ def predictions(llm: Any, tokens: list[int], read: int, rounds: int, kind: str =
     feed(llm, tokens[:read], BATCH, 0)
     for _ in range(rounds):
         restore(llm, kind)
-    return feed(llm, tokens[read:], BATCH, len(tokens) - read)
+    return np.array(feed(llm, tokens[read:], BATCH, len(tokens) - read))  # a copy: they are the context's own
 
 
 @tool()

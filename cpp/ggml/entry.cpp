@@ -3,6 +3,8 @@
 
 #include <cstdio>
 #include <exception>
+#include <mutex>
+#include <set>
 #include <string>
 
 #include "layouts.h"
@@ -59,8 +61,8 @@ int api_version(const GgmlLibrary & library) {
     return cpu ? *static_cast<const int *>(registry(cpu)) : 0;
 }
 
-void * start(void * caller, std::string & error) {
-    const GgmlLibrary library(caller);
+// The layout of this ggml; nullptr: `error` says why there is none.
+const Layout * layout_of(const GgmlLibrary & library, std::string & error) {
     const int api = api_version(library);
     if (!library.find("ggml_backend_dev_by_type")) {
         error = refusal("its ggml has no registry of backends");
@@ -80,9 +82,36 @@ void * start(void * caller, std::string & error) {
         error = refusal(layout ? "its functions are not those of its backend API " + std::to_string(api) : "its ggml is too old");
         return nullptr;
     }
-    void * const registry = layout->start(library, error);
-    if (!registry && error.rfind("ggml ", 0) == 0) error = refusal("its " + error);
+    return layout;
+}
+
+// Once in a process: a second ggml gets what the first one got, if it has the same structs.
+void * start(void * caller, std::string & error) {
+    static const Layout * started = nullptr;
+    static void * registry = nullptr;
+    static std::string why;
+    static std::mutex mutex;
+    std::lock_guard<std::mutex> lock(mutex);
+    const GgmlLibrary library(caller);
+    const Layout * const layout = layout_of(library, error);
+    if (!layout) return nullptr;
+    if (started && layout != started) {
+        error = "this process has two copies of ggml with different structs, and MixKVQ already serves the other one";
+        return nullptr;
+    }
+    if (!started) {
+        started = layout;
+        registry = layout->start(library, why);
+        if (why.rfind("ggml ", 0) == 0) why = refusal("its " + why);
+    }
+    error = why;
     return registry;
+}
+
+// Each sentence once.
+void say(const std::string & sentence) {
+    static std::set<std::string> said;
+    if (said.insert(sentence).second) std::fprintf(stderr, "mixkvq: %s\n", sentence.c_str());
 }
 
 }  // namespace
@@ -93,10 +122,9 @@ void * start(void * caller, std::string & error) {
 MIXKVQ_EXPORT void * ggml_backend_init(void) {
     void * const caller = MIXKVQ_RETURN_ADDRESS();
     try {
-        static std::string error;
-        static void * const registry = mixkvq::start(caller, error);
-        static const bool said = !registry && std::fprintf(stderr, "mixkvq: %s\n", error.c_str()) > 0;
-        (void)said;
+        std::string error;
+        void * const registry = mixkvq::start(caller, error);
+        if (!registry) mixkvq::say(error);
         return registry;
     } catch (const std::exception & e) {
         std::fprintf(stderr, "mixkvq: the library could not start: %s\n", e.what());

@@ -4,7 +4,7 @@
 #else
 #include <dlfcn.h>
 #endif
-#if defined(__linux__) && defined(__LP64__)
+#if defined(__GLIBC__) && defined(__LP64__)
 #include <link.h>
 #define MIXKVQ_READS_ELF 1
 #endif
@@ -56,7 +56,7 @@ bool GgmlLibrary::asserts() const {
     link_map * map = nullptr;
     void * const inside = find("ggml_backend_buft_get_alloc_size");
     if (!inside || !dladdr1(inside, &info, reinterpret_cast<void **>(&map), RTLD_DL_LINKMAP) || !map) return false;
-    const auto at = [&](ElfW(Addr) address) { return address < map->l_addr ? address + map->l_addr : address; };  // musl leaves them as they are
+    const auto at = [&](ElfW(Addr) address) { return address < map->l_addr ? address + map->l_addr : address; };  // not on every architecture they are addresses already
     ElfW(Addr) symbols = 0, strings = 0, tables[2] = {};
     size_t bytes[2] = {};
     for (const ElfW(Dyn) * d = map->l_ld; d->d_tag != DT_NULL; ++d) {

@@ -18,6 +18,7 @@ import compatibility
 import emulated
 import pytest
 
+from bridge._compat import C
 from bridge.library import library_path
 from mixkvq.core.model_file import built_in_model
 
@@ -94,15 +95,15 @@ EXPORT int load(void * (*init)()) { return init() != nullptr; }
 FUNCTIONS = ["ggml_solve_tri", "ggml_backend_tensor_set_2d", "ggml_backend_buft_alloc_buffer_n"]
 
 
-def refused(folder: Path, api: int, functions: list[str]) -> str:
-    """What the library says to a ggml with this backend API and these functions."""
+def refused(folder: Path, api: int, functions: list[str], before: str = "") -> str:
+    """What the library says to a ggml with this backend API and these functions. before: what the program does first."""
     if not COMPILER or sys.platform != "linux":
         pytest.skip("there is no C++ compiler that makes ELF libraries")
     text = GGML.replace("{API}", f"{{{api}}}").replace("FUNCTIONS", "\n".join(f"EXPORTED({name})" for name in functions))
     (folder / "ggml.cpp").write_text(text)
     library = folder / "libggml.so"
     subprocess.run([COMPILER, "-shared", "-fPIC", str(folder / "ggml.cpp"), "-o", str(library)], check=True)
-    program = "import ctypes, sys; ggml, ours = map(ctypes.CDLL, sys.argv[1:]); print(ggml.load(ours.ggml_backend_init))"
+    program = f"{before}import ctypes, sys; ggml, ours = map(ctypes.CDLL, sys.argv[1:]); print(ggml.load(ours.ggml_backend_init))"
     done = subprocess.run([sys.executable, "-c", program, str(library), str(library_path())], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n" and done.stderr.count("\n") == 1
     return done.stderr.strip()
@@ -123,6 +124,12 @@ def refused(folder: Path, api: int, functions: list[str]) -> str:
 def test_a_ggml_that_cannot_be_served_is_refused_in_a_sentence(tmp_path, api, functions, words):
     said = refused(tmp_path, api, functions)
     assert said.startswith(f"mixkvq: this llama.cpp cannot be served, {words}: MixKVQ serves llama.cpp from b7347 ")
+
+
+def test_a_second_ggml_with_other_structs_is_refused(tmp_path):
+    first = "from bridge.backend import backend; backend(); "
+    api, functions = (3, FUNCTIONS) if not hasattr(C._lib, FUNCTIONS[-1]) else (2, FUNCTIONS[:2])
+    assert "two copies of ggml with different structs" in refused(tmp_path, api, functions, first)
 
 
 def swap_functions(library: Path, names: tuple[bytes, bytes]) -> None:
