@@ -57,7 +57,10 @@ OF_EACH_LAYOUT = [next(b for b in BUILDS if b.name == name) for name in ("b8683"
 """What `make test` runs."""
 
 
-RELEASES = {"0.3.17": "8468", "0.3.18": "8468", "0.3.20": "8660", "0.3.22": "9014", "0.3.30": "9642"}
+RELEASES = {
+    "0.3.17": "8468", "0.3.18": "8468", "0.3.20": "8660", "0.3.22": "9014", "0.3.25": "9554", "0.3.28": "9554", "0.3.30": "9642", "0.3.33": "9879",
+    "0.3.34": "9982", "0.3.35": "10603",
+}  # fmt: skip
 """Of llama-cpp-python: a build on PyPI of llama.cpp at about the commit that it carries, with the same parameters."""
 
 
