@@ -16,7 +16,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from llama_cpp import _logger, llama_chat_format, llama_tokenizer
+from llama_cpp import _logger, llama_chat_format, llama_grammar, llama_tokenizer
 from llama_cpp import llama_cpp as C
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
@@ -30,12 +30,14 @@ __all__ = [
     "Base",
     "BaseLlamaCache",
     "C",
+    "ChatTemplate",
     "Closed",
     "LlamaState",
     "Tokenizer",
     "context_failed",
     "decoding_failed",
     "folder",
+    "grammar_of_schema",
     "is_verbose",
     "libraries",
     "loading_failed",
@@ -98,6 +100,17 @@ def context_failed(e: Exception) -> bool:
 def decoding_failed(e: Exception) -> bool:
     """Whether it raised this because a batch was not evaluated."""
     return str(e).startswith("llama_decode returned")
+
+
+# ---- grammars and chat templates -----------------------------------------------------------------------------------------------------
+
+
+def grammar_of_schema(schema: str) -> str:
+    """The grammar in llama.cpp's notation (GBNF) of what a JSON schema, given as JSON, describes. Raises whatever the schema's mistakes lead to."""
+    return str(llama_grammar.json_schema_to_gbnf(schema))
+
+
+ChatTemplate = llama_chat_format.Jinja2ChatFormatter
 
 
 # ---- the class -----------------------------------------------------------------------------------------------------------------------
@@ -210,6 +223,19 @@ class Base(llama_cpp.Llama):
         self._ctx.decode(self._batch)
         C.llama_synchronize(self._ctx.ctx)  # a GPU may still compute
         self._requires_eval = False
+
+    def _logits_row(self, row: int) -> Any:
+        """Logits of one output of the last batch, float32 [vocabulary], by its place in the batch: the context's own, until the next evaluation."""
+        return np.ctypeslib.as_array(C.llama_get_logits_ith(self._ctx.ctx, row), shape=(self.n_vocab(),))
+
+    def _piece_of(self, token: int, special: bool) -> bytes:
+        """The bytes that a token stands for. special: those of control tokens too, which else stand for nothing."""
+        buffer = ctypes.create_string_buffer(256)
+        n = C.llama_token_to_piece(self._vocabulary, token, buffer, len(buffer), 0, special)
+        if n < 0:  # longer than the buffer
+            buffer = ctypes.create_string_buffer(-n)
+            n = C.llama_token_to_piece(self._vocabulary, token, buffer, len(buffer), 0, special)
+        return buffer.raw[: max(0, n)]
 
     def _batch_size(self) -> int:
         """Tokens of the last batch."""

@@ -126,6 +126,12 @@ class Sequences(Llama):
 
     def _decode(self, tokens: Sequence[tuple[int, int]], n_logits: int) -> Any:
         """One batch; logits of its last tokens, a copy."""
+        with self._evaluating:
+            self._advance(tokens, n_logits)
+            return self._logits(n_logits)
+
+    def _advance(self, tokens: Sequence[tuple[int, int]], n_logits: int) -> None:
+        """One batch, whose last tokens get logits."""
         n = len(tokens)
         with self._evaluating:
             ends, cells = [len(each) for each in self._tokens], []
@@ -142,7 +148,6 @@ class Sequences(Llama):
             for sequence, token in tokens:
                 self._tokens[sequence].append(int(token))
             self.n_tokens += n
-            return self._logits(n_logits)
 
 
 _BY_SEQUENCE = "A context of several sequences evaluates them by `read` and `step`."
