@@ -237,6 +237,11 @@ class Base(llama_cpp.Llama):
             n = C.llama_token_to_piece(self._vocabulary, token, buffer, len(buffer), 0, special)
         return buffer.raw[: max(0, n)]
 
+    def _special_text(self, which: str) -> str:
+        """The text of the token that begins ("bos") or ends ("eos") a text; "" if the model has none."""
+        token = {"bos": C.llama_vocab_bos, "eos": C.llama_vocab_eos}[which](self._vocabulary)
+        return "" if token < 0 else self._piece_of(token, True).decode("utf-8", "replace")
+
     def _batch_size(self) -> int:
         """Tokens of the last batch."""
         return int(self._batch.n_tokens())

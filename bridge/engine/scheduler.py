@@ -133,6 +133,12 @@ class Engine:
         with self._wake:
             return dict(self._jobs)
 
+    def cancel_all(self) -> None:
+        """End what runs and what waits before the next batch."""
+        with self._wake:
+            for job in [*self._jobs.values(), *self._waiting]:
+                job.cancel()
+
     def close(self) -> None:
         """End what runs, park what streams hold, free the context; safe to call twice."""
         with self._wake:
