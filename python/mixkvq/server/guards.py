@@ -85,7 +85,7 @@ class Guard:
                 await self._app(scope, _Limited(receive, self._rules.largest), answer)
         finally:
             route = scope.get("route")
-            self._metrics.answers.labels(getattr(route, "path", "other"), str(status or 499)).inc()
+            self._metrics.answers[getattr(route, "path", "other"), str(status or 499)] += 1
             took, said = time.monotonic() - began, scope["state"]["said"]
             path = scope["path"].encode("ascii", "backslashreplace").decode()[:200]
             logger.info("%s %s %s %.3f s%s", scope["method"], path.replace("\n", "\\n"), status or "gone", took, f" {said}" if said else "")
