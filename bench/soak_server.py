@@ -49,7 +49,8 @@ class Server:
                 break
         else:
             raise SystemExit("".join(self.said))
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self.about = psutil.Process(self.process.pid)
 
     def _listen(self) -> None:
@@ -63,7 +64,11 @@ class Server:
     def stop(self) -> int:
         """End it; its exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        status = self.process.wait(60)
+        self._listener.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return status
 
 
 class Client:

@@ -21,10 +21,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import soak_server
+from bridge.engine import Request, Sampling
 from bridge.llama import Llama
 from mixkvq.core.model_file import built_in_model
+from mixkvq.server.errors import ApiError
 from mixkvq.server.guards import Rules
 from mixkvq.server.loading import embedding_service
+from mixkvq.server.output import Reader, opens_thinking
+from mixkvq.server.prompts import Prompts
+from mixkvq.server.tools import HERMES, LLAMA, MISTRAL, Tools, grammar
 
 PROBLEM = "Compute 48291 * 73."
 ASKED = [{"role": "user", "content": PROBLEM}]
@@ -89,7 +94,7 @@ def test_a_chat_whole_and_streamed_is_the_same(client):
 
 
 def test_seeds_choices_stop_and_logprobs(client):
-    hot = {"model": "tiny", "messages": ASKED, "temperature": 2.0, "max_tokens": 8, "extra_body": {"top_k": 0, "min_p": 0}}
+    hot = {"model": "tiny", "messages": ASKED, "temperature": 20.0, "max_tokens": 8, "top_p": 1, "extra_body": {"top_k": 0, "min_p": 0}}
     one, two = (client.chat.completions.create(n=2, seed=5, **hot) for _ in range(2))
     texts = [c.message.content for c in one.choices]
     assert texts == [c.message.content for c in two.choices] and texts[0] != texts[1] and one.usage.completion_tokens == 16
@@ -115,6 +120,8 @@ def test_content_parts_and_the_developer_are_read(client, http):
 def test_a_function_is_called_where_it_must_be(client, stream):
     for choice, names in (({"type": "function", "function": {"name": "weather"}}, ["weather"]), ("required", ["weather", "clock"])):
         options = {"tools": [WEATHER, CLOCK], "tool_choice": choice, "model": "tiny", "messages": ASKED, "seed": 3, "max_tokens": 400}
+        if choice == "required":
+            options["parallel_tool_calls"] = stream
         if stream:
             chunks = list(client.chat.completions.create(stream=True, **options))
             calls = [call for c in chunks for call in c.choices[0].delta.tool_calls or []]
@@ -124,7 +131,8 @@ def test_a_function_is_called_where_it_must_be(client, stream):
             found = client.chat.completions.create(**options).choices[0]
             calls, reason = found.message.tool_calls, found.finish_reason
             assert found.message.content is None
-        assert calls and reason == "tool_calls"
+            assert len(calls) == 1
+        assert calls and reason in ("tool_calls", "length" if stream else "")  # a small model goes on and on
         for call in calls:
             arguments = json.loads(call.function.arguments)
             assert call.function.name in names and call.id
@@ -195,6 +203,72 @@ def test_embeddings_are_refused_where_there_are_none_and_made_where_there_are(cl
         with pytest.raises(openai.InternalServerError, match="embeddings only"):
             other.chat.completions.create(model="bert", messages=ASKED)
     service.embedder.close()
+
+
+# --- what models write --------------------------------------------------------------------------------------------------------------
+
+CALL = '{"name": "weather", "arguments": {"town": "Oslo", "days": 1}}'
+LLAMA_CALL = CALL.replace("arguments", "parameters")
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("form", "written", "reasoning", "content", "n_calls"),
+    [
+        (None, "plain <tool_call> text", "", "plain <tool_call> text", 0),
+        (None, "<think>\nhm\n</think>\n\nyes", "hm\n", "yes", 0),
+        (None, "<think>never ends", "never ends", "", 0),
+        (None, "<thin ice", "", "<thin ice", 0),
+        (HERMES, f"<tool_call>\n{CALL}\n</tool_call>", "", "", 1),
+        (HERMES, f"<think>hm</think>I look.\n<tool_call>{CALL}</tool_call>\n<tool_call>\n{CALL}\n</tool_call>\n", "hm", "I look.\n", 2),
+        (HERMES, "<tool_call>nonsense</tool_call> so", "", "<tool_call>nonsense</tool_call> so", 0),
+        (HERMES, '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>', "", '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>', 0),
+        (HERMES, f"a < b <tool_call>{CALL[:30]}", "", f"a < b <tool_call>{CALL[:30]}", 0),
+        (LLAMA, LLAMA_CALL, "", "", 1),
+        (LLAMA, f"<|python_tag|>{LLAMA_CALL}; {LLAMA_CALL}", "", "", 2),
+        (LLAMA, '{"an": "object"}', "", '{"an": "object"}', 0),
+        (MISTRAL, f"[TOOL_CALLS][{CALL}, {CALL}]", "", "", 2),
+        (MISTRAL, 'Well.[TOOL_CALLS]weather[ARGS]{"town": "Oslo", "days": 1}', "", "Well.", 1),
+        (MISTRAL, "[THINK]hm[/THINK][1, 2]", "hm", "[1, 2]", 0),
+    ],
+)
+def test_what_a_model_writes_is_taken_apart(form, written, reasoning, content, n_calls, size):
+    reader = Reader(form, ["weather"])
+    deltas = [delta for i in range(0, len(written), size) for delta in reader.feed(written[i : i + size])] + reader.end()
+    assert "".join(d.text for d in deltas if d.kind == "reasoning") == reasoning
+    assert "".join(d.text for d in deltas if d.kind == "content") == content
+    calls = [d.call for d in deltas if d.call]
+    assert [(c.name, json.loads(c.arguments)) for c in calls] == [("weather", {"town": "Oslo", "days": 1})] * n_calls
+
+
+def test_thinking_that_the_prompt_has_begun(server):
+    prompts = Prompts("{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}")
+    prompt = prompts.text([{"role": "user", "content": "x"}], Tools())
+    reader = Reader(ends=opens_thinking(prompt))
+    assert [(d.kind, d.text) for d in reader.feed("hm</think>\nyes")] == [("reasoning", "hm"), ("content", "yes")]
+    assert opens_thinking(prompts.closes_thinking(prompt)) is None
+
+
+@pytest.mark.parametrize("form", [HERMES, LLAMA, MISTRAL])
+def test_what_a_grammar_forces_is_read_back(server, form):
+    """With the built-in model at a high temperature: anything that the grammar allows is a call."""
+    tools = Tools(tuple(t["function"] for t in (WEATHER, CLOCK)), "required", parallel=False)
+    for seed in range(3):
+        sampling = Sampling(temperature=5, seed=seed, grammar=grammar(form, tools))
+        answer = server.engine.answer(Request(server.engine.llama.tokenize(b"Go"), sampling, 300))
+        reader = Reader(form, ["weather", "clock"])
+        calls = [d.call for d in reader.feed(answer.text) + reader.end()]
+        assert len(calls) == 1 and calls[0] is not None and answer.reason == "end", answer.text
+
+
+def test_templates_that_refuse_are_given_what_they_take():
+    strict = """{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for m in messages %}
+{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}[{{ m['role'] }}:{{ m['content'] }}]{% endfor %}"""
+    chat = [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "a"), ("user", "b"))]
+    assert Prompts(strict).text(chat, Tools()).split() == ["[user:S", "a", "b]"]
+    with pytest.raises(ApiError, match="does not accept these messages: never"):
+        Prompts("{{ raise_exception('never') }}").text(chat, Tools())
+    assert Prompts("{{ messages[0]['content'] }}:").text([*chat[:2], {"role": "assistant", "content": "I say"}], Tools()) == "S:I say"
 
 
 # --- llama.cpp's dialect ------------------------------------------------------------------------------------------------------------

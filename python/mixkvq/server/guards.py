@@ -40,7 +40,10 @@ class Rules:
 
         A name is known if it was given. Addresses cannot be rebound: where the server listens on all of them, any is ours.
         """
-        host = (urlsplit(f"//{name}").hostname or "").lower()
+        try:
+            host = (urlsplit(f"//{name}").hostname or "").lower()
+        except ValueError:
+            return False
         if host in ("localhost", "127.0.0.1", "::1", self.host.lower(), *(h.lower() for h in self.hosts)):
             return True
         try:

@@ -35,7 +35,7 @@ class Reader:
         self._form, self._names, self._thinking = form, names, thinking
         self._held = ""
         self._end = ends or ""
-        self._state = "reasoning" if thinking and ends else "start"
+        self._state = "opened" if thinking and ends else "start"
         self.n_calls = 0
 
     def feed(self, text: str) -> list[Delta]:
@@ -51,6 +51,8 @@ class Reader:
         found = self.feed("")
         if self._state == "call":
             found += self._calls(self._held, whole=True)
+        elif self._state == "content" and self.n_calls and not self._held.strip():
+            pass
         elif self._held and not (self._state == "start" and not self._held.strip()):
             found.append(Delta("reasoning" if self._state == "reasoning" else "content", self._held))
         self._held = ""
@@ -61,11 +63,13 @@ class Reader:
         if self._state == "start":
             return self._start()
         if self._state == "reasoning":
-            return self._say(found, "reasoning", self._end, "answer")
-        if self._state == "answer":  # the line breaks behind thinking belong to neither
+            return self._say(found, "reasoning", self._end, "closed")
+        if self._state in ("opened", "closed"):  # line breaks behind the marks of thinking belong to nothing
             self._held = self._held.lstrip("\n")
-            self._state = "content" if self._held else "answer"
-            return bool(self._held) and self._begins_call()
+            if not self._held:
+                return False
+            self._state = "reasoning" if self._state == "opened" else "content"
+            return self._state == "reasoning" or self._begins_call()
         if self._state == "content":
             return self._say(found, "content", self._form.start, "call") if self._form is not None else self._say(found, "content", "", "")
         return self._call(found)
@@ -77,7 +81,7 @@ class Reader:
         if self._thinking:
             for start, end in THINK:
                 if held.startswith(start):
-                    self._held, self._state, self._end = held[len(start) :].lstrip("\n"), "reasoning", end
+                    self._held, self._state, self._end = held[len(start) :], "opened", end
                     return True
                 if start.startswith(held):
                     return False
@@ -93,6 +97,8 @@ class Reader:
         """Text up to a mark, which leads into another state."""
         at = self._held.find(mark) if mark else -1
         n = at if at >= 0 else len(self._held) - _at_end(self._held, mark)
+        if self.n_calls and not self._held[:n].strip():  # white space behind a call is no answer
+            self._held, n, at = self._held[n:], 0, 0 if at >= 0 else at
         if n:
             found.append(Delta(kind, self._held[:n]))
         self._held = self._held[n:]
@@ -118,7 +124,7 @@ class Reader:
         assert self._form is not None
         calls = read_calls(self._form, text, self._names)
         self.n_calls += len(calls)
-        if calls:
+        if calls or (whole and self.n_calls and self._form.end):  # a further call that was cut off is none
             return [Delta("call", call=call) for call in calls]
         if self._form.whole and text.lstrip().startswith("{"):
             return [Delta("content", text)]

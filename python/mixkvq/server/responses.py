@@ -75,7 +75,7 @@ class Response:
             "instructions": fields.get("instructions"),
             "max_output_tokens": fields.get("max_output_tokens"),
             "metadata": fields.get("metadata") or {},
-            "parallel_tool_calls": plan.tools.parallel,
+            "parallel_tool_calls": plan.tools.parallel is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": plan.requests[0].sampling.temperature,

@@ -63,11 +63,14 @@ def form_of(template: str) -> Form:
 
 @dataclass(frozen=True)
 class Tools:
-    """The functions of a request, and whether one must be called. choice: "none", "auto", "required", or a name."""
+    """The functions of a request, and whether one must be called. choice: "none", "auto", "required", or a name.
+
+    parallel: whether several may be called at once; None: where the model decides to, not where it must call one.
+    """
 
     functions: tuple[dict[str, Any], ...] = ()
     choice: str = "none"
-    parallel: bool = True
+    parallel: bool | None = None
 
     @property
     def forced(self) -> tuple[dict[str, Any], ...]:
@@ -106,7 +109,8 @@ def tools_of(fields: Fields) -> Tools:
         raise bad('tool_choice must be "auto", "none", "required" or an object that names a function.', "tool_choice")
     if choice == "required" and not functions:
         raise bad("tool_choice is required, and there are no tools.", "tool_choice")
-    return Tools(tuple(functions), choice, fields.flag("parallel_tool_calls", True))
+    parallel = None if fields.get("parallel_tool_calls") is None else fields.flag("parallel_tool_calls")
+    return Tools(tuple(functions), choice, parallel)
 
 
 # --- grammars ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +119,7 @@ def tools_of(fields: Fields) -> Tools:
 def grammar(form: Form, tools: Tools, *, started: bool = False) -> str:
     """Of one or several calls. started: what they begin with was written already. Raises SettingsError for parameters that are no JSON schema."""
     wanted = tools.forced or tools.functions
-    several = tools.parallel and not (tools.forced and tools.choice != "required")
+    several = bool(tools.parallel) and tools.choice == "required" if tools.forced else tools.parallel is not False
     definitions: dict[str, Any] = {}
     calls = []
     for function in wanted:
