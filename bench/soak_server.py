@@ -4,8 +4,8 @@
     python bench/soak_server.py --minutes 0.1 --clients 16
 
 Every answer is checked: a grammar makes the model write the client's own word, so that a piece of another chat's text shows; and the likeliest
-answers to some prompts are those that the server gave at the beginning, when it had nothing else to do. At the end nothing may run, no stream may be stuck,
-and memory, threads and open files must not have grown since a third of the time.
+answers to some prompts are those that the server gave at the beginning, when it had nothing else to do. At the end nothing may run, no stream may be
+stuck, and memory, threads and open files must not have grown since a third of the time.
 """
 
 from __future__ import annotations

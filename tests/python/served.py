@@ -13,7 +13,6 @@ import uvicorn
 
 from bridge.engine import Engine, Streams
 from mixkvq.server.app import create_app
-from mixkvq.server.guards import Rules
 from mixkvq.server.loading import service as service_of
 
 SPARE = {"n_threads": 1, "n_threads_batch": 1, "device": "cpu", "verbose": False, "n_batch": 256, "n_ubatch": 256}

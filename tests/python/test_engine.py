@@ -12,11 +12,11 @@ import pytest
 import tiny_models
 
 from bridge.engine import Done, Engine, Failed, Piece, Progress, Request, Sampling, Streams
+from bridge.engine.events import Chosen
 from bridge.engine.parking import Parking
 from bridge.engine.prefixes import Begin, choose, common
 from bridge.engine.sampling import Sampler, grammar_for, logprobs
 from bridge.engine.stopping import Writer
-from bridge.engine.events import Chosen
 from mixkvq.core.errors import BusyError, ContextError, SettingsError, TimeLimitError
 from mixkvq.core.model_file import built_in_model
 

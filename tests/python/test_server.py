@@ -16,11 +16,11 @@ import numpy as np
 import openai
 import pytest
 import served
+import soak_server
 import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 
-import soak_server
 from bridge.engine import Request, Sampling
 from bridge.llama import Llama
 from mixkvq.core.model_file import built_in_model
@@ -107,7 +107,10 @@ def test_seeds_choices_stop_and_logprobs(client):
 
 
 def test_content_parts_and_the_developer_are_read(client, http):
-    parts = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Compute "}, {"type": "text", "text": "1 + 1."}]}]
+    parts = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Compute "}, {"type": "text", "text": "1 + 1."}]},
+    ]
     prompt = http.post("/apply-template", json={"messages": parts}).json()["prompt"]
     assert prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nCompute 1 + 1.<|im_end|>\n<|im_start|>assistant\n"
     assert client.chat.completions.create(messages=parts, max_tokens=3, **GREEDY).usage.prompt_tokens == 27
@@ -145,7 +148,9 @@ def test_an_answer_to_a_call_is_read(client, http):
     prompt = http.post("/apply-template", json={"messages": chat, "tools": [WEATHER]}).json()["prompt"]
     assert '<tool_call>\n{"name": "weather", "arguments": {"town": "Oslo"}}\n</tool_call>' in prompt
     assert "<tool_response>\nsnow\n</tool_response>" in prompt and '"description": "The weather of a town."' in prompt
-    assert "weather of a town" not in http.post("/apply-template", json={"messages": chat, "tools": [WEATHER], "tool_choice": "none"}).json()["prompt"]
+    assert (
+        "weather of a town" not in http.post("/apply-template", json={"messages": chat, "tools": [WEATHER], "tool_choice": "none"}).json()["prompt"]
+    )
 
 
 def test_an_answer_has_the_form_that_is_asked_for(client):
@@ -161,13 +166,17 @@ def test_an_answer_has_the_form_that_is_asked_for(client):
 def test_responses_whole_and_streamed(client):
     whole = client.responses.create(model="tiny", input=PROBLEM, instructions="Be brief.", max_output_tokens=12, temperature=0)
     assert whole.status == "incomplete" and whole.incomplete_details.reason == "max_output_tokens" and whole.usage.output_tokens == 12
-    events = list(client.responses.create(model="tiny", input=[{"role": "user", "content": PROBLEM}], max_output_tokens=12, temperature=0, stream=True))
+    events = list(
+        client.responses.create(model="tiny", input=[{"role": "user", "content": PROBLEM}], max_output_tokens=12, temperature=0, stream=True)
+    )
     assert [e.sequence_number for e in events] == list(range(len(events)))
     assert [e.type for e in events][:4] == ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]
     text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
     assert events[-1].type == "response.incomplete" and events[-1].response.output_text == text and text.startswith(BEGINS)
     tool = {"type": "function", "name": "clock", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
-    called = client.responses.create(model="tiny", input=PROBLEM, tools=[tool], tool_choice="required", parallel_tool_calls=False, max_output_tokens=90)
+    called = client.responses.create(
+        model="tiny", input=PROBLEM, tools=[tool], tool_choice="required", parallel_tool_calls=False, max_output_tokens=90
+    )
     (item,) = called.output
     assert (item.type, item.name, json.loads(item.arguments), called.status) == ("function_call", "clock", {}, "completed")
     more = [{"role": "user", "content": PROBLEM}, item.model_dump(), {"type": "function_call_output", "call_id": item.call_id, "output": "noon"}]
@@ -191,7 +200,9 @@ def test_completions(client):
 def test_embeddings_are_refused_where_there_are_none_and_made_where_there_are(client, tmp_path):
     with pytest.raises(openai.InternalServerError, match="--embeddings"):
         client.embeddings.create(model="tiny", input="a")
-    llama = Llama(str(tiny_models.bert(tmp_path / "bert.gguf")), stock="f16", embedding=True, n_ctx=256, n_batch=256, n_ubatch=256, device="cpu", verbose=False)
+    llama = Llama(
+        str(tiny_models.bert(tmp_path / "bert.gguf")), stock="f16", embedding=True, n_ctx=256, n_batch=256, n_ubatch=256, device="cpu", verbose=False
+    )
     service = embedding_service(llama, "bert")
     with served.serving(service) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as other:
         plain = other.embeddings.create(model="bert", input=["abc", "xyz", "abc"], encoding_format="float")
@@ -263,7 +274,8 @@ def test_what_a_grammar_forces_is_read_back(server, form):
 
 def test_templates_that_refuse_are_given_what_they_take():
     strict = """{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for m in messages %}
-{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}[{{ m['role'] }}:{{ m['content'] }}]{% endfor %}"""
+{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif -%}
+[{{ m['role'] }}:{{ m['content'] }}]{% endfor %}"""
     chat = [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "a"), ("user", "b"))]
     assert Prompts(strict).text(chat, Tools()).split() == ["[user:S", "a", "b]"]
     with pytest.raises(ApiError, match="does not accept these messages: never"):
@@ -437,13 +449,26 @@ def test_every_address_of_this_machine_is_known_where_the_server_listens_on_all(
 # --- anything at all ------------------------------------------------------------------------------------------------------------------
 
 _NAMES = st.sampled_from(
-    "messages prompt input n max_tokens n_predict temperature top_p top_k min_p seed stop logprobs top_logprobs logit_bias tools tool_choice grammar json_schema "
-    "response_format text stream stream_options id_slot repeat_penalty mirostat content tokens filename encoding_format chat_template_kwargs echo suffix".split()
+    "messages prompt input n max_tokens n_predict temperature top_p top_k min_p seed stop logprobs top_logprobs logit_bias tools tool_choice grammar "
+    "json_schema response_format text stream stream_options id_slot repeat_penalty mirostat content tokens filename encoding_format echo suffix "
+    "chat_template_kwargs".split()
 )
 _LEAVES = st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
-_VALUES = st.recursive(_LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | _NAMES, inner, max_size=3), max_leaves=6)
+_VALUES = st.recursive(
+    _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | _NAMES, inner, max_size=3), max_leaves=6
+)
 _GOOD = {"messages": ASKED, "prompt": "x", "input": "x", "content": "x", "max_tokens": 2, "n_predict": 2, "max_output_tokens": 2}
-_PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/completion", "/v1/embeddings", "/tokenize", "/detokenize", "/apply-template", "/slots/0?action=save"]
+_PATHS = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/completion",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+    "/apply-template",
+    "/slots/0?action=save",
+]
 
 
 @given(path=st.sampled_from(_PATHS), wrong=st.dictionaries(_NAMES, _VALUES, max_size=4))

@@ -53,13 +53,30 @@ _REFUSED = {
     help=f"Context in tokens, of all streams together; 0: the model's own for each.  [default: that, at most {DEFAULT_CONTEXT}, for each]",
 )
 @click.option("-np", "--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Streams: chats at once, each with its part of -c.")
-@click.option("-n", "--predict", "--n-predict", "predict", type=click.IntRange(-1, 1 << 30), default=-1, help="Longest answer, where a request names none.")
+@click.option(
+    "-n", "--predict", "--n-predict", "predict", type=click.IntRange(-1, 1 << 30), default=-1, help="Longest answer, where a request names none."
+)
 @click.option("-t", "--threads", type=THREADS, help="Threads.  [default: physical cores]")
-@click.option("-b", "--batch", "--batch-size", "batch", type=click.IntRange(64, 1 << 16), default=512, show_default=True, help="Tokens evaluated at a time.")
+@click.option(
+    "-b", "--batch", "--batch-size", "batch", type=click.IntRange(64, 1 << 16), default=512, show_default=True, help="Tokens evaluated at a time."
+)
 @click.option("--chunk", type=click.IntRange(16, 1 << 16), default=128, show_default=True, help="Prompt tokens of a batch while answers run.")
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
-@click.option("-ngl", "--gpu-layers", "--n-gpu-layers", "gpu_layers", type=click.IntRange(-1, 1 << 20), help="Layers for the GPU, -1: all.  [default: as many as fit]")
-@click.option("--kv", "--preset", "kv", shell_complete=complete_kv, help="The cache: a preset or a profile.  [default: a profile beside the model, else balanced]")
+@click.option(
+    "-ngl",
+    "--gpu-layers",
+    "--n-gpu-layers",
+    "gpu_layers",
+    type=click.IntRange(-1, 1 << 20),
+    help="Layers for the GPU, -1: all.  [default: as many as fit]",
+)
+@click.option(
+    "--kv",
+    "--preset",
+    "kv",
+    shell_complete=complete_kv,
+    help="The cache: a preset or a profile.  [default: a profile beside the model, else balanced]",
+)
 @click.option("--profile", shell_complete=files, help="Profile of the cache.")
 @click.option("--window", type=F16_TOKENS, help="Recent tokens kept in F16.  [default: 128]")
 @click.option("--sinks", type=F16_TOKENS, help="First tokens kept in F16.  [default: 128]")
@@ -68,7 +85,13 @@ _REFUSED = {
 @click.option("--embeddings", "--embedding", "embeddings", is_flag=True, help="Serve the model's embeddings, and nothing else.")
 @click.option("--chat-template", help="Chat template (Jinja) in place of the model's.")
 @click.option("--chat-template-file", shell_complete=files, help="The same, from a file.")
-@click.option("--reasoning-format", type=click.Choice(["auto", "deepseek", "none"]), default="auto", show_default=True, help="Thinking apart from the answer, or left in it.")
+@click.option(
+    "--reasoning-format",
+    type=click.Choice(["auto", "deepseek", "none"]),
+    default="auto",
+    show_default=True,
+    help="Thinking apart from the answer, or left in it.",
+)
 @click.option("--temp", type=Number(0, 100), default=0.8, show_default=True, help="Temperature, where a request names none; the same below.")
 @click.option("--top-k", type=click.IntRange(0, 1 << 30), default=40, show_default=True, help="Sample from this many tokens; 0: all.")
 @click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True, help="Sample from this share of the probability.")
@@ -204,7 +227,9 @@ def _service(given: dict[str, Any], file: ModelFile, kv: Kv, console: Console) -
         service.slots = Path(given["slot_save_path"])
         service.slots.mkdir(mode=0o700, parents=True, exist_ok=True)
     stats = llama.kv_stats()
-    service.facts["what"] = f"{llama.n_seq} streams of {engine.n_ctx} tokens, {report.title(stats)}, {stats['total_bits']:.2f} bits, on {stats['device']}"
+    service.facts["what"] = (
+        f"{llama.n_seq} streams of {engine.n_ctx} tokens, {report.title(stats)}, {stats['total_bits']:.2f} bits, on {stats['device']}"
+    )
     return service
 
 

@@ -25,7 +25,9 @@ BODY_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Rules:
-    """host: what the server listens on. keys: one of them must come with a request; none: any may ask. hosts: further names by which the server is
+    """Who may ask, and how much at a time.
+
+    host: what the server listens on. keys: one of them must come with a request; none: any may ask. hosts: further names by which the server is
     called. origins: pages of other servers that may ask. largest: bytes of a body.
     """
 

@@ -30,8 +30,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Form:
-    """How calls are written. start: what they begin with; end: what each ends with, "" if they go up to the answer's end. whole: an answer that begins
-    with a brace is a call as well. key: of the arguments. listed: several are one JSON list.
+    """How calls are written.
+
+    start: what they begin with. end: what each ends with, "" if they go up to the answer's end. whole: an answer that begins with a brace is a call,
+    too. key: of the arguments. listed: several are one JSON list.
     """
 
     name: str
@@ -121,7 +123,7 @@ def grammar(form: Form, tools: Tools, *, started: bool = False) -> str:
     wanted = tools.forced or tools.functions
     several = bool(tools.parallel) and tools.choice == "required" if tools.forced else tools.parallel is not False
     definitions: dict[str, Any] = {}
-    calls = []
+    calls: list[dict[str, Any]] = []
     for function in wanted:
         schema = dict(function["parameters"])
         for key in ("$defs", "definitions"):  # references to them begin at the root
@@ -135,7 +137,7 @@ def grammar(form: Form, tools: Tools, *, started: bool = False) -> str:
                 "additionalProperties": False,
             }
         )
-    one = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    one: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
     if form.listed:
         one = {"type": "array", "items": one, "minItems": 1, **({} if several else {"maxItems": 1})}
     rules = re.sub(r"^root ::=", "tool-calls ::=", grammar_for({**one, **definitions}), flags=re.MULTILINE)
