@@ -128,6 +128,11 @@ class Engine:
         with self._wake:
             return len(self._jobs), len(self._waiting)
 
+    @property
+    def runs(self) -> bool:
+        """Whether requests are answered: not after `close`, nor after a fault of the engine itself."""
+        return not self._closing
+
     def jobs(self) -> dict[int, Job]:
         """Which run, by stream; a copy."""
         with self._wake:
@@ -178,6 +183,9 @@ class Engine:
                 self._admit()
                 if self._jobs:
                     self._step()
+        except BaseException:
+            logger.critical("the engine has failed, and answers nothing any more", exc_info=True)
+            raise
         finally:
             self._end()
 
@@ -449,9 +457,11 @@ class Engine:
     def _end(self) -> None:
         with self._wake:
             self._closing = True
-            left, self._calls = [*self._jobs.values(), *self._waiting], []
+            left, calls = [*self._jobs.values(), *self._waiting], self._calls
         for job in left:
             self._release(job, "cancelled")
+        for _, future in calls:
+            future.set_exception(ContextError("The engine is closed."))
         for stream in self._must_park():
             self._park(stream)
         self.llama.close()

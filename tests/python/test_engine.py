@@ -324,8 +324,10 @@ def test_closing_ends_what_runs(tiny):
     engine = engine_of(tiny, n_ctx=8192)
     _, events = heard(engine, Request(words(1, 10), GREEDY, ignore_end=True))
     events.get(timeout=60)
+    assert engine.runs
     engine.close()
     engine.close()
+    assert not engine.runs
     assert rest(events)[-1].reason == "cancelled"
     with pytest.raises(ContextError, match="closed"):
         engine.submit(Request([1]), print)

@@ -151,6 +151,9 @@ class Endpoints:
 
     async def health(self, request: Request) -> Response:
         """Whether the server can answer."""
+        engine = self._service.engine
+        if engine is not None and not engine.runs:
+            return _failed_response(ApiError(503, "The server is ending.", kind="unavailable_error"))
         return JSONResponse({"status": "ok"})
 
     def _about(self) -> dict[str, Any]:
