@@ -14,7 +14,7 @@ from mixkvq.core.errors import BusyError, ContextError, SettingsError, TimeLimit
 
 from .events import Answer, Chosen, Done, Event, Failed, Progress
 from .parking import LEAST, Parking
-from .prefixes import LEAST_GAIN, Begin, choose, common
+from .prefixes import LEAST_GAIN, Begin, choose, common, spare
 from .requests import Job, Request
 from .sampling import Sampler, StuckError, logprobs
 from .streams import Streams
@@ -288,7 +288,7 @@ class Engine:
         if parked is not None:
             if self._copying:
                 return False  # llama.cpp has yet to copy what this may write over
-            begin = Begin(begin.stream if begin.source is not None or begin.n < LEAST_GAIN else idle[0], 0)
+            begin = Begin(spare(held, idle), 0)
         self._make_room(begin)
         n = begin.n
         if parked is not None:

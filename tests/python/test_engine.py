@@ -101,6 +101,7 @@ def test_where_a_prompt_begins():
     assert choose([1000, 0], [90, 0], [1]) == Begin(1, 90, 0)  # the best is busy
     assert choose([1000, 500], [10, 0], [1, 0]) == Begin(1, 0)  # the least recently used
     assert choose([0, 0], [0, 0], [1, 0]) == Begin(0, 0)  # neighbours share a batch
+    assert choose([1000, 995, 500], [1000, 990, 0], [2, 1]) == Begin(1, 990)  # no other chat goes for the sake of ten tokens
 
 
 def test_logprobs_are_those_of_softmax():

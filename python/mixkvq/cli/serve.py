@@ -102,7 +102,7 @@ _REFUSED = {
 @click.option("--park", shell_complete=files, help="Folder for chats that no stream has room for; they come back from there. It holds what was said.")
 @click.option("--park-size", type=Number(0, 1 << 20), default=8.0, show_default=True, help="Gibibytes of that folder.")
 @click.option("--queue", type=click.IntRange(0, 1 << 16), default=256, show_default=True, help="Requests that may wait; further ones get 503.")
-@click.option("--timeout", type=Number(1, 1e6), default=3600.0, show_default=True, help="Seconds that a request may take, waiting included.")
+@click.option("--max-seconds", type=Number(1, 1e6), default=3600.0, show_default=True, help="Seconds that a request may take, waiting included.")
 @click.option("--max-body", type=Number(0.001, 1 << 20), default=32.0, show_default=True, help="Mebibytes of a request's body.")
 @click.option("--no-log", is_flag=True, help="Do not write a line for each request to stderr.")
 @click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's own log.")
@@ -220,7 +220,7 @@ def _service(given: dict[str, Any], file: ModelFile, kv: Kv, console: Console) -
         engine.close()
         raise
     service.sampling = Sampling(temperature=given["temp"], top_k=given["top_k"], top_p=given["top_p"], min_p=given["min_p"])
-    service.max_tokens, service.timeout = given["predict"], given["timeout"]
+    service.max_tokens, service.timeout = given["predict"], given["max_seconds"]
     service.shows_slots, service.shows_metrics = not given["no_slots"], given["metrics"]
     service.thinking = given["reasoning_format"] != "none"
     if given["slot_save_path"] is not None:
