@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import queue
-import threading
 import time
 
 import numpy as np
@@ -301,24 +300,27 @@ def test_an_answer_ends_where_the_stream_is_full(tiny):
 
 
 def test_an_error_ends_the_request_it_is_of(tiny):
-    """A codec that fails for one text: the other answer goes on to its end, and so does the engine."""
-    fail = threading.Event()
+    """A codec that fails for one text, beside another one and alone: the other answer goes on to its end, and so does the engine."""
+    fail = [2]
 
     def codec(page):
-        if fail.is_set():
+        if page.stream == 1 and fail[0]:
+            fail[0] -= 1
             raise ValueError("as the test wants it")
         return page.rows, 16.0
 
     with engine_of(tiny, codec=codec, kv={"window": 0, "sinks": 0}) as engine:
-        _, short = heard(engine, Request(words(1, 5), GREEDY, 60, ignore_end=True))  # never fills a page
-        short.get(timeout=60)
-        fail.set()
-        _, long = heard(engine, Request(words(2, 400), GREEDY, 5, ignore_end=True))
-        failed = rest(long)[-1]
+        expected = tokens_of(engine.answer(Request(words(1, 5), GREEDY, 900, ignore_end=True, stream=0, reuse=False)))
+        _, beside = heard(engine, Request(words(1, 5), GREEDY, 900, ignore_end=True, stream=0, reuse=False))
+        first = [beside.get(timeout=60)]
+        _, failing = heard(engine, Request(words(2, 400), GREEDY, 5, ignore_end=True, stream=1))
+        failed = rest(failing)[-1]
         assert isinstance(failed, Failed) and isinstance(failed.error, ContextError) and "as the test wants it" in str(failed.error)
-        assert rest(short)[-1].generated == 60
-        fail.clear()
-        assert engine.answer(Request(words(2, 400), GREEDY, 5, ignore_end=True)).done.generated == 5
+        assert engine.jobs()  # the other one still runs
+        found = [*first, *rest(beside)]
+        assert [chosen.token for event in found if isinstance(event, Piece) for chosen in event.tokens] == expected
+        assert engine.totals["failed"] == 1
+        assert engine.answer(Request(words(2, 400), GREEDY, 5, ignore_end=True, stream=1)).done.generated == 5
 
 
 def test_closing_ends_what_runs(tiny):
