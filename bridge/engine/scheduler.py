@@ -21,6 +21,8 @@ from .streams import Streams
 
 T = TypeVar("T")
 LONGEST_QUEUE = 256
+PAUSE = 0.3
+_LEAST_CHUNK = 16  # tokens of prompts in a batch
 _IDLE = 2.0  # seconds without a request after which chats are parked
 
 logger = logging.getLogger(__name__)
@@ -30,11 +32,12 @@ class Engine:
     """Answers requests on the streams of a context. Every method may be called from any thread.
 
     llama: the context, which is the engine's from now on; `close` frees it. parking: where chats go that no stream holds any more. longest_queue:
-    requests that may wait for a stream; further ones get a BusyError. chunk: tokens of prompts that are read in a batch beside running answers.
+    requests that may wait for a stream; further ones get a BusyError. pause: seconds that a batch should take at most while requests run beside each
+    other; a prompt alone is read in whole batches.
     """
 
-    def __init__(self, llama: Streams, *, parking: Parking | None = None, longest_queue: int = LONGEST_QUEUE, chunk: int = 128) -> None:
-        self.llama, self.longest_queue, self.chunk = llama, longest_queue, min(chunk, llama.n_batch)
+    def __init__(self, llama: Streams, *, parking: Parking | None = None, longest_queue: int = LONGEST_QUEUE, pause: float = PAUSE) -> None:
+        self.llama, self.longest_queue, self.pause = llama, longest_queue, pause
         self.parking = parking.of(llama) if parking is not None else None
         self.n_ctx = llama.n_ctx() // llama.n_seq  # of a stream
         self.totals = {"requests": 0, "failed": 0, "prompt": 0, "cached": 0, "generated": 0, "batches": 0, "parked": 0, "resumed": 0}
@@ -46,6 +49,7 @@ class Engine:
         self._used = [0.0] * llama.n_seq  # when a stream was used last
         self._unparked: set[int] = set()  # streams with tokens that no file has
         self._copying = False  # until the next batch
+        self._rate = 0.0  # prompt tokens read per second, lately
         self._closing = False
         self._number = 0
         self._thread = threading.Thread(target=self._run, name="mixkvq-engine", daemon=True)
@@ -351,7 +355,9 @@ class Engine:
         """Which tokens are evaluated next, by request: first of prompts, then those that are answered, whose last tokens get logits."""
         running = [job for job in self._jobs.values() if job.next is not None]
         reading = sorted((job for job in self._jobs.values() if job.next is None), key=lambda job: len(job.prompt) - job.read)
-        room = min(self.llama.n_batch - len(running), self.chunk if running else self.llama.n_batch)
+        room = self.llama.n_batch - len(running)
+        if len(self._jobs) > 1:
+            room = min(room, max(_LEAST_CHUNK, int(self._rate * self.pause)))
         parts: list[tuple[Job, list[int]]] = []
         for i, job in enumerate(reading):  # equal shares, and what the shortest leave goes to the others
             share = room // (len(reading) - i)
@@ -376,6 +382,8 @@ class Engine:
         self._copying = False
         took = time.monotonic() - began
         self.totals["batches"] += 1
+        if len(first) >= _LEAST_CHUNK // 2:
+            self._rate = 0.5 * self._rate + 0.5 * len(first) / took if self._rate else len(first) / took
         for job, tokens in parts:
             if job.next is None:
                 job.read += len(tokens)

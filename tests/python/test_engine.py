@@ -34,7 +34,7 @@ def hybrid(tmp_path_factory):
 
 
 def engine_of(model, n_seq=2, n_ctx=1024, **options):
-    settings = {name: options.pop(name) for name in ("parking", "longest_queue", "chunk") if name in options}
+    settings = {name: options.pop(name) for name in ("parking", "longest_queue", "pause") if name in options}
     return Engine(Streams(model, n_seq=n_seq, n_ctx=n_ctx, **{**SPARE, **options}), **settings)
 
 
@@ -254,13 +254,13 @@ def test_a_request_is_cancelled_while_its_prompt_is_read_and_its_stream_goes_on(
 
 
 def test_running_answers_go_on_while_a_prompt_is_read(tiny):
-    with engine_of(tiny, n_ctx=4096, chunk=64) as engine:
+    with engine_of(tiny, n_ctx=4096, pause=0.0) as engine:
         heard(engine, Request(words(2, 10), GREEDY, 4000, ignore_end=True))[1].get(timeout=60)
-        _, events = heard(engine, Request(words(1, 640), GREEDY, 1, progress=True))
+        _, events = heard(engine, Request(words(1, 320), GREEDY, 1, progress=True))
         found = rest(events)
         reads = [event.read for event in found if isinstance(event, Progress)]
-        assert all(b - a <= 64 for a, b in zip(reads, reads[1:])) and len(reads) >= 10
-        assert next(iter(engine.jobs().values())).generated >= 9
+        assert all(b - a <= 16 for a, b in zip(reads, reads[1:])) and len(reads) >= 20
+        assert next(iter(engine.jobs().values())).generated >= 19
 
 
 def test_more_requests_than_may_wait_are_refused(tiny):
