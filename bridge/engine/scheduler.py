@@ -340,8 +340,10 @@ class Engine:
             return 0
         self.totals["resumed"] += 1
         self._unparked.discard(stream)
-        usable = self.llama.usable(stream, n)
-        return n if usable == n and self.llama.cut(stream, n) else self.llama.cut(stream, 0) * 0
+        if self.llama.usable(stream, n) != n:
+            self.llama.forget(stream)
+            return 0
+        return n if self.llama.cut(stream, n) else 0
 
     def _step(self) -> None:
         """One batch: a token of every running answer, and some of the prompts that are being read."""

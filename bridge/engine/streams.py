@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .._compat import C
@@ -20,7 +20,7 @@ class Streams(Sequences):
         self._pieces: dict[int, bytes] = {}
         self._goes_back = self._can_go_back()
         self._window = int(C.llama_model_n_swa(self._model_handle)) if not self.context_params.swa_full else 0
-        self.shown: frozenset[int] = frozenset()  # control tokens whose text belongs to answers
+        self._shown: frozenset[int] = frozenset()  # control tokens whose text belongs to answers
 
     def tokens_of(self, stream: int) -> list[int]:
         """What a stream holds; not a copy."""
@@ -70,8 +70,22 @@ class Streams(Sequences):
         """The bytes of a token as an answer shows it."""
         found = self._pieces.get(token)
         if found is None:
-            found = self._pieces[token] = self._piece_of(token, token in self.shown)
+            found = self._pieces[token] = self._piece_of(token, token in self._shown)
         return found
+
+    def show(self, texts: Iterable[str]) -> None:
+        """Of control tokens: let those with these texts be seen in answers, because something is told by them."""
+        found = (self.tokenize(text.encode(), add_bos=False, special=True) for text in texts)
+        self._shown = frozenset(tokens[0] for tokens in found if len(tokens) == 1 and not self._piece_of(tokens[0], False))
+        self._pieces.clear()
+
+    def text_of(self, tokens: Iterable[int]) -> str:
+        """The text of tokens, control tokens with theirs."""
+        return b"".join(self._piece_of(token, True) for token in tokens).decode("utf-8", "replace")
+
+    def begins_and_ends(self) -> tuple[str, str]:
+        """The texts of the tokens that begin and end a text; "" where the model has none."""
+        return self._special_text("bos"), self._special_text("eos")
 
     def logits_row(self, row: int) -> Any:
         """Logits at a place of the last batch, float32 [vocabulary]: the context's own, until the next one."""
