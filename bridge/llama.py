@@ -253,10 +253,11 @@ class Llama(Keeping):
                 found[layer["layer"]] = statistics
         return found
 
-    def forward(self, tokens: Sequence[int], n_logits: int = 1) -> Any:
+    def forward(self, tokens: Sequence[int], n_logits: int = 1, *, copy: bool = True) -> Any:
         """Evaluate at most n_batch tokens behind those before; logits of the last `n_logits` of them.
 
-        Returns float32 [n_logits, vocabulary]. Llama(logits_all=True) would keep the logits of the whole context.
+        Returns float32 [n_logits, vocabulary]. Without `copy` they are the context's own, which the next evaluation and close() take away. A large
+        vocabulary makes megabytes of a few tokens. Llama(logits_all=True) would keep the logits of the whole context.
         Raises SettingsError for numbers that do not fit together, ContextError if the context is full or llama.cpp fails.
         """
         n = len(tokens)
@@ -268,7 +269,7 @@ class Llama(Keeping):
         with self._evaluating:
             if n:
                 self._evaluate(tokens, int(n_logits))
-            return self._logits(int(n_logits))
+            return self._logits(int(n_logits)) if copy or not n_logits else self._outputs(int(n_logits))
 
     def last_logits(self) -> Any:
         """Logits of the last evaluated token, float32 [vocabulary]. Raises ContextError if there is none."""

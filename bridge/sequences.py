@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from mixkvq.core.errors import ContextError, SettingsError
 from mixkvq.core.memory import SEQUENCES
 
@@ -48,12 +50,31 @@ class Sequences(Llama):
     def step(self, tokens: Sequence[tuple[int, int]]) -> Any:
         """Evaluate tokens of some sequences together, given as (sequence, token), at most n_batch; logits of each, float32 [n, vocabulary].
 
-        Raises SettingsError for what is no token or no sequence, ContextError if a sequence is full or llama.cpp fails.
+        Sequences whose numbers follow one another are computed at once; a gap between them makes it two computations. Raises SettingsError for
+        what is no token or no sequence, ContextError if a sequence is full or llama.cpp fails.
         """
         if len(tokens) > self.n_batch:
             raise SettingsError(f"{len(tokens)} tokens are more than a batch holds; n_batch is {self.n_batch}.")
         self._check_sequences(tokens)
-        return self._decode(tokens, len(tokens))
+        rising = sorted(range(len(tokens)), key=lambda i: tokens[i][0])  # in any other order llama.cpp cuts the batch, down to single tokens
+        logits = self._decode([tokens[i] for i in rising], len(tokens))
+        return logits if rising == list(range(len(tokens))) else logits[np.argsort(rising)]
+
+    def copy(self, source: int, target: int) -> None:
+        """Let a sequence hold what another holds, in place of what it held: the same packed pages, and what the cache has learnt of the queries.
+
+        Raises SettingsError for what is no sequence.
+        """
+        self._check_ready()
+        self._check_sequence(source)
+        self._check_sequence(target)
+        if source == target:
+            return
+        with self._evaluating:
+            self._remove_cells(target, -1, -1)
+            self._copy_cells(source, target, -1, -1)
+            self.n_tokens += len(self._tokens[source]) - len(self._tokens[target])
+            self._tokens[target] = list(self._tokens[source])
 
     def forget(self, sequence: int) -> None:
         """Empty a sequence. What the cache has learnt of its queries is forgotten as well; its memory is used again by what is read next."""
