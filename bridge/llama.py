@@ -346,7 +346,8 @@ class Llama(Keeping):
         n, past = len(tokens), self.n_tokens
         try:
             with computing():
-                self._decode_cells([(0, past + i, token) for i, token in enumerate(tokens)], max(1, n_logits))  # the last is sampled from
+                rows = range(n - max(1, n_logits), n)  # the last is sampled from
+                self._decode_cells([(0, past + i, token) for i, token in enumerate(tokens)], rows)
         except RuntimeError as e:
             failure = self._failure(e, n)
             raise failure from failure.__cause__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,11 +148,11 @@ class Sequences(Llama):
     def _decode(self, tokens: Sequence[tuple[int, int]], n_logits: int) -> Any:
         """One batch; logits of its last tokens, a copy."""
         with self._evaluating:
-            self._advance(tokens, n_logits)
+            self._advance(tokens, range(len(tokens) - n_logits, len(tokens)))
             return self._logits(n_logits)
 
-    def _advance(self, tokens: Sequence[tuple[int, int]], n_logits: int) -> None:
-        """One batch, whose last tokens get logits."""
+    def _advance(self, tokens: Sequence[tuple[int, int]], rows: Collection[int]) -> None:
+        """One batch, of which the tokens in these places get logits."""
         n = len(tokens)
         with self._evaluating:
             ends, cells = [len(each) for each in self._tokens], []
@@ -162,7 +162,7 @@ class Sequences(Llama):
             try:
                 if n:
                     with computing():
-                        self._decode_cells(cells, n_logits)
+                        self._decode_cells(cells, rows)
             except RuntimeError as e:
                 failure = self._failure(e, n)
                 raise failure from failure.__cause__

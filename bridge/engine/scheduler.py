@@ -299,7 +299,7 @@ class Engine:
             n = self._resume(begin.stream, parked, min(common(parked, job.prompt), most))
         elif begin.source is not None:
             self._copying = True
-            n = n if llama.copy(begin.source, begin.stream, n) else 0
+            n = n if llama.copy_prefix(begin.source, begin.stream, n) else 0
         else:
             n = n if llama.cut(begin.stream, n) else 0
         job.stream, job.read, job.cached, job.began = begin.stream, n, n, time.monotonic()
@@ -354,7 +354,7 @@ class Engine:
             self._failed(parts, e)
 
     def _parts(self) -> list[tuple[Job, list[int]]]:
-        """Which tokens are evaluated next, by request: first of prompts, then those that are answered, whose last tokens get logits."""
+        """Which tokens are evaluated next, by request, in the order of streams: in any other llama.cpp cuts the batch into more computations."""
         running = [job for job in self._jobs.values() if job.next is not None]
         reading = sorted((job for job in self._jobs.values() if job.next is None), key=lambda job: len(job.prompt) - job.read)
         room = self.llama.n_batch - len(running)
@@ -366,35 +366,33 @@ class Engine:
             if share:
                 parts.append((job, job.prompt[job.read : job.read + share]))
                 room -= len(parts[-1][1])
-        return parts + [(job, [job.next]) for job in running if job.next is not None]
+        parts += [(job, [job.next]) for job in running if job.next is not None]
+        return sorted(parts, key=lambda part: part[0].stream)
 
     def _decode(self, parts: list[tuple[Job, list[int]]]) -> None:
         """Evaluate a batch and go on with every request of it. Raises what llama.cpp says; nothing of the batch counts then."""
-        first: list[tuple[int, int]] = []
-        last: list[tuple[int, int]] = []
-        rows: list[Job] = []
+        batch: list[tuple[int, int]] = []
+        rows: dict[int, Job] = {}  # whose next token is chosen by which place of the batch
         for job, tokens in parts:
-            whole = job.next is not None or job.read + len(tokens) == len(job.prompt)
-            first += [(job.stream, token) for token in (tokens[:-1] if whole else tokens)]
-            if whole:
-                last.append((job.stream, tokens[-1]))
-                rows.append(job)
+            batch += [(job.stream, token) for token in tokens]
+            if job.next is not None or job.read + len(tokens) == len(job.prompt):
+                rows[len(batch) - 1] = job
         began = time.monotonic()
-        self.llama.advance(first + last, len(last))
+        self.llama.advance(batch, rows)
         self._copying = False
         took = time.monotonic() - began
         self.totals["batches"] += 1
-        if len(first) >= _LEAST_CHUNK // 2:
-            self._rate = 0.5 * self._rate + 0.5 * len(first) / took if self._rate else len(first) / took
+        if len(batch) >= len(parts) + _LEAST_CHUNK // 2:
+            self._rate = 0.5 * self._rate + 0.5 * len(batch) / took if self._rate else len(batch) / took
         for job, tokens in parts:
             if job.next is None:
                 job.read += len(tokens)
                 self.totals["prompt"] += len(tokens)
-                self.seconds["prompt"] += took * len(tokens) / len(first + last)
+                self.seconds["prompt"] += took * len(tokens) / len(batch)
                 self._progress(job)
             job.next = None
-        for i, job in enumerate(rows):
-            self._choose(job, len(first) + i)
+        for row, job in rows.items():
+            self._choose(job, row)
 
     def _progress(self, job: Job) -> None:
         if job.request.progress:
@@ -448,7 +446,7 @@ class Engine:
         self._copying = False
         before = {job.stream: len(self.llama.tokens_of(job.stream)) for job, _ in parts}
         alone = len(parts) > 1 and self.llama._can_go_back()
-        for job, tokens in parts:
+        for job, tokens in sorted(parts, key=lambda part: -len(part[1])):  # whose is the largest part is the likeliest to be at fault
             kept = alone and self._rewound(job.stream, before[job.stream])
             if kept:
                 try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from .._compat import C
@@ -52,19 +52,16 @@ class Streams(Sequences):
     def _removed(self, stream: int, n: int) -> bool:
         return bool(C.llama_memory_seq_rm(C.llama_get_memory(self._context), stream, n, -1))
 
-    def copy(self, source: int, target: int, n: int) -> bool:
+    def copy_prefix(self, source: int, target: int, n: int) -> bool:
         """Let a stream hold the first n tokens of another, in place of what it holds. llama.cpp copies with the next batch."""
         with self._evaluating:
-            self.forget(target)
-            self._copy_cells(source, target, -1, -1)
-            self._tokens[target] = list(self._tokens[source])
-            self.n_tokens += len(self._tokens[target])
+            self.copy(source, target)
             return self.cut(target, n)
 
-    def advance(self, tokens: Sequence[tuple[int, int]], n_logits: int) -> None:
-        """One batch of (stream, token), at most n_batch; the last n_logits of them get logits. Raises as `step`."""
+    def advance(self, tokens: Sequence[tuple[int, int]], rows: Collection[int]) -> None:
+        """One batch of (stream, token), at most n_batch; those in these places get logits. Raises as `step`, which says why streams should rise."""
         self._check_sequences(tokens)
-        self._advance(tokens, n_logits)
+        self._advance(tokens, rows)
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token as an answer shows it."""

@@ -370,7 +370,7 @@ def test_a_schema_that_is_none_is_refused():
 
 def test_each_setting_of_the_samplers_is_heard(tiny):
     llama = Streams(tiny, n_seq=1, n_ctx=256, **SPARE)
-    llama.advance([(0, t) for t in words(1, 20)], 1)
+    llama.advance([(0, t) for t in words(1, 20)], [19])
     likeliest = int(np.argmax(llama.logits_row(19)))
 
     def chosen(**settings):
