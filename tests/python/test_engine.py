@@ -191,6 +191,11 @@ def test_a_sliding_window_goes_back_as_far_as_it_still_sees(tmp_path, swa_full):
         assert tokens_of(answer) == alone(model, other, 6, n_ubatch=64, swa_full=swa_full)
 
 
+def test_a_lora_adapter_counts(tiny, tmp_path):
+    adapter = tiny_models.adapter(tmp_path / "lora.gguf", 64, 256, 1)
+    assert alone(tiny, words(1, 30), 8, lora_path=adapter) != alone(tiny, words(1, 30), 8)
+
+
 # --- files --------------------------------------------------------------------------------------------------------------------------
 
 
