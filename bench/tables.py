@@ -452,7 +452,7 @@ COMMANDS = {name: f"make figures STEPS={name}" for name in MEASURED}
 COMMANDS |= dict.fromkeys(("plain", "exact"), "make figures STEPS=exact")
 COMMANDS |= {name: "make figures STEPS=speed" for name in ("speed-builtin", "speed-8b-2layers")}
 COMMANDS |= {name: "make figures STEPS=timings MODELS=..." for name in ("timings", *(path.stem for path in RESULTS.glob("timings-*.json")))}
-COMMANDS["serving"] = "python bench/serving.py models/cot-tiny-34m-q8_0.gguf --out bench/results/serving.json"
+COMMANDS["serving"] = "python bench/serving.py models/cot-tiny-34m-q8_0.gguf --rounds 1 --tokens 48 --out bench/results/serving.json"
 COMMANDS[GPU] = "python bench/llama_bench.py LLAMA-BENCH MODEL --depths 0,32768,131072 --tokens 128 --prefill 0 --rounds 1 --repetitions 3"
 COMMANDS[GPU_PROMPTS] = "python bench/llama_bench.py LLAMA-BENCH MODEL --kv f16,balanced --depths 0 --rounds 1 --repetitions 3"
 """By result: what measures it."""
