@@ -115,7 +115,7 @@ soak: .venv/.installed $(NATIVE)/.built
 	@cd $(NATIVE); for soak in soak:950000 soak_emulated:50000 soak_cuda:1000000; do \
 	    name=$${soak%:*}; [ -x "$$name" ] || continue; \
 	    echo "== $$name"; \
-	    jobs=; [ $$name != soak ] || jobs="--jobs $(CORES)"; \
+	    jobs="--jobs $(CORES)"; [ $$name != soak_cuda ] || jobs=; \
 	    ./$$name --seed $(SEED) $$jobs $(if $(MINUTES),--minutes $$(( ($(MINUTES) + 1) / 2 )),--operations $${soak#*:}) || [ $$? -eq 77 ] || exit 1; \
 	done
 	@echo "== A thousand contexts made and freed"
