@@ -15,6 +15,7 @@ from .options import SETTINGS, tool, version_option
 
 COMMANDS = {
     "run": "Chat with a model, or get one answer, on a quantised cache.",
+    "serve": "Serve a model over HTTP, as OpenAI's clients and llama.cpp's expect it.",
     "calibrate": "Make a profile for a model: measured precision for every layer and head.",
     "evaluate": "Measure what caches do to a model's predictions, and what they take.",
     "inspect": "Show what a profile says.",
