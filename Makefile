@@ -6,7 +6,7 @@
 #   make soak     a cache under load against an oracle [MINUTES=30] [SEED=1]; on a GPU as well where there is one
 #   make soak-server  64 clients of all kinds at a server [MINUTES=10] [CLIENTS=64]    make canary  CompatCanary (npm) against a server
 #   make fuzz     damaged files, with libFuzzer and Atheris [MINUTES=10]
-#   make tsan     contexts in several threads, everything built with the thread sanitizer
+#   make tsan     contexts in several threads, everything built with the thread sanitizer [ROUNDS=3]
 #   make compat   published builds of llama.cpp with our cache, fetched from PyPI and npm: about half an hour [BUILDS=b8683,v0.5.0]
 #   make releases [RELEASES=0.3.17] [TESTS=...]   Python tests on older releases of llama-cpp-python
 #   make lint     style, layers, types     make clean    removes what was built (not .venv)
@@ -48,6 +48,8 @@ WIKI ?=
 PROBLEMS ?= 200
 # Of llama-cpp-python, for `make releases`; bench/builds.py knows which there are.
 RELEASES ?= 0.3.17 0.3.22 0.3.30 0.3.35
+# How often the contexts of `make tsan` are made.
+ROUNDS ?= 3
 # How often `make repeat` runs the tests.
 N ?= 10
 # Which builds `make compat` runs; empty: all of bench/builds.py.
@@ -179,15 +181,20 @@ fuzz: .venv/.installed
 # llama.cpp and ggml as llama-cpp-python has them, but with the sanitizer and without OpenMP, whose runtime it does not understand.
 tsan: $(TSAN)/prefix/.installed
 	@cmake --preset tsan -B $(TSAN)/mixkvq -G Ninja -DMIXKVQ_LLAMA_CPP_DIR="$(CURDIR)/$(TSAN)/prefix" >/dev/null
-	@cmake --build $(TSAN)/mixkvq --target threads ggml-mixkvq
-	@echo "== Four contexts in four threads, a fifth reads their figures: some minutes"
+	@cmake --build $(TSAN)/mixkvq --target threads ggml-mixkvq ggml-mixkvq-unlocked
+	@echo "== Four contexts in four threads, a fifth reads their figures: $(ROUNDS) rounds, some minutes"
 	@LD_LIBRARY_PATH=$(TSAN)/prefix/lib TSAN_OPTIONS="suppressions=$(CURDIR)/tests/native/tsan.txt exitcode=66" \
-	    $(TSAN)/mixkvq/threads $(TSAN)/mixkvq/libggml-mixkvq.so models/cot-tiny-34m-q8_0.gguf 3
+	    $(TSAN)/mixkvq/threads $(TSAN)/mixkvq/libggml-mixkvq.so models/cot-tiny-34m-q8_0.gguf $(ROUNDS)
+	@echo "== The same without the locks of buffers, which must be noticed"
+	@LD_LIBRARY_PATH=$(TSAN)/prefix/lib TSAN_OPTIONS="halt_on_error=1 exitcode=66" \
+	    $(TSAN)/mixkvq/threads $(TSAN)/mixkvq/libggml-mixkvq-unlocked.so models/cot-tiny-34m-q8_0.gguf >$(TSAN)/unlocked.log 2>&1; \
+	    [ $$? -eq 66 ] && grep -m 1 'SUMMARY: ThreadSanitizer: data race' $(TSAN)/unlocked.log || { tail -30 $(TSAN)/unlocked.log; echo "make tsan: NOT NOTICED" >&2; exit 1; }
 
 $(TSAN)/prefix/.installed: | .venv/.tools
 	@echo "== Building llama.cpp with the thread sanitizer: ten minutes on two cores"
 	@mkdir -p $(TSAN)
-	@$(PIP) download --quiet --no-deps --no-build-isolation --no-binary :all: -d $(TSAN) "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
+	@[ -f $(TSAN)/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz ] || \
+	    $(PIP) download --quiet --no-deps --no-build-isolation --no-binary :all: -d $(TSAN) "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
 	@tar -xzf $(TSAN)/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $(TSAN)
 	@cmake -S $(TSAN)/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp -B $(TSAN)/llama.cpp -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	    -DCMAKE_INSTALL_PREFIX="$(CURDIR)/$(TSAN)/prefix" -DCMAKE_INSTALL_LIBDIR=lib -DBUILD_SHARED_LIBS=ON \
