@@ -4,6 +4,7 @@
 #   make sanitize the native tests again, with the address and undefined-behaviour sanitizers
 #   make neon     the native tests again, built for 64-bit ARM and run in an emulator
 #   make soak     a cache under load against an oracle [MINUTES=30] [SEED=1]; on a GPU as well where there is one
+#   make soak-server  64 clients of all kinds at a server [MINUTES=10] [CLIENTS=64]    make compat  CompatCanary (npm) against a server
 #   make fuzz     damaged files, with libFuzzer and Atheris [MINUTES=10]
 #   make tsan     contexts in several threads, everything built with the thread sanitizer
 #   make lint     style, layers, types     make clean    removes what was built (not .venv)
@@ -60,7 +61,7 @@ CUDA ?= $(if $(and $(GPUS),$(shell command -v nvcc)),ON,OFF)
 # On a processor with AMX: whether the compiler's ldtilecfg reads 8 of the 64 bytes of a configuration, so that llama.cpp's is thrown away as unused.
 AMX_LOST := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && printf '\043include <immintrin.h>' | $${CXX:-c++} -mamx-tile -E -x c++ - 2>/dev/null | grep -q 'ldtilecfg.*%X0' && echo yes)
 
-.PHONY: run test pythons repeat sanitize soak fuzz tsan neon bench figures tables lint clean
+.PHONY: run test pythons repeat sanitize soak soak-server compat fuzz tsan neon bench figures tables lint clean
 .DELETE_ON_ERROR:
 
 run: .venv/.installed
@@ -119,6 +120,14 @@ soak: .venv/.installed $(NATIVE)/.built
 	done
 	@echo "== A thousand contexts made and freed"
 	@MIXKVQ_TEST_CONTEXTS=1000 MIXKVQ_TEST_DEVICE=MIXKVQ-CPU $(PY) -m pytest -q -s tests/python/test_operations.py -k contexts_created_and_freed 2>/dev/null | grep -E 'bytes|passed|failed|Error'
+
+# Clients that give up, vanish and send what is no request, beside some whose answers are checked.
+soak-server: .venv/.installed
+	@$(PY) bench/soak_server.py $(if $(MODEL),"$$MODEL") --minutes $(or $(MINUTES),10) --clients $(or $(CLIENTS),64) --seed $(SEED)
+
+# What others test of an OpenAI-compatible server. It needs Node 20 and npm's registry.
+compat: .venv/.installed
+	@$(PY) bench/compat_canary.py $(if $(MODEL),"$$MODEL")
 
 # Inputs that are new stay in build/fuzz/corpus; one that fails is named, and is run alone by giving it to the program.
 fuzz: .venv/.installed

@@ -188,7 +188,7 @@ class Llama(Keeping):
             raise GeometryError(f"{name} has an encoder beside its decoder, which llama-cpp-python does not run; use a model with a decoder only.")
         if (encoder or not self._has_memory) and (self.stock is None or not self.context_params.embeddings):
             why = f"{name} reads a text as a whole and generates none, so it has no key/value cache to keep"
-            raise GeometryError(f"{why}; for its embeddings use stock='f16', embedding=True.", command=f"{why}; use another model.")
+            raise GeometryError(f"{why}; for its embeddings use stock='f16', embedding=True.", command=f"{why}; use another model, or serve its embeddings: mixkvq serve --embeddings.")
 
     def _verify(self) -> None:
         """The cache must be the one that was asked for: a backend in the wrong registry would be ignored without a word."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Union
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Failed:
     error: Exception
 
 
-Event = Union[Progress, Piece, Done, Failed]
+Event = Progress | Piece | Done | Failed
 
 
 @dataclass

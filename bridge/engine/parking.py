@@ -17,9 +17,9 @@ LEAST = 256  # tokens that are worth a file
 
 
 class Parking(DiskCache):
-    """A folder of the states of streams, together at most `capacity_bytes`; the least recently used ones go. Other programs' files there stay.
+    """A folder of the states of streams, together at most `capacity_bytes`; the least recently used ones go.
 
-    A state fits contexts of as many streams of the same length, so others are not looked at. What is damaged is deleted. Raises SettingsError if the folder cannot be
+    A state fits contexts of as many streams, so others are not looked at. What is damaged is deleted. Raises SettingsError if the folder cannot be
     made or written to.
     """
 

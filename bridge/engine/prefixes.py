@@ -37,11 +37,16 @@ def choose(held: Sequence[int], found: Sequence[int], idle: Sequence[int]) -> Be
     idle: those that are free, at least one, the least recently used first. A stream whose text goes on otherwise for longer than what is shared is
     another chat: it is copied where another stream can take the copy, and stays as it is.
     """
-    best = max(range(len(held)), key=lambda i: (found[i], i in idle))
-    if best in idle and (2 * found[best] >= held[best] or len(idle) == 1):
-        return Begin(best, found[best])
-    empty = [i for i in idle if not held[i]]
-    target = min(empty) if empty else next(i for i in idle if i != best or len(idle) == 1)
+    best = max(range(len(held)), key=lambda i: found[i])
+    own = max(idle, key=lambda i: found[i])
+    if found[best] - found[own] < LEAST_GAIN and found[own] and (2 * found[own] >= held[own] or len(idle) == 1):
+        return Begin(own, found[own])
+    target = spare(held, [i for i in idle if i != best or not found[best]] or idle)
     if best != target and found[best] >= LEAST_GAIN and found[best] > found[target]:
         return Begin(target, found[best], best)
     return Begin(target, found[target])
+
+
+def spare(held: Sequence[int], idle: Sequence[int]) -> int:
+    """The stream that can best be done without: the first that is empty, for neighbours are computed together; else the least recently used."""
+    return min((i for i in idle if not held[i]), default=idle[0])

@@ -68,7 +68,9 @@ class Sampler:
 
     def __init__(self, llama: Any, settings: Sampling) -> None:
         self._context, self._n_vocab = llama._context, llama.n_vocab()
-        self._chain = self._grammar = self._candidates = None
+        self._chain: Any = None
+        self._grammar: Any = None
+        self._candidates: Any = None
         self._vocabulary = llama._vocabulary
         if settings.grammar:
             self.follow(settings.grammar)

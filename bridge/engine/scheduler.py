@@ -14,7 +14,7 @@ from mixkvq.core.errors import BusyError, ContextError, SettingsError, TimeLimit
 
 from .events import Answer, Chosen, Done, Event, Failed, Progress
 from .parking import LEAST, Parking
-from .prefixes import LEAST_GAIN, Begin, choose, common
+from .prefixes import LEAST_GAIN, Begin, choose, common, spare
 from .requests import Job, Request
 from .sampling import Sampler, StuckError, logprobs
 from .streams import Streams
@@ -128,6 +128,11 @@ class Engine:
         with self._wake:
             return len(self._jobs), len(self._waiting)
 
+    @property
+    def runs(self) -> bool:
+        """Whether requests are answered: not after `close`, nor after a fault of the engine itself."""
+        return not self._closing
+
     def jobs(self) -> dict[int, Job]:
         """Which run, by stream; a copy."""
         with self._wake:
@@ -178,6 +183,9 @@ class Engine:
                 self._admit()
                 if self._jobs:
                     self._step()
+        except BaseException:
+            logger.critical("the engine has failed, and answers nothing any more", exc_info=True)
+            raise
         finally:
             self._end()
 
@@ -280,7 +288,7 @@ class Engine:
         if parked is not None:
             if self._copying:
                 return False  # llama.cpp has yet to copy what this may write over
-            begin = Begin(begin.stream if begin.source is not None or begin.n < LEAST_GAIN else idle[0], 0)
+            begin = Begin(spare(held, idle), 0)
         self._make_room(begin)
         n = begin.n
         if parked is not None:
@@ -449,9 +457,11 @@ class Engine:
     def _end(self) -> None:
         with self._wake:
             self._closing = True
-            left, self._calls = [*self._jobs.values(), *self._waiting], []
+            left, calls = [*self._jobs.values(), *self._waiting], self._calls
         for job in left:
             self._release(job, "cancelled")
+        for _, future in calls:
+            future.set_exception(ContextError("The engine is closed."))
         for stream in self._must_park():
             self._park(stream)
         self.llama.close()

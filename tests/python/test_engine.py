@@ -12,11 +12,11 @@ import pytest
 import tiny_models
 
 from bridge.engine import Done, Engine, Failed, Piece, Progress, Request, Sampling, Streams
+from bridge.engine.events import Chosen
 from bridge.engine.parking import Parking
 from bridge.engine.prefixes import Begin, choose, common
 from bridge.engine.sampling import Sampler, grammar_for, logprobs
 from bridge.engine.stopping import Writer
-from bridge.engine.events import Chosen
 from mixkvq.core.errors import BusyError, ContextError, SettingsError, TimeLimitError
 from mixkvq.core.model_file import built_in_model
 
@@ -101,6 +101,7 @@ def test_where_a_prompt_begins():
     assert choose([1000, 0], [90, 0], [1]) == Begin(1, 90, 0)  # the best is busy
     assert choose([1000, 500], [10, 0], [1, 0]) == Begin(1, 0)  # the least recently used
     assert choose([0, 0], [0, 0], [1, 0]) == Begin(0, 0)  # neighbours share a batch
+    assert choose([1000, 995, 500], [1000, 990, 0], [2, 1]) == Begin(1, 990)  # no other chat goes for the sake of ten tokens
 
 
 def test_logprobs_are_those_of_softmax():
@@ -324,8 +325,10 @@ def test_closing_ends_what_runs(tiny):
     engine = engine_of(tiny, n_ctx=8192)
     _, events = heard(engine, Request(words(1, 10), GREEDY, ignore_end=True))
     events.get(timeout=60)
+    assert engine.runs
     engine.close()
     engine.close()
+    assert not engine.runs
     assert rest(events)[-1].reason == "cancelled"
     with pytest.raises(ContextError, match="closed"):
         engine.submit(Request([1]), print)

@@ -53,13 +53,30 @@ _REFUSED = {
     help=f"Context in tokens, of all streams together; 0: the model's own for each.  [default: that, at most {DEFAULT_CONTEXT}, for each]",
 )
 @click.option("-np", "--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Streams: chats at once, each with its part of -c.")
-@click.option("-n", "--predict", "--n-predict", "predict", type=click.IntRange(-1, 1 << 30), default=-1, help="Longest answer, where a request names none.")
+@click.option(
+    "-n", "--predict", "--n-predict", "predict", type=click.IntRange(-1, 1 << 30), default=-1, help="Longest answer, where a request names none."
+)
 @click.option("-t", "--threads", type=THREADS, help="Threads.  [default: physical cores]")
-@click.option("-b", "--batch", "--batch-size", "batch", type=click.IntRange(64, 1 << 16), default=512, show_default=True, help="Tokens evaluated at a time.")
+@click.option(
+    "-b", "--batch", "--batch-size", "batch", type=click.IntRange(64, 1 << 16), default=512, show_default=True, help="Tokens evaluated at a time."
+)
 @click.option("--chunk", type=click.IntRange(16, 1 << 16), default=128, show_default=True, help="Prompt tokens of a batch while answers run.")
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
-@click.option("-ngl", "--gpu-layers", "--n-gpu-layers", "gpu_layers", type=click.IntRange(-1, 1 << 20), help="Layers for the GPU, -1: all.  [default: as many as fit]")
-@click.option("--kv", "--preset", "kv", shell_complete=complete_kv, help="The cache: a preset or a profile.  [default: a profile beside the model, else balanced]")
+@click.option(
+    "-ngl",
+    "--gpu-layers",
+    "--n-gpu-layers",
+    "gpu_layers",
+    type=click.IntRange(-1, 1 << 20),
+    help="Layers for the GPU, -1: all.  [default: as many as fit]",
+)
+@click.option(
+    "--kv",
+    "--preset",
+    "kv",
+    shell_complete=complete_kv,
+    help="The cache: a preset or a profile.  [default: a profile beside the model, else balanced]",
+)
 @click.option("--profile", shell_complete=files, help="Profile of the cache.")
 @click.option("--window", type=F16_TOKENS, help="Recent tokens kept in F16.  [default: 128]")
 @click.option("--sinks", type=F16_TOKENS, help="First tokens kept in F16.  [default: 128]")
@@ -68,7 +85,13 @@ _REFUSED = {
 @click.option("--embeddings", "--embedding", "embeddings", is_flag=True, help="Serve the model's embeddings, and nothing else.")
 @click.option("--chat-template", help="Chat template (Jinja) in place of the model's.")
 @click.option("--chat-template-file", shell_complete=files, help="The same, from a file.")
-@click.option("--reasoning-format", type=click.Choice(["auto", "deepseek", "none"]), default="auto", show_default=True, help="Thinking apart from the answer, or left in it.")
+@click.option(
+    "--reasoning-format",
+    type=click.Choice(["auto", "deepseek", "none"]),
+    default="auto",
+    show_default=True,
+    help="Thinking apart from the answer, or left in it.",
+)
 @click.option("--temp", type=Number(0, 100), default=0.8, show_default=True, help="Temperature, where a request names none; the same below.")
 @click.option("--top-k", type=click.IntRange(0, 1 << 30), default=40, show_default=True, help="Sample from this many tokens; 0: all.")
 @click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True, help="Sample from this share of the probability.")
@@ -79,7 +102,7 @@ _REFUSED = {
 @click.option("--park", shell_complete=files, help="Folder for chats that no stream has room for; they come back from there. It holds what was said.")
 @click.option("--park-size", type=Number(0, 1 << 20), default=8.0, show_default=True, help="Gibibytes of that folder.")
 @click.option("--queue", type=click.IntRange(0, 1 << 16), default=256, show_default=True, help="Requests that may wait; further ones get 503.")
-@click.option("--timeout", type=Number(1, 1e6), default=3600.0, show_default=True, help="Seconds that a request may take, waiting included.")
+@click.option("--max-seconds", type=Number(1, 1e6), default=3600.0, show_default=True, help="Seconds that a request may take, waiting included.")
 @click.option("--max-body", type=Number(0.001, 1 << 20), default=32.0, show_default=True, help="Mebibytes of a request's body.")
 @click.option("--no-log", is_flag=True, help="Do not write a line for each request to stderr.")
 @click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's own log.")
@@ -197,14 +220,16 @@ def _service(given: dict[str, Any], file: ModelFile, kv: Kv, console: Console) -
         engine.close()
         raise
     service.sampling = Sampling(temperature=given["temp"], top_k=given["top_k"], top_p=given["top_p"], min_p=given["min_p"])
-    service.max_tokens, service.timeout = given["predict"], given["timeout"]
+    service.max_tokens, service.timeout = given["predict"], given["max_seconds"]
     service.shows_slots, service.shows_metrics = not given["no_slots"], given["metrics"]
     service.thinking = given["reasoning_format"] != "none"
     if given["slot_save_path"] is not None:
         service.slots = Path(given["slot_save_path"])
         service.slots.mkdir(mode=0o700, parents=True, exist_ok=True)
     stats = llama.kv_stats()
-    service.facts["what"] = f"{llama.n_seq} streams of {engine.n_ctx} tokens, {report.title(stats)}, {stats['total_bits']:.2f} bits, on {stats['device']}"
+    service.facts["what"] = (
+        f"{llama.n_seq} streams of {engine.n_ctx} tokens, {report.title(stats)}, {stats['total_bits']:.2f} bits, on {stats['device']}"
+    )
     return service
 
 

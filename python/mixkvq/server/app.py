@@ -118,9 +118,10 @@ class Endpoints:
                 if chunk is None:
                     yield b": waiting\n\n"
                     continue
-                timings = chunk.get("timings") or timings
+                timings = chunk.get("timings") or chunk.get("response", {}).get("timings") or timings
                 name = f"event: {chunk['type']}\n" if typed else ""
-                yield f"{name}data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
+                text = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
+                yield f"{name}data: {text}\n\n".encode()
             if not typed and not plain:
                 yield b"data: [DONE]\n\n"
         except Exception as e:  # noqa: BLE001 - the status is sent already: the error is the last event
@@ -150,6 +151,9 @@ class Endpoints:
 
     async def health(self, request: Request) -> Response:
         """Whether the server can answer."""
+        engine = self._service.engine
+        if engine is not None and not engine.runs:
+            return _failed_response(ApiError(503, "The server is ending.", kind="unavailable_error"))
         return JSONResponse({"status": "ok"})
 
     def _about(self) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
 def too_long(n_prompt: int, n_ctx: int) -> ApiError:
     """The prompt does not fit; with llama-server's fields beside OpenAI's."""
     message = f"The prompt has {n_prompt} tokens and the context {n_ctx}, of which the answer needs one at least."
-    more = {"n_prompt_tokens": n_prompt, "n_ctx": n_ctx}
-    return ApiError(400, message, kind="exceed_context_size_error", code="context_length_exceeded", **more)
+    kind, code = "exceed_context_size_error", "context_length_exceeded"
+    return ApiError(400, message, kind=kind, code=code, n_prompt_tokens=n_prompt, n_ctx=n_ctx)
 
 
 def of_exception(e: BaseException) -> ApiError:

@@ -25,7 +25,9 @@ BODY_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Rules:
-    """host: what the server listens on. keys: one of them must come with a request; none: any may ask. hosts: further names by which the server is
+    """Who may ask, and how much at a time.
+
+    host: what the server listens on. keys: one of them must come with a request; none: any may ask. hosts: further names by which the server is
     called. origins: pages of other servers that may ask. largest: bytes of a body.
     """
 
@@ -40,7 +42,10 @@ class Rules:
 
         A name is known if it was given. Addresses cannot be rebound: where the server listens on all of them, any is ours.
         """
-        host = (urlsplit(f"//{name}").hostname or "").lower()
+        try:
+            host = (urlsplit(f"//{name}").hostname or "").lower()
+        except ValueError:
+            return False
         if host in ("localhost", "127.0.0.1", "::1", self.host.lower(), *(h.lower() for h in self.hosts)):
             return True
         try:
@@ -85,7 +90,7 @@ class Guard:
                 await self._app(scope, _Limited(receive, self._rules.largest), answer)
         finally:
             route = scope.get("route")
-            self._metrics.answers.labels(getattr(route, "path", "other"), str(status or 499)).inc()
+            self._metrics.answers[getattr(route, "path", "other"), str(status or 499)] += 1
             took, said = time.monotonic() - began, scope["state"]["said"]
             path = scope["path"].encode("ascii", "backslashreplace").decode()[:200]
             logger.info("%s %s %s %.3f s%s", scope["method"], path.replace("\n", "\\n"), status or "gone", took, f" {said}" if said else "")

@@ -8,7 +8,7 @@ from typing import Any
 from bridge.engine import Engine
 from bridge.llama import Llama
 
-from .embeddings import Embedder
+from .embedder import Embedder
 from .output import THINK
 from .prompts import CHATML, Prompts
 from .service import Service
@@ -24,7 +24,11 @@ def service(engine: Engine, name: str, template: str | None = None) -> Service:
     found = Service(name, llama.model_path, engine, prompts)
     stats = llama.kv_stats()
     meta = {**_meta(llama), "n_ctx": engine.n_ctx, "n_ctx_train": llama._file.n_ctx_train}
-    cache = {"name": stats.get("profile") or stats.get("preset") or stats.get("type"), "bits": round(stats["total_bits"], 3), "device": stats["device"]}
+    cache = {
+        "name": stats.get("profile") or stats.get("preset") or stats.get("type"),
+        "bits": round(stats["total_bits"], 3),
+        "device": stats["device"],
+    }
     found.facts = {"bos_token": bos, "eos_token": eos, "build": f"mixkvq {version('mixkvq')}", "meta": meta, "cache": cache}
     return found
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -19,10 +20,14 @@ class Metrics(Collector):
         self._engine = engine
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
-        self.answers = Counter("mixkvq_http_requests", "Requests answered, by endpoint and status.", ["path", "status"], registry=self._registry)
+        self.answers: Counter[tuple[str, str]] = Counter()  # by endpoint and status
 
     def collect(self) -> Iterator[Any]:
         """What the engine has counted."""
+        answers = CounterMetricFamily("mixkvq_http_requests", "Requests answered, by endpoint and status.", labels=["path", "status"])
+        for labels, n in self.answers.items():
+            answers.add_metric(labels, n)
+        yield answers
         engine = self._engine
         if engine is None:
             return

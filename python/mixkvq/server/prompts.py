@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bridge.chat_template import ChatTemplate
@@ -40,7 +40,7 @@ class Prompts:
         self.knows_tools = "tools" in template
         self._render, self._continue = (ChatTemplate(template, eos, bos, add_generation_prompt=more) for more in (True, False))
 
-    def text(self, messages: Sequence[dict[str, Any]], tools: Tools, options: dict[str, Any] | None = None) -> str:
+    def text(self, messages: Sequence[dict[str, Any]], tools: Tools, options: Mapping[str, Any] | None = None) -> str:
         """The prompt. options: further variables of the template, as `chat_template_kwargs`. Raises ApiError if the template refuses the messages.
 
         Where the last message is the assistant's, the answer goes on from it.
@@ -62,7 +62,7 @@ class Prompts:
                 why = why or f"{e}".strip().rstrip(".") or type(e).__name__
         raise bad(f"The model's chat template does not accept these messages: {why}.", "messages")
 
-    def _rendered(self, messages: Sequence[dict[str, Any]], functions: list[dict[str, Any]], options: dict[str, Any]) -> str:
+    def _rendered(self, messages: Sequence[dict[str, Any]], functions: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         reserved = {"messages", "tools", "functions", "function_call", "tool_choice", "eos_token", "bos_token", "raise_exception", "strftime_now"}
         more = {str(key): value for key, value in options.items() if key not in reserved and key != "add_generation_prompt"}
         render: Any = self._continue if options.get("add_generation_prompt") is False else self._render

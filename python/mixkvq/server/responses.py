@@ -75,7 +75,7 @@ class Response:
             "instructions": fields.get("instructions"),
             "max_output_tokens": fields.get("max_output_tokens"),
             "metadata": fields.get("metadata") or {},
-            "parallel_tool_calls": plan.tools.parallel,
+            "parallel_tool_calls": plan.tools.parallel is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": plan.requests[0].sampling.temperature,
@@ -145,7 +145,7 @@ class Response:
             return [*found, self._event("response.function_call_arguments.delta", **place, delta=item["arguments"]), *self._end()]
         item["content"][0]["text"] += delta.text
         name = "response.output_text.delta" if kind == "message" else "response.reasoning_text.delta"
-        more = {"logprobs": []} if kind == "message" else {}
+        more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
         return [*found, self._event(name, **place, content_index=0, delta=delta.text, **more)]
 
     def _begin(self, kind: str, delta: Delta | None = None) -> list[dict[str, Any]]:
@@ -159,7 +159,11 @@ class Response:
         at = len(self._output)
         found = [self._event("response.output_item.added", output_index=at, item=dict(item))]
         if kind != "function_call":
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []} if kind == "message" else {"type": "reasoning_text", "text": ""}
+            part = (
+                {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+                if kind == "message"
+                else {"type": "reasoning_text", "text": ""}
+            )
             found.append(self._event("response.content_part.added", item_id=item["id"], output_index=at, content_index=0, part=dict(part)))
             item["content"] = [part]
         self._output.append(item)
@@ -176,7 +180,8 @@ class Response:
             found.append(self._event("response.function_call_arguments.done", **place, name=item["name"], arguments=item["arguments"]))
         else:
             part = item["content"][0]
-            name, more = ("output_text", {"logprobs": []}) if item["type"] == "message" else ("reasoning_text", {})
+            more: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
+            name = "output_text" if more else "reasoning_text"
             found.append(self._event(f"response.{name}.done", **place, content_index=0, text=part["text"], **more))
             found.append(self._event("response.content_part.done", **place, content_index=0, part=part))
         return [*found, self._event("response.output_item.done", output_index=place["output_index"], item=item)]

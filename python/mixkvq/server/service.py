@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from bridge.engine import Done, Engine, Event, Failed, Job, Request, Sampling
 
-from .embeddings import Embedder
+from .embedder import Embedder
 from .errors import ApiError, too_long
 from .metrics import Metrics
 from .prompts import Prompts
@@ -83,12 +83,19 @@ class Service:
         return run
 
     async def timings(self, done: Sequence[Done]) -> dict[str, Any]:
-        """llama-server's figures of a request, and of the cache beside them: kv_bits for an element, kv_tokens in the request's streams, kv_mib for
-        what all streams hold, kv_f16_mib for the same in F16.
+        """llama-server's figures of a request, and of the cache beside them.
+
+        kv_bits: of an element. kv_tokens: in the request's streams. kv_mib: what all streams take. kv_f16_mib: what their tokens would in F16.
         """
         prompt, cached, generated = sum(d.prompt for d in done), sum(d.cached for d in done), sum(d.generated for d in done)
         read, prompt_s, answer_s = prompt - cached, sum(d.prompt_s for d in done), max((d.answer_s for d in done), default=0.0)
-        found = {"cache_n": cached, "prompt_n": read, **_speed("prompt", read, prompt_s), "predicted_n": generated, **_speed("predicted", generated, answer_s)}
+        found = {
+            "cache_n": cached,
+            "prompt_n": read,
+            **_speed("prompt", read, prompt_s),
+            "predicted_n": generated,
+            **_speed("predicted", generated, answer_s),
+        }
         return {**found, **await self.asked(lambda: self._cache(sorted({d.stream for d in done if d.stream >= 0})))}
 
     def _cache(self, streams: Sequence[int]) -> dict[str, Any]:
@@ -150,4 +157,3 @@ class Run:
                 yield i, event
         finally:
             self.cancel()
-

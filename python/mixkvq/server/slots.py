@@ -31,7 +31,10 @@ async def slots(service: Service) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"id": i, "n_ctx": engine.n_ctx, "n_tokens": n, "speculative": False, "is_processing": job is not None}
         if job is not None:
             row.update(id_task=job.number, params=settings_of(job.request, engine.n_ctx))
-            row["next_token"] = {"n_decoded": job.generated, "n_remain": job.request.max_tokens - job.generated if job.request.max_tokens >= 0 else -1}
+            row["next_token"] = {
+                "n_decoded": job.generated,
+                "n_remain": job.request.max_tokens - job.generated if job.request.max_tokens >= 0 else -1,
+            }
         found.append(row)
     return found
 

@@ -30,8 +30,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Form:
-    """How calls are written. start: what they begin with; end: what each ends with, "" if they go up to the answer's end. whole: an answer that begins
-    with a brace is a call as well. key: of the arguments. listed: several are one JSON list.
+    """How calls are written.
+
+    start: what they begin with. end: what each ends with, "" if they go up to the answer's end. whole: an answer that begins with a brace is a call,
+    too. key: of the arguments. listed: several are one JSON list.
     """
 
     name: str
@@ -63,11 +65,14 @@ def form_of(template: str) -> Form:
 
 @dataclass(frozen=True)
 class Tools:
-    """The functions of a request, and whether one must be called. choice: "none", "auto", "required", or a name."""
+    """The functions of a request, and whether one must be called. choice: "none", "auto", "required", or a name.
+
+    parallel: whether several may be called at once; None: where the model decides to, not where it must call one.
+    """
 
     functions: tuple[dict[str, Any], ...] = ()
     choice: str = "none"
-    parallel: bool = True
+    parallel: bool | None = None
 
     @property
     def forced(self) -> tuple[dict[str, Any], ...]:
@@ -106,7 +111,8 @@ def tools_of(fields: Fields) -> Tools:
         raise bad('tool_choice must be "auto", "none", "required" or an object that names a function.', "tool_choice")
     if choice == "required" and not functions:
         raise bad("tool_choice is required, and there are no tools.", "tool_choice")
-    return Tools(tuple(functions), choice, fields.flag("parallel_tool_calls", True))
+    parallel = None if fields.get("parallel_tool_calls") is None else fields.flag("parallel_tool_calls")
+    return Tools(tuple(functions), choice, parallel)
 
 
 # --- grammars ---------------------------------------------------------------------------------------------------------------------
@@ -115,9 +121,9 @@ def tools_of(fields: Fields) -> Tools:
 def grammar(form: Form, tools: Tools, *, started: bool = False) -> str:
     """Of one or several calls. started: what they begin with was written already. Raises SettingsError for parameters that are no JSON schema."""
     wanted = tools.forced or tools.functions
-    several = tools.parallel and not (tools.forced and tools.choice != "required")
+    several = bool(tools.parallel) and tools.choice == "required" if tools.forced else tools.parallel is not False
     definitions: dict[str, Any] = {}
-    calls = []
+    calls: list[dict[str, Any]] = []
     for function in wanted:
         schema = dict(function["parameters"])
         for key in ("$defs", "definitions"):  # references to them begin at the root
@@ -131,7 +137,7 @@ def grammar(form: Form, tools: Tools, *, started: bool = False) -> str:
                 "additionalProperties": False,
             }
         )
-    one = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    one: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
     if form.listed:
         one = {"type": "array", "items": one, "minItems": 1, **({} if several else {"maxItems": 1})}
     rules = re.sub(r"^root ::=", "tool-calls ::=", grammar_for({**one, **definitions}), flags=re.MULTILINE)
