@@ -102,7 +102,7 @@ def _of_line(rows: list[Any], role: str = "role", content: str = "content") -> d
     system: list[str] = []
     messages: list[dict[str, Any]] = []
     for i, row in enumerate(rows):
-        who = _FROM.get(row.get(role)) if isinstance(row, dict) and isinstance(row.get(role), str) else None
+        who = _FROM.get(str(row.get(role))) if isinstance(row, dict) else None
         if who is None or not isinstance(row.get(content), str):
             raise StoreError(f"Message {i + 1} of the file has no known role or no text.")
         if who == "system":
@@ -119,7 +119,7 @@ def _of_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
     return {**found, "title": row.get("title") or "", "system": system or found["system"]}
 
 
-def _of_markdown(text: str) -> dict[str, Any] | Any:
+def _of_markdown(text: str) -> list[dict[str, Any]]:
     text = text.lstrip("\ufeff").replace("\r\n", "\n")
     marks = [m for m in _MARK.finditer(text) if not m[1]]
     title = re.match(r"# (.*)\n", text)

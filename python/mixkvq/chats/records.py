@@ -41,7 +41,9 @@ class Message:
 
 @dataclass
 class Chat:
-    """A chat. settings: of the sampler, and "at_end": "stop" or "shift", what happens at the end of the context. shown: its first message
+    """A chat.
+
+    settings: of the sampler, and "at_end": "stop" or "shift", what happens at the end of the context. shown: its first message
     that is shown.
     """
 

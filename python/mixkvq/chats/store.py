@@ -299,5 +299,6 @@ def _chat(row: Any) -> Chat:
 
 
 def _message(row: Any) -> Message:
-    *plain, files, figures = row
-    return Message(*plain, files=json.loads(files), figures=json.loads(figures))
+    message = Message(*row)
+    message.files, message.figures = json.loads(row[-2]), json.loads(row[-1])
+    return message

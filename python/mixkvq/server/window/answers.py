@@ -23,6 +23,7 @@ from ..service import Run, Service
 from .history import History
 
 STORED = 0.2  # seconds after which what has come is stored
+_LAST_TRIES = 3
 _AGAIN = 1.0  # seconds after which a store that failed is tried again
 
 
@@ -79,7 +80,8 @@ class Answer:
 
     async def _answer(self) -> None:
         storing = asyncio.ensure_future(self._store_now_and_then())
-        state, figures = "failed", {}
+        state = "failed"
+        figures: dict[str, Any] = {}
         try:
             state, figures = await self._written()
         except asyncio.CancelledError:
@@ -97,7 +99,9 @@ class Answer:
             figures["thought_s"] = round((self._thinking[1] if len(self._thinking) > 1 else time.monotonic()) - self._thinking[0], 2)
         if self._history.dropped:
             figures["dropped"] = self._history.dropped
-        while not await self._tried(state, figures):
+        tries = _LAST_TRIES if state == "stopped" and not self.stopped else None  # the server ends
+        while not await self._tried(state, figures) and tries != 0:
+            tries = tries and tries - 1
             await asyncio.sleep(_AGAIN)
         self._over = True
         self._tell({"type": "end", "state": state, "figures": figures})

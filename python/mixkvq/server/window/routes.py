@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
@@ -25,7 +25,10 @@ from .answers import Answers
 from .history import checked_settings
 
 PAGE = Path(__file__).parent / "page"
-POLICY = "default-src 'self'; style-src 'self'; style-src-attr 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+POLICY = (
+    "default-src 'self'; style-src 'self'; style-src-attr 'unsafe-inline'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 """Nothing from anywhere else; styles of single elements, which formulas have."""
 LARGEST_FILE = 1 << 20  # characters of an attached file
 
@@ -52,8 +55,8 @@ class Window:
         self.service, self.store, self.states = service, store, states
         self.answers = Answers(service, store)
 
-    def routes(self) -> list[BaseRoute]:
-        """To be mounted in the server's application."""
+    def routes(self, *more: BaseRoute) -> list[BaseRoute]:
+        """To be mounted in the server's application. more: further ones, before the page."""
         at = "/window"
         message, chat = f"{at}/messages/{{message:int}}", f"{at}/chats/{{chat:int}}"
         return [
@@ -73,6 +76,7 @@ class Window:
             Route(f"{at}/import", _endpoint(self.take), methods=["POST"]),
             Route(f"{at}/search", _endpoint(self.search)),
             Route(f"{at}/layers", _endpoint(self.layers)),
+            *more,
             Mount("/", _Page(directory=PAGE, html=True)),
         ]
 
@@ -211,7 +215,8 @@ def opened(cookie: str) -> Route:
     """Where a window comes in with the key in its address, which becomes a cookie: so addresses and histories do not keep it."""
 
     async def endpoint(request: Request) -> Response:
-        response = RedirectResponse("/", 303)
+        # no redirect: a browser that was led here by another page would not send the cookie with it
+        response = Response('<!doctype html><meta http-equiv="refresh" content="0;url=/"><title>MixKVQ</title>', media_type="text/html")
         response.set_cookie(cookie, request.query_params.get("key", ""), httponly=True, samesite="strict")
         return response
 

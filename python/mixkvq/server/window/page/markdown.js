@@ -10,6 +10,9 @@ md.renderer.rules.fence = md.renderer.rules.code_block = (tokens, i) => {
   const language = (tokens[i].info || "").trim().split(/\s+/)[0];
   return `<pre data-language="${md.utils.escapeHtml(language)}"><code>${md.utils.escapeHtml(tokens[i].content)}</code></pre>`;
 };
+// Headings of a message stand below that of who says it, whatever the model takes them for.
+md.renderer.rules.heading_open = (tokens, i) => `<h3 class="${tokens[i].tag}">`;
+md.renderer.rules.heading_close = () => "</h3>\n";
 const CLEAN = { USE_PROFILES: { html: true, mathMl: true }, ADD_ATTR: ["target"], FORBID_TAGS: ["style", "form", "input", "button", "textarea", "select"] };
 const SLICE = 20000; // characters at a time, of a long text that is there already
 

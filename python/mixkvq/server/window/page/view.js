@@ -66,7 +66,7 @@ export class View {
 
   item(m) {
     const who = m.role === "user" ? TEXT.you : (m.figures.model ?? this.model);
-    const item = make("li", { className: m.role }, make("p", { className: "who", textContent: who }));
+    const item = make("li", { className: m.role }, make("h2", { className: "who", textContent: who }));
     item.dataset.id = m.id;
     item.dataset.state = m.state;
     const body = make("div", { className: "body" });
