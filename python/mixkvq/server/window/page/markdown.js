@@ -29,6 +29,7 @@ function block(text, finished) {
   element.className = "block";
   element.dir = "auto";
   element.innerHTML = window.DOMPurify.sanitize(md.render(text), CLEAN);
+  for (const part of element.querySelectorAll("p, li, ul, ol, h3, blockquote, td, th")) part.dir = "auto";
   for (const table of element.querySelectorAll("table")) scrolls(table);
   for (const pre of element.querySelectorAll("pre")) dress(pre, finished);
   for (const math of element.querySelectorAll('math[display="block"]')) math.setAttribute("tabindex", "0");
