@@ -44,11 +44,19 @@ FRAMES = """async ([tokens, slice]) => {
   const item = document.createElement("li"), inner = document.createElement("div");
   list.append(item); item.append(inner); inner.dir = "auto";
   const growing = new Growing(inner), scroll = document.getElementById("scroll"), took = [], drawn = growing.draw;
-  growing.draw = function () { const began = performance.now(); drawn.call(growing); scroll.scrollTop = scroll.scrollHeight; took.push(performance.now() - began); };
+  growing.draw = function () {
+    const began = performance.now();
+    drawn.call(growing);
+    scroll.scrollTop = scroll.scrollHeight;
+    took.push(performance.now() - began);
+  };
   const words = ["The ", "product ", "of ", "both ", "is ", "$x^2$", ", ", "so ", "`f(x)` ", "grows. "];
   for (let i = 0; i < tokens; i += slice) {
     let text = "";
-    for (let j = i; j < i + slice; j++) text += words[j % 10] + (j % 60 === 59 ? "\\n\\n" : "") + (j % 3000 === 2999 ? "```python\\nx = 1\\n```\\n\\n" : "");
+    for (let j = i; j < i + slice; j++) {
+      text += words[j % 10] + (j % 60 === 59 ? "\\n\\n" : "");
+      if (j % 3000 === 2999) text += "```python\\nx = 1\\n```\\n\\n";
+    }
     growing.add(text);
     await new Promise(requestAnimationFrame);
   }

@@ -12,7 +12,7 @@ import time
 
 import httpx
 import pytest
-from windowed import window_served
+from windowed import started, window_served
 
 from bridge.engine.parking import Parking
 from mixkvq.chats import Store
@@ -290,27 +290,9 @@ def test_the_page_loads_nothing_from_elsewhere(served):
 
 @pytest.fixture
 def command(tmp_path):
-    """`mixkvq chat --no-open` in a process; gives a function that starts one and returns it and a client that is let in."""
-    processes, clients = [], []
-    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path / "data"), "XDG_CACHE_HOME": str(tmp_path / "cache"), "MIXKVQ_CONFIG": ""}
-
-    def start(*options):
-        words = [sys.executable, "-m", "mixkvq", "chat", "--no-open", "-t", "1", "-np", "1", "-c", "2048", "--device", "cpu", *options]
-        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
-        processes.append(process)
-        for line in process.stderr:
-            if (found := re.search(r"http://(127\.0\.0\.1:\d+)/open\?key=\S+", line)) is not None:
-                clients.append(httpx.Client(base_url=f"http://{found[1]}", timeout=120))
-                return process, clients[-1], found[0]
-        raise AssertionError(f"it ended with {process.wait()}")
-
-    yield start
-    for client in clients:
-        client.close()
-    for process in processes:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+    """`mixkvq chat --no-open` in a process; gives a function that starts one and returns it, a client, and the address that lets in."""
+    with started(tmp_path) as start:
+        yield start
 
 
 def test_kill_9_and_come_back(command, tmp_path):

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from windowed import CHROMIUM, NO_CHROMIUM, browser, window_served
+from windowed import CHROMIUM, NO_CHROMIUM, browser, started, window_served
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 PROBLEM = "Compute 48291 * 73."
@@ -137,7 +137,8 @@ def test_markdown(page, served):
         """() => {
           const body = document.querySelector("li.assistant .body");
           const links = [...body.querySelectorAll("a")].map((a) => [a.textContent, a.getAttribute("href"), a.rel]);
-          return {hacked: window.hacked, links, dangers: body.querySelectorAll('script, [onerror], form, style').length, html: body.innerHTML, maths: body.querySelectorAll("math").length,
+          const dangers = body.querySelectorAll("script, [onerror], form, style").length;
+          return {hacked: window.hacked, links, dangers, html: body.innerHTML, maths: body.querySelectorAll("math").length,
             cells: body.querySelectorAll("td").length, words: [...body.querySelectorAll(".hljs-keyword")].map((e) => e.textContent),
             rtl: getComputedStyle([...body.querySelectorAll("p")].find((p) => p.textContent.includes("مرحبا"))).direction};
         }"""
@@ -150,11 +151,38 @@ def test_markdown(page, served):
     assert page.evaluate("navigator.clipboard.readText()") == 'def f(x):\n    return "text"  # a comment\n'
 
 
+def test_kill_9_and_come_back(served, tmp_path):
+    _, _, chromium = served
+    with started(tmp_path) as start:
+        process, _, address = start()
+        context = chromium.new_context()
+        page = context.new_page()
+        page.set_default_timeout(60000)
+        page.goto(address)
+        page.wait_for_selector("#input:focus")
+        say(page, PROBLEM)
+        page.wait_for_selector("li.assistant[data-state=running] .block")
+        page.wait_for_timeout(700)  # it is stored within a fraction of a second
+        before = page.inner_text("li.assistant .block")[:20]
+        process.kill()
+        process.wait()
+        page.wait_for_selector("#notes :text('The server does not answer.')")
+        _, _, address = start()
+        page.goto(address)
+        page.wait_for_selector("#input:focus")
+        page.get_by_role("button", name=PROBLEM).click()
+        page.wait_for_selector("li.assistant .remark:has-text('The program ended while this was being written')")
+        assert page.inner_text("li.assistant .body").startswith(before)
+        page.get_by_role("button", name="Answer again").click()
+        page.wait_for_selector("li.assistant[data-state=done]")
+        context.close()
+
+
 def test_right_to_left_text_runs_so(page, served):
     window, address, _ = served
     opened(page, address, kept(window, "مرحبا", "مرحبا بالعالم، كيف حالك؟", title="مرحبا"))
     page.wait_for_selector("li.assistant .block")
-    assert page.evaluate("getComputedStyle(document.querySelector('li.assistant .block')).direction") == "rtl"
+    assert page.evaluate("getComputedStyle(document.querySelector('li.assistant .block p')).direction") == "rtl"
     assert page.evaluate("getComputedStyle(document.getElementById('title')).direction") == "rtl"
 
 
@@ -177,15 +205,20 @@ def test_finished_blocks_are_made_once(page):
           const growing = new Growing(element);
           let sanitized = 0;
           const own = window.DOMPurify.sanitize;
-          window.DOMPurify.sanitize = (html, options) => { sanitized += html.length; return own.call(window.DOMPurify, html, options); };
-          const text = Array.from({length: 400}, (_, i) => `Paragraph ${i} with some words in it.\\n\\n`).join("") + "```\\n# no heading\\n\\n* no list\\n```\\n\\n1. one\\n\\n2. two\\n";
+          window.DOMPurify.sanitize = (html, options) => {
+            sanitized += html.length;
+            return own.call(window.DOMPurify, html, options);
+          };
+          const paragraphs = Array.from({length: 400}, (_, i) => `Paragraph ${i} with some words in it.\\n\\n`).join("");
+          const text = paragraphs + "```\\n# no heading\\n\\n* no list\\n```\\n\\n1. one\\n\\n2. two\\n";
           growing.add(text.slice(0, 500)); growing.draw();
           const first = element.firstElementChild;
           for (let i = 500; i < text.length; i += 20) { growing.add(text.slice(i, i + 20)); growing.draw(); }
           growing.end(); growing.draw();
           window.DOMPurify.sanitize = own;
           return {same: first === element.firstElementChild, sanitized, length: text.length, text: element.textContent,
-            lists: element.querySelectorAll("ol").length, code: element.querySelectorAll("pre").length, paragraphs: element.querySelectorAll(".block > p").length};
+            lists: element.querySelectorAll("ol").length, code: element.querySelectorAll("pre").length,
+            paragraphs: element.querySelectorAll(".block > p").length};
         }"""
     )
     assert counts["same"] and counts["paragraphs"] == 400 and counts["lists"] == counts["code"] == 1

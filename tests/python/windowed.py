@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 
+import httpx
 import uvicorn
 
 from bridge.engine import Engine, Streams
@@ -44,6 +49,33 @@ def window_served(path, states=None, *, n_seq=2, n_ctx=2048, parking=None, **opt
     finally:
         engine.close()
         store.close()
+
+
+@contextlib.contextmanager
+def started(folder):
+    """A function that starts `mixkvq chat --no-open` with this folder of the user's; it returns it, a client, and the address that lets in."""
+    processes, clients = [], []
+    environment = {**os.environ, "XDG_DATA_HOME": str(folder / "data"), "XDG_CACHE_HOME": str(folder / "cache"), "MIXKVQ_CONFIG": ""}
+
+    def start(*options):
+        words = [sys.executable, "-m", "mixkvq", "chat", "--no-open", "-t", "1", "-np", "1", "-c", "2048", "--device", "cpu", *options]
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+        processes.append(process)
+        for line in process.stderr:
+            if (found := re.search(r"http://(127\.0\.0\.1:\d+)/open\?key=\S+", line)) is not None:
+                clients.append(httpx.Client(base_url=f"http://{found[1]}", timeout=120))
+                return process, clients[-1], found[0]
+        raise AssertionError(f"it ended with {process.wait()}")
+
+    try:
+        yield start
+    finally:
+        for client in clients:
+            client.close()
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stderr.close()
 
 
 @contextlib.contextmanager

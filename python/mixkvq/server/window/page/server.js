@@ -18,7 +18,8 @@ export const post = (path, body = {}) => ask(path, { method: "POST", body: JSON.
 export const send = (path, text) => ask(path, { method: "POST", body: text });
 export const remove = (path) => ask(path, { method: "DELETE" });
 
-// The events of a running answer, up to its end; returns what closes it. The browser connects anew by itself, and begins with all that there is.
+// The events of a running answer, up to its end; returns what closes it. Where the connection is lost the browser tries again by itself, and begins
+// with all that there is.
 export function listen(message, hear) {
   const source = new EventSource(`/window/messages/${message}/events`);
   source.onmessage = (e) => {
@@ -26,5 +27,6 @@ export function listen(message, hear) {
     hear(event);
     if (event.type === "end") source.close();
   };
+  source.onerror = () => hear({ type: "lost" });
   return () => source.close();
 }

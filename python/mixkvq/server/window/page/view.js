@@ -174,8 +174,12 @@ export class View {
     const read = make("span");
     item.setAttribute("aria-busy", "true");
     say(TEXT.answering);
+    let lost = null;
     const hear = (event) => {
-      if (event.type === "start") {
+      if (event.type === "lost") lost ??= note(TEXT.lost, true);
+      else if (event.type === "start") {
+        lost?.remove();
+        lost = null;
         body.querySelectorAll(":scope > :not(details.file)").forEach((e) => e.remove());
         folded = text = null;
         if (event.reasoning) thinks().add(event.reasoning);
