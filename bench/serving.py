@@ -60,31 +60,40 @@ def throughput(engine: Engine, n: int, depth: int, tokens: int, clock: Callable[
 
 
 def first_token(engine: Engine, long: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Seconds to the first token of a prompt of 64 tokens: alone, while a prompt of `long` is read, and of that one alone."""
+    """Seconds to the first token of a prompt of 64 tokens: alone, while one of `long` tokens is read, and behind it, if it had to wait for that."""
 
-    def seconds(n: int, seed: int, wait: bool = True) -> float:
+    def seconds(n: int, seed: int) -> float:
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         began = clock()
-        engine.submit(Request(text(engine.llama, seed, n), GREEDY, 1, ignore_end=True), events.put)
-        if wait:
-            finish(events, 1)
+        engine.submit(Request(text(engine.llama, seed, n), GREEDY, 1, ignore_end=True, reuse=False), events.put)
+        finish(events, 1)
         return clock() - began
 
     seconds(64, 100)
-    alone, whole = seconds(64, 101), seconds(long, 102)
+    alone = seconds(64, 101)
+    behind = seconds(long, 102) + alone
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    job = engine.submit(Request(text(engine.llama, 103, long), GREEDY, 1, progress=True), events.put)
+    job = engine.submit(Request(text(engine.llama, 103, long), GREEDY, 1, progress=True, reuse=False), events.put)
     events.get()
     beside = seconds(64, 104)
     job.cancel()
     finish(events, 1)
-    return {"alone": alone, "while another is read": beside, "long alone": whole}
+    return {"alone": alone, "beside": beside, "behind": behind}
 
 
-def differences(engine: Engine, prompts: list[str], tokens: int) -> dict[str, Any]:
-    """Answers to problems alone, and beside seven others: how many are the same, and the largest difference of a token's logprob before they part."""
-    llama = engine.llama
-    read = [llama.tokenize(f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n".encode(), special=True) for p in prompts]
+def chat(llama: Streams, n: int, seed: int, longest: int) -> list[int]:
+    """A problem, behind n others in the same message, in at most so many tokens."""
+    rng = np.random.default_rng(seed)
+    while True:
+        problems = " ".join(f"Compute {a} * {b}." for a, b in rng.integers(10, 99999, (n + 1, 2)))
+        tokens: list[int] = llama.tokenize(f"<|im_start|>user\n{problems}<|im_end|>\n<|im_start|>assistant\n".encode(), special=True)
+        if len(tokens) <= longest:
+            return tokens
+        n = n * longest // len(tokens) - 1
+
+
+def differences(engine: Engine, read: list[list[int]], tokens: int) -> dict[str, Any]:
+    """Answers to prompts alone, and to all of them at once: how many are the same, and how far logprobs differ before answers part, at most."""
 
     def asked(tokens_: list[int]) -> Request:
         return Request(tokens_, GREEDY, tokens, logprobs=0, reuse=False, ignore_end=True)
@@ -100,14 +109,14 @@ def differences(engine: Engine, prompts: list[str], tokens: int) -> dict[str, An
         if isinstance(event, Piece):
             chosen[i] += event.tokens
         left -= isinstance(event, (Done, Failed))
-    same, largest = 0, 0.0
+    same, largest, compared = 0, 0.0, 0
     for one, beside in zip(alone, chosen):
         same += [c.token for c in one.tokens] == [c.token for c in beside]
         for a, b in zip(one.tokens, beside):
             if a.token != b.token:
                 break
-            largest = max(largest, abs(a.logprob - b.logprob))
-    return {"answers": len(read), "tokens": tokens, "same": same, "largest_logprob_difference": largest}
+            largest, compared = max(largest, abs(a.logprob - b.logprob)), compared + 1
+    return {"prompt": len(read[0]), "answers": len(read), "same": same, "tokens_compared": compared, "largest_logprob_difference": largest}
 
 
 @tool()
@@ -136,9 +145,12 @@ def main(model: str, depth: int, tokens: int, kv: str, streams: str, rounds: int
         with Engine(llama) as engine:
             found = {str(n): max(throughput(engine, n, depth, tokens, clock) for _ in range(rounds)) for n in counts}
             first = [first_token(engine, depth, clock) for _ in range(rounds)]
-            problems = [f"Compute {a} * {b}." for a, b in ((48291, 73), (12, 30), (777, 888), (91, 1009), (5, 6), (90210, 4), (3131, 17), (64, 64))]
-            entry = {"tokens_per_second": found, "first_token_s": {key: min(f[key] for f in first) for key in first[0]}}
-            entry["beside_others"] = differences(engine, problems[: max(counts)], tokens)
+            entry: dict[str, Any] = {"tokens_per_second": found, "first_token_s": {key: min(f[key] for f in first) for key in first[0]}}
+            lengths = {"short": 0, "long": depth // 16}
+            beside = {
+                length: differences(engine, [chat(llama, n, seed, depth) for seed in range(max(counts))], tokens) for length, n in lengths.items()
+            }
+            entry["beside_others"] = beside
         result["caches"][name] = entry
         click.echo(f"{name}: {json.dumps(entry)}")
     save_json(out, result)

@@ -396,6 +396,28 @@ def presets_table() -> str:
     return table(["preset", "alias", "body bits", "key channels (of 128)", "values"], rows)
 
 
+def serving_table() -> str:
+    """Of several answers at once."""
+    found, rows = result("serving"), []
+    for name, entry in found["caches"].items():
+        speeds = [f"{entry['tokens_per_second'][str(n)]:.0f}" for n in (1, 4, 8)]
+        rows.append([f"`{name}`", *speeds, *(f"{1e3 * entry['first_token_s'][key]:.0f}" for key in ("alone", "beside", "behind"))])
+    depth = found["settings"]["depth"]
+    head = ["cache", "1 answer, tokens/s", "4 at once", "8 at once", "first token, ms: alone", f"while {depth} tokens are read", "after them"]
+    return table(head, rows) + source("serving")
+
+
+def beside_table() -> str:
+    """Of answers beside others."""
+    rows = []
+    for name, entry in result("serving")["caches"].items():
+        for found in entry["beside_others"].values():
+            same = f"{found['same']} of {found['answers']}"
+            rows.append([f"`{name}`", str(found["prompt"]), same, str(found["tokens_compared"]), f"{found['largest_logprob_difference']:.4f}"])
+    head = ["cache", "tokens of the prompt", "same answers", "tokens compared", "largest difference of a logprob, nats"]
+    return table(head, rows) + source("serving")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decoding-8b": lambda: decoding("speed-8b-2layers"),
     "decoding-builtin": lambda: decoding("speed-builtin"),
@@ -409,6 +431,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "states": states_table,
     "turns": turns_table,
+    "serving": serving_table,
+    "beside": beside_table,
     "restores": restores_table,
     "timings": timings_table,
     "quality": quality_short,
@@ -428,6 +452,7 @@ COMMANDS = {name: f"make figures STEPS={name}" for name in MEASURED}
 COMMANDS |= dict.fromkeys(("plain", "exact"), "make figures STEPS=exact")
 COMMANDS |= {name: "make figures STEPS=speed" for name in ("speed-builtin", "speed-8b-2layers")}
 COMMANDS |= {name: "make figures STEPS=timings MODELS=..." for name in ("timings", *(path.stem for path in RESULTS.glob("timings-*.json")))}
+COMMANDS["serving"] = "python bench/serving.py models/cot-tiny-34m-q8_0.gguf --rounds 1 --tokens 48 --out bench/results/serving.json"
 COMMANDS[GPU] = "python bench/llama_bench.py LLAMA-BENCH MODEL --depths 0,32768,131072 --tokens 128 --prefill 0 --rounds 1 --repetitions 3"
 COMMANDS[GPU_PROMPTS] = "python bench/llama_bench.py LLAMA-BENCH MODEL --kv f16,balanced --depths 0 --rounds 1 --repetitions 3"
 """By result: what measures it."""

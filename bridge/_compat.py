@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,13 +213,13 @@ class Base(llama_cpp.Llama):
         """Forget all cells, and give their memory back."""
         self._ctx.kv_cache_clear()
 
-    def _decode_cells(self, cells: Sequence[tuple[int, int, int]], n_logits: int) -> None:
-        """Evaluate a batch of (sequence, position, token), with logits of its last tokens. Raises RuntimeError, see `decoding_failed`."""
+    def _decode_cells(self, cells: Sequence[tuple[int, int, int]], rows: Collection[int]) -> None:
+        """Evaluate a batch of (sequence, position, token), with logits of those in these places. Raises RuntimeError, see `decoding_failed`."""
         batch, n = self._batch.batch, len(cells)
         batch.n_tokens = n
         for i, (sequence, position, token) in enumerate(cells):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, sequence
-            batch.logits[i] = i >= n - n_logits
+            batch.logits[i] = i in rows
         self._ctx.decode(self._batch)
         C.llama_synchronize(self._ctx.ctx)  # a GPU may still compute
         self._requires_eval = False

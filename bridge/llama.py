@@ -188,7 +188,8 @@ class Llama(Keeping):
             raise GeometryError(f"{name} has an encoder beside its decoder, which llama-cpp-python does not run; use a model with a decoder only.")
         if (encoder or not self._has_memory) and (self.stock is None or not self.context_params.embeddings):
             why = f"{name} reads a text as a whole and generates none, so it has no key/value cache to keep"
-            raise GeometryError(f"{why}; for its embeddings use stock='f16', embedding=True.", command=f"{why}; use another model, or serve its embeddings: mixkvq serve --embeddings.")
+            advice = "use another model, or serve its embeddings: mixkvq serve --embeddings"
+            raise GeometryError(f"{why}; for its embeddings use stock='f16', embedding=True.", command=f"{why}; {advice}.")
 
     def _verify(self) -> None:
         """The cache must be the one that was asked for: a backend in the wrong registry would be ignored without a word."""
@@ -252,10 +253,11 @@ class Llama(Keeping):
                 found[layer["layer"]] = statistics
         return found
 
-    def forward(self, tokens: Sequence[int], n_logits: int = 1) -> Any:
+    def forward(self, tokens: Sequence[int], n_logits: int = 1, *, copy: bool = True) -> Any:
         """Evaluate at most n_batch tokens behind those before; logits of the last `n_logits` of them.
 
-        Returns float32 [n_logits, vocabulary]. Llama(logits_all=True) would keep the logits of the whole context.
+        Returns float32 [n_logits, vocabulary]. Without `copy` they are the context's own, which the next evaluation and close() take away. A large
+        vocabulary makes megabytes of a few tokens. Llama(logits_all=True) would keep the logits of the whole context.
         Raises SettingsError for numbers that do not fit together, ContextError if the context is full or llama.cpp fails.
         """
         n = len(tokens)
@@ -267,7 +269,7 @@ class Llama(Keeping):
         with self._evaluating:
             if n:
                 self._evaluate(tokens, int(n_logits))
-            return self._logits(int(n_logits))
+            return self._logits(int(n_logits)) if copy or not n_logits else self._outputs(int(n_logits))
 
     def last_logits(self) -> Any:
         """Logits of the last evaluated token, float32 [vocabulary]. Raises ContextError if there is none."""
@@ -344,7 +346,8 @@ class Llama(Keeping):
         n, past = len(tokens), self.n_tokens
         try:
             with computing():
-                self._decode_cells([(0, past + i, token) for i, token in enumerate(tokens)], max(1, n_logits))  # the last is sampled from
+                rows = range(n - max(1, n_logits), n)  # the last is sampled from
+                self._decode_cells([(0, past + i, token) for i, token in enumerate(tokens)], rows)
         except RuntimeError as e:
             failure = self._failure(e, n)
             raise failure from failure.__cause__

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
+
+import numpy as np
 
 from mixkvq.core.errors import ContextError, SettingsError
 from mixkvq.core.memory import SEQUENCES
@@ -48,12 +50,31 @@ class Sequences(Llama):
     def step(self, tokens: Sequence[tuple[int, int]]) -> Any:
         """Evaluate tokens of some sequences together, given as (sequence, token), at most n_batch; logits of each, float32 [n, vocabulary].
 
-        Raises SettingsError for what is no token or no sequence, ContextError if a sequence is full or llama.cpp fails.
+        Sequences whose numbers follow one another are computed at once; a gap between them makes it two computations. Raises SettingsError for
+        what is no token or no sequence, ContextError if a sequence is full or llama.cpp fails.
         """
         if len(tokens) > self.n_batch:
             raise SettingsError(f"{len(tokens)} tokens are more than a batch holds; n_batch is {self.n_batch}.")
         self._check_sequences(tokens)
-        return self._decode(tokens, len(tokens))
+        rising = sorted(range(len(tokens)), key=lambda i: tokens[i][0])  # in any other order llama.cpp cuts the batch, down to single tokens
+        logits = self._decode([tokens[i] for i in rising], len(tokens))
+        return logits if rising == list(range(len(tokens))) else logits[np.argsort(rising)]
+
+    def copy(self, source: int, target: int) -> None:
+        """Let a sequence hold what another holds, in place of what it held: the same packed pages, and what the cache has learnt of the queries.
+
+        Raises SettingsError for what is no sequence.
+        """
+        self._check_ready()
+        self._check_sequence(source)
+        self._check_sequence(target)
+        if source == target:
+            return
+        with self._evaluating:
+            self._remove_cells(target, -1, -1)
+            self._copy_cells(source, target, -1, -1)
+            self.n_tokens += len(self._tokens[source]) - len(self._tokens[target])
+            self._tokens[target] = list(self._tokens[source])
 
     def forget(self, sequence: int) -> None:
         """Empty a sequence. What the cache has learnt of its queries is forgotten as well; its memory is used again by what is read next."""
@@ -127,11 +148,11 @@ class Sequences(Llama):
     def _decode(self, tokens: Sequence[tuple[int, int]], n_logits: int) -> Any:
         """One batch; logits of its last tokens, a copy."""
         with self._evaluating:
-            self._advance(tokens, n_logits)
+            self._advance(tokens, range(len(tokens) - n_logits, len(tokens)))
             return self._logits(n_logits)
 
-    def _advance(self, tokens: Sequence[tuple[int, int]], n_logits: int) -> None:
-        """One batch, whose last tokens get logits."""
+    def _advance(self, tokens: Sequence[tuple[int, int]], rows: Collection[int]) -> None:
+        """One batch, of which the tokens in these places get logits."""
         n = len(tokens)
         with self._evaluating:
             ends, cells = [len(each) for each in self._tokens], []
@@ -141,7 +162,7 @@ class Sequences(Llama):
             try:
                 if n:
                     with computing():
-                        self._decode_cells(cells, n_logits)
+                        self._decode_cells(cells, rows)
             except RuntimeError as e:
                 failure = self._failure(e, n)
                 raise failure from failure.__cause__

@@ -21,6 +21,8 @@ from .streams import Streams
 
 T = TypeVar("T")
 LONGEST_QUEUE = 256
+PAUSE = 0.3
+_LEAST_CHUNK = 16  # tokens of prompts in a batch
 _IDLE = 2.0  # seconds without a request after which chats are parked
 
 logger = logging.getLogger(__name__)
@@ -30,11 +32,12 @@ class Engine:
     """Answers requests on the streams of a context. Every method may be called from any thread.
 
     llama: the context, which is the engine's from now on; `close` frees it. parking: where chats go that no stream holds any more. longest_queue:
-    requests that may wait for a stream; further ones get a BusyError. chunk: tokens of prompts that are read in a batch beside running answers.
+    requests that may wait for a stream; further ones get a BusyError. pause: seconds that a batch should take at most while requests run beside each
+    other; a prompt alone is read in whole batches.
     """
 
-    def __init__(self, llama: Streams, *, parking: Parking | None = None, longest_queue: int = LONGEST_QUEUE, chunk: int = 128) -> None:
-        self.llama, self.longest_queue, self.chunk = llama, longest_queue, min(chunk, llama.n_batch)
+    def __init__(self, llama: Streams, *, parking: Parking | None = None, longest_queue: int = LONGEST_QUEUE, pause: float = PAUSE) -> None:
+        self.llama, self.longest_queue, self.pause = llama, longest_queue, pause
         self.parking = parking.of(llama) if parking is not None else None
         self.n_ctx = llama.n_ctx() // llama.n_seq  # of a stream
         self.totals = {"requests": 0, "failed": 0, "prompt": 0, "cached": 0, "generated": 0, "batches": 0, "parked": 0, "resumed": 0}
@@ -46,6 +49,7 @@ class Engine:
         self._used = [0.0] * llama.n_seq  # when a stream was used last
         self._unparked: set[int] = set()  # streams with tokens that no file has
         self._copying = False  # until the next batch
+        self._rate = 0.0  # prompt tokens read per second, lately
         self._closing = False
         self._number = 0
         self._thread = threading.Thread(target=self._run, name="mixkvq-engine", daemon=True)
@@ -295,7 +299,7 @@ class Engine:
             n = self._resume(begin.stream, parked, min(common(parked, job.prompt), most))
         elif begin.source is not None:
             self._copying = True
-            n = n if llama.copy(begin.source, begin.stream, n) else 0
+            n = n if llama.copy_prefix(begin.source, begin.stream, n) else 0
         else:
             n = n if llama.cut(begin.stream, n) else 0
         job.stream, job.read, job.cached, job.began = begin.stream, n, n, time.monotonic()
@@ -336,8 +340,10 @@ class Engine:
             return 0
         self.totals["resumed"] += 1
         self._unparked.discard(stream)
-        usable = self.llama.usable(stream, n)
-        return n if usable == n and self.llama.cut(stream, n) else self.llama.cut(stream, 0) * 0
+        if self.llama.usable(stream, n) != n:
+            self.llama.forget(stream)
+            return 0
+        return n if self.llama.cut(stream, n) else 0
 
     def _step(self) -> None:
         """One batch: a token of every running answer, and some of the prompts that are being read."""
@@ -348,43 +354,45 @@ class Engine:
             self._failed(parts, e)
 
     def _parts(self) -> list[tuple[Job, list[int]]]:
-        """Which tokens are evaluated next, by request: first of prompts, then those that are answered, whose last tokens get logits."""
+        """Which tokens are evaluated next, by request, in the order of streams: in any other llama.cpp cuts the batch into more computations."""
         running = [job for job in self._jobs.values() if job.next is not None]
         reading = sorted((job for job in self._jobs.values() if job.next is None), key=lambda job: len(job.prompt) - job.read)
-        room = min(self.llama.n_batch - len(running), self.chunk if running else self.llama.n_batch)
+        room = self.llama.n_batch - len(running)
+        if len(self._jobs) > 1:
+            room = min(room, max(_LEAST_CHUNK, int(self._rate * self.pause)))
         parts: list[tuple[Job, list[int]]] = []
         for i, job in enumerate(reading):  # equal shares, and what the shortest leave goes to the others
             share = room // (len(reading) - i)
             if share:
                 parts.append((job, job.prompt[job.read : job.read + share]))
                 room -= len(parts[-1][1])
-        return parts + [(job, [job.next]) for job in running if job.next is not None]
+        parts += [(job, [job.next]) for job in running if job.next is not None]
+        return sorted(parts, key=lambda part: part[0].stream)
 
     def _decode(self, parts: list[tuple[Job, list[int]]]) -> None:
         """Evaluate a batch and go on with every request of it. Raises what llama.cpp says; nothing of the batch counts then."""
-        first: list[tuple[int, int]] = []
-        last: list[tuple[int, int]] = []
-        rows: list[Job] = []
+        batch: list[tuple[int, int]] = []
+        rows: dict[int, Job] = {}  # whose next token is chosen by which place of the batch
         for job, tokens in parts:
-            whole = job.next is not None or job.read + len(tokens) == len(job.prompt)
-            first += [(job.stream, token) for token in (tokens[:-1] if whole else tokens)]
-            if whole:
-                last.append((job.stream, tokens[-1]))
-                rows.append(job)
+            batch += [(job.stream, token) for token in tokens]
+            if job.next is not None or job.read + len(tokens) == len(job.prompt):
+                rows[len(batch) - 1] = job
         began = time.monotonic()
-        self.llama.advance(first + last, len(last))
+        self.llama.advance(batch, rows)
         self._copying = False
         took = time.monotonic() - began
         self.totals["batches"] += 1
+        if len(batch) >= len(parts) + _LEAST_CHUNK // 2:
+            self._rate = 0.5 * self._rate + 0.5 * len(batch) / took if self._rate else len(batch) / took
         for job, tokens in parts:
             if job.next is None:
                 job.read += len(tokens)
                 self.totals["prompt"] += len(tokens)
-                self.seconds["prompt"] += took * len(tokens) / len(first + last)
+                self.seconds["prompt"] += took * len(tokens) / len(batch)
                 self._progress(job)
             job.next = None
-        for i, job in enumerate(rows):
-            self._choose(job, len(first) + i)
+        for row, job in rows.items():
+            self._choose(job, row)
 
     def _progress(self, job: Job) -> None:
         if job.request.progress:
@@ -438,7 +446,7 @@ class Engine:
         self._copying = False
         before = {job.stream: len(self.llama.tokens_of(job.stream)) for job, _ in parts}
         alone = len(parts) > 1 and self.llama._can_go_back()
-        for job, tokens in parts:
+        for job, tokens in sorted(parts, key=lambda part: -len(part[1])):  # whose is the largest part is the likeliest to be at fault
             kept = alone and self._rewound(job.stream, before[job.stream])
             if kept:
                 try:

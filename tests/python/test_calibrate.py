@@ -328,12 +328,12 @@ class Pace:
             monkeypatch.setattr(module, "time", self)
         forward = bridge.Llama.forward
 
-        def counted(llm, tokens, *rest):
+        def counted(llm, tokens, *rest, **options):
             self.now += len(tokens) / self.speed
             self.tokens += len(tokens)
             for at in [at for at in self.when if at <= self.tokens]:
                 self.when.pop(at)()
-            return forward(llm, tokens, *rest)
+            return forward(llm, tokens, *rest, **options)
 
         monkeypatch.setattr(bridge.Llama, "forward", counted)
 
@@ -403,7 +403,7 @@ def test_targets_are_checked_before_anything_is_read(tiny, tmp_path, monkeypatch
     os.link("model.gguf", "hard.gguf")
     Path("notes.txt").write_bytes(DEFAULT_TEXT.read_bytes())
     before = {path: path.read_bytes() for path in Path().iterdir()}
-    monkeypatch.setattr(bridge.Llama, "forward", lambda *_: pytest.fail("the model is read"))
+    monkeypatch.setattr(bridge.Llama, "forward", lambda *_, **_options: pytest.fail("the model is read"))
     monkeypatch.setattr(calibrate, "open_model", lambda *_: pytest.fail("the model is opened"))
     for out in ("model.gguf", "link.gguf", "hard.gguf", "./model.gguf", "notes.txt", "/proc/x.gguf", "none/x.gguf", ".", "/dev/null"):
         assert main("model.gguf", "--text", "notes.txt", "-o", out, "--force") == 2

@@ -121,7 +121,7 @@ def test_cells_and_logits(llama):
     """What is evaluated, where, and which tokens have logits."""
     llama.reset()
     tokens = [5, 6, 7, 8]
-    llama._decode_cells([(0, i, token) for i, token in enumerate(tokens)], 2)
+    llama._decode_cells([(0, i, token) for i, token in enumerate(tokens)], range(len(tokens) - 2, len(tokens)))
     assert llama._batch_size() == 4
     rows = llama._outputs(2).copy()
     assert rows.shape == (2, llama.n_vocab()) and np.isfinite(rows).all()
@@ -131,7 +131,7 @@ def test_cells_and_logits(llama):
     assert C.llama_memory_seq_pos_max(memory, 0) == 3
     llama._remove_cells(0, 2, -1)
     assert C.llama_memory_seq_pos_max(memory, 0) == 1
-    llama._decode_cells([(0, 2, 7), (0, 3, 8)], 1)  # without the other tokens it would be another prediction
+    llama._decode_cells([(0, 2, 7), (0, 3, 8)], [1])  # without the other tokens it would be another prediction
     assert np.allclose(llama._outputs(1)[0], rows[1], atol=1e-3)
     llama._clear_cells()
     assert C.llama_memory_seq_pos_max(memory, 0) == -1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import queue
-import threading
 import time
 
 import numpy as np
@@ -35,7 +34,7 @@ def hybrid(tmp_path_factory):
 
 
 def engine_of(model, n_seq=2, n_ctx=1024, **options):
-    settings = {name: options.pop(name) for name in ("parking", "longest_queue", "chunk") if name in options}
+    settings = {name: options.pop(name) for name in ("parking", "longest_queue", "pause") if name in options}
     return Engine(Streams(model, n_seq=n_seq, n_ctx=n_ctx, **{**SPARE, **options}), **settings)
 
 
@@ -192,6 +191,11 @@ def test_a_sliding_window_goes_back_as_far_as_it_still_sees(tmp_path, swa_full):
         assert tokens_of(answer) == alone(model, other, 6, n_ubatch=64, swa_full=swa_full)
 
 
+def test_a_lora_adapter_counts(tiny, tmp_path):
+    adapter = tiny_models.adapter(tmp_path / "lora.gguf", 64, 256, 1)
+    assert alone(tiny, words(1, 30), 8, lora_path=adapter) != alone(tiny, words(1, 30), 8)
+
+
 # --- files --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -255,13 +259,13 @@ def test_a_request_is_cancelled_while_its_prompt_is_read_and_its_stream_goes_on(
 
 
 def test_running_answers_go_on_while_a_prompt_is_read(tiny):
-    with engine_of(tiny, n_ctx=4096, chunk=64) as engine:
+    with engine_of(tiny, n_ctx=4096, pause=0.0) as engine:
         heard(engine, Request(words(2, 10), GREEDY, 4000, ignore_end=True))[1].get(timeout=60)
-        _, events = heard(engine, Request(words(1, 640), GREEDY, 1, progress=True))
+        _, events = heard(engine, Request(words(1, 320), GREEDY, 1, progress=True))
         found = rest(events)
         reads = [event.read for event in found if isinstance(event, Progress)]
-        assert all(b - a <= 64 for a, b in zip(reads, reads[1:])) and len(reads) >= 10
-        assert next(iter(engine.jobs().values())).generated >= 9
+        assert all(b - a <= 16 for a, b in zip(reads, reads[1:])) and len(reads) >= 20
+        assert next(iter(engine.jobs().values())).generated >= 19
 
 
 def test_more_requests_than_may_wait_are_refused(tiny):
@@ -301,24 +305,27 @@ def test_an_answer_ends_where_the_stream_is_full(tiny):
 
 
 def test_an_error_ends_the_request_it_is_of(tiny):
-    """A codec that fails for one text: the other answer goes on to its end, and so does the engine."""
-    fail = threading.Event()
+    """A codec that fails for one text, beside another one and alone: the other answer goes on to its end, and so does the engine."""
+    fail = [2]
 
     def codec(page):
-        if fail.is_set():
+        if page.stream == 1 and fail[0]:
+            fail[0] -= 1
             raise ValueError("as the test wants it")
         return page.rows, 16.0
 
     with engine_of(tiny, codec=codec, kv={"window": 0, "sinks": 0}) as engine:
-        _, short = heard(engine, Request(words(1, 5), GREEDY, 60, ignore_end=True))  # never fills a page
-        short.get(timeout=60)
-        fail.set()
-        _, long = heard(engine, Request(words(2, 400), GREEDY, 5, ignore_end=True))
-        failed = rest(long)[-1]
+        expected = tokens_of(engine.answer(Request(words(1, 5), GREEDY, 900, ignore_end=True, stream=0, reuse=False)))
+        _, beside = heard(engine, Request(words(1, 5), GREEDY, 900, ignore_end=True, stream=0, reuse=False))
+        first = [beside.get(timeout=60)]
+        _, failing = heard(engine, Request(words(2, 400), GREEDY, 5, ignore_end=True, stream=1))
+        failed = rest(failing)[-1]
         assert isinstance(failed, Failed) and isinstance(failed.error, ContextError) and "as the test wants it" in str(failed.error)
-        assert rest(short)[-1].generated == 60
-        fail.clear()
-        assert engine.answer(Request(words(2, 400), GREEDY, 5, ignore_end=True)).done.generated == 5
+        assert engine.jobs()  # the other one still runs
+        found = [*first, *rest(beside)]
+        assert [chosen.token for event in found if isinstance(event, Piece) for chosen in event.tokens] == expected
+        assert engine.totals["failed"] == 1
+        assert engine.answer(Request(words(2, 400), GREEDY, 5, ignore_end=True, stream=1)).done.generated == 5
 
 
 def test_closing_ends_what_runs(tiny):
@@ -368,7 +375,7 @@ def test_a_schema_that_is_none_is_refused():
 
 def test_each_setting_of_the_samplers_is_heard(tiny):
     llama = Streams(tiny, n_seq=1, n_ctx=256, **SPARE)
-    llama.advance([(0, t) for t in words(1, 20)], 1)
+    llama.advance([(0, t) for t in words(1, 20)], [19])
     likeliest = int(np.argmax(llama.logits_row(19)))
 
     def chosen(**settings):

@@ -449,11 +449,11 @@ def test_ctrl_c_says_what_is_kept(tiny, short, out, monkeypatch, capfd):
     """The second cache is not read to its end; the first is there, and is not measured again."""
     forward, opened = Llama.forward, []
 
-    def counted(llm, *rest):
+    def counted(llm, *rest, **options):
         opened.append(llm)
         if len(set(map(id, opened))) == 3:  # the baseline, the first cache, the second
             raise KeyboardInterrupt
-        return forward(llm, *rest)
+        return forward(llm, *rest, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Llama, "forward", counted)
@@ -468,7 +468,7 @@ def test_ctrl_c_says_what_is_kept(tiny, short, out, monkeypatch, capfd):
 
 
 def test_ctrl_c_before_anything_is_measured(tiny, short, monkeypatch, capfd):
-    def stop(*_):
+    def stop(*_, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Llama, "forward", stop)
@@ -488,7 +488,7 @@ def test_only_a_result_that_is_written_needs_the_hash_of_the_model(tiny, short, 
 
 
 def test_a_guarantee_that_needs_more_text_says_so_before_it_is_measured(tiny, short, monkeypatch, capfd):
-    monkeypatch.setattr(Llama, "forward", lambda *_: pytest.fail("the text is read"))
+    monkeypatch.setattr(Llama, "forward", lambda *_, **_options: pytest.fail("the text is read"))
     code, printed, err = run(capfd, tiny, *short, "--guarantee", "0.1")
     assert (code, printed) == (2, "") and "at least 512 predictions" in err
 
@@ -666,6 +666,13 @@ def test_problems_from_a_file(tmp_path, capfd):
     part = json.loads(out.read_text())["problems"]
     assert code == 0 and "4 problems, gsm.jsonl" in printed and part["count"] == 4
     assert part["summary"]["f16"]["correct"] == part["summary"]["balanced"]["correct"] == 3
+    code, printed, _ = run(
+        capfd, MODEL, "--problems-file", file, "--shots", 2, "--max-tokens", 3, "--kv", "balanced", "--restart", "--out", out, *THREADS
+    )  # fmt: skip
+    part = json.loads(out.read_text())["problems"]
+    assert code == 0 and part["shots"] == 2 and part["count"] == 2 and "2 problems" in printed
+    code, _, err = run(capfd, MODEL, "--problems", 2, "--shots", 2, "--kv", "balanced", *THREADS)
+    assert code == 2 and "--shots needs --problems-file" in err
     drawn = problems.NumberFile(file).draw(1, 2)
     assert drawn == problems.NumberFile(file).draw(1, None)[:2] and drawn[0]["prompt"].endswith(problems.INSTRUCTION)
 

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+from bridge.sequences import Sequences
 from mixkvq.cli.evaluate import main
+from mixkvq.core.errors import SettingsError
 from mixkvq.core.model_file import built_in_model
 from mixkvq.study import caches, evaluate, problems
 from mixkvq.study.steps import Steps
@@ -79,6 +81,57 @@ def test_long_prompts_at_once_answer_as_one():
     assert [one[i]["tiny"]["tokens"] for i in range(3)] == [two[i]["tiny"]["tokens"] for i in range(3)]
 
 
+@pytest.fixture
+def shown(tmp_path):
+    """A file of problems, asked with three examples: they are longer than a page, and the same before each question."""
+    made = problems.BuiltIn(("add", "sort"), ("easy",)).draw(8, 9)
+    entries = [{"question": p["prompt"], "answer": f"{p['reasoning']} <<1+1=2>>\n#### {i}"} for i, p in enumerate(made)]
+    (tmp_path / "shown.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    return problems.NumberFile(tmp_path / "shown.jsonl", shots=3)
+
+
+def test_examples_are_problems_that_are_not_asked(shown):
+    found, fewer = shown.draw(4, None), shown.draw(4, 2)
+    assert len(found) == 6 and fewer == found[:2] and found != shown.draw(5, None)
+    beginning = found[0]["prompt"].rpartition("Question: ")[0]
+    asked = [problem["prompt"].removeprefix(beginning) for problem in found]
+    assert beginning.count("Question: ") == beginning.count("#### ") == 3 and "<<" not in beginning
+    assert not any(question.partition("\n")[0] in beginning for question in asked)
+    assert all(problem["prompt"].startswith(beginning) and problem["prompt"].endswith(problems.INSTRUCTION) for problem in found)
+    with pytest.raises(SettingsError, match="holds 9 problems, fewer than 7 and 3 examples"):
+        shown.draw(4, 7)
+    plain = problems.NumberFile(shown.path).draw(4, 1)[0]["prompt"]
+    assert "Question: " not in plain and not problems.shared_tokens([{"tokens": [1, 2, 3]}, {"tokens": [1, 2, 4]}])
+
+
+@pytest.mark.parametrize("cache", ["f16", "tiny"])
+def test_what_all_prompts_begin_with_is_read_once(shown, cache, monkeypatch):
+    read = []
+
+    def count(self, sequence, tokens, read_tokens=Sequences.read):
+        read.append(len(tokens))
+        return read_tokens(self, sequence, tokens)
+
+    monkeypatch.setattr(Sequences, "read", count)
+    vocabulary = caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
+    found = shown.draw(4, None)
+    n_ctx = problems.add_tokens(vocabulary, found, 12)
+    shared = problems.shared_tokens(found)
+    lengths = [len(problem["tokens"]) for problem in found]
+    assert 128 <= shared < min(lengths)
+    solver = problems.Solver(MODEL, shown, n_ctx, 1, device="cpu", shared=shared)
+    jobs = [(i, problem, [cache]) for i, problem in enumerate(found)]
+    one = dict(solver.solve(jobs, 1))
+    assert sum(read) == shared + sum(n - shared for n in lengths)
+    three = dict(solver.solve(jobs, 3))
+    apart = dict(problems.Solver(MODEL, shown, n_ctx, 1, device="cpu").solve(jobs, 1))
+    assert [one[i][cache]["tokens"][0] for i in range(6)] == [three[i][cache]["tokens"][0] for i in range(6)]
+    for others in (three, apart):
+        assert sum(one[i][cache]["tokens"] == others[i][cache]["tokens"] for i in range(6)) >= 4  # the rest by rounding
+    for key in ("body_bits", "total_bits"):
+        assert one[0][cache]["sizes"][key] == pytest.approx(apart[0][cache]["sizes"][key], rel=0.02)
+
+
 def test_a_problem_gets_the_caches_that_it_lacks(drawn):
     found, n_ctx = drawn
     solver = problems.Solver(MODEL, problems.BuiltIn(), n_ctx, 1, device="cpu")
@@ -91,7 +144,9 @@ def test_a_problem_gets_the_caches_that_it_lacks(drawn):
 # Ends as SIGKILL ends it, once it has saved the first answers.
 KILLED = """
 import os, signal, sys
+from bridge.sequences import Sequences
 from mixkvq.cli.evaluate import main
+from mixkvq.core.errors import SettingsError
 from mixkvq.study import evaluate
 
 def save(path, result, save=evaluate.save_json):

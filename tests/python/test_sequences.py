@@ -61,6 +61,55 @@ def test_sequences_do_not_see_each_other(tiny, options):
 
 
 @pytest.mark.parametrize("options", CACHES)
+def test_a_step_is_computed_at_once_in_any_order(tiny, options):
+    """llama.cpp cuts a batch where sequences do not follow one another: in falling order every token would be a graph of its own."""
+    computed = [0]
+
+    @C.ggml_backend_sched_eval_callback
+    def count(_tensor, _ask, _data):
+        computed[0] += 1
+        return False
+
+    class Counted(Sequences):
+        def _adjust_context_params(self, params):
+            super()._adjust_context_params(params)
+            params.cb_eval = count
+
+    llm = Counted(tiny, n_seq=4, n_ctx=512, **SPARE, **options)
+    nodes = {}
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)):
+        computed[0] = 0
+        rows = llm.step([(sequence, 70 + sequence) for sequence in order])
+        nodes[order] = computed[0]
+        assert rows.shape == (4, llm.n_vocab())
+    computed[0] = 0
+    llm.step([(0, 5), (2, 5)])
+    two_graphs = computed[0]
+    llm.close()
+    assert nodes[0, 1, 2, 3] > 0 and len(set(nodes.values())) == 1
+    assert two_graphs > 1.5 * nodes[0, 1, 2, 3]  # so it is graphs that this counts
+
+
+@pytest.mark.parametrize("options", CACHES)
+def test_a_copy_goes_on_as_what_it_was_copied_from(tiny, options):
+    llm = Sequences(tiny, n_seq=3, n_ctx=1024, n_batch=128, **SPARE, **options)
+    llm.read(0, words(1, 700))
+    llm.read(2, words(2, 300))
+    llm.copy(0, 2)
+    llm.copy(1, 1)
+    assert llm.n_tokens == 1400 and not len(llm._tokens[1])
+    copied = llm.read(2, words(3, 200)).tobytes()
+    assert copied == llm.read(0, words(3, 200)).tobytes()
+    llm.copy(1, 2)  # of nothing
+    assert llm.n_tokens == 900
+    assert llm.read(2, words(3, 200)).tobytes() == llm.read(1, words(3, 200)).tobytes()
+    for source, target in ((0, 3), (-1, 0)):
+        with pytest.raises(SettingsError, match="There is no sequence"):
+            llm.copy(source, target)
+    llm.close()
+
+
+@pytest.mark.parametrize("options", CACHES)
 def test_what_others_hold_does_not_change_a_bit(tiny, options):
     """Pages are packed by the queries of their own sequence; one that is used again has learnt nothing of what it held before."""
     found = []

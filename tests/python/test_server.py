@@ -530,7 +530,7 @@ def test_many_clients_of_all_kinds():
     server = soak_server.Server(str(built_in_model()), "-np", "3", "-c", "3072", "-t", "1")
     try:
         began = time.monotonic()
-        assert soak_server.asyncio.run(soak_server.soak(server, 4, 24, 1)) == []
+        assert soak_server.asyncio.run(soak_server.soak(server, 3, 12, 1)) == []
         assert time.monotonic() - began < 120
     finally:
         assert server.stop() == 0

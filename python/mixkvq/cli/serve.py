@@ -60,7 +60,7 @@ _REFUSED = {
 @click.option(
     "-b", "--batch", "--batch-size", "batch", type=click.IntRange(64, 1 << 16), default=512, show_default=True, help="Tokens evaluated at a time."
 )
-@click.option("--chunk", type=click.IntRange(16, 1 << 16), default=128, show_default=True, help="Prompt tokens of a batch while answers run.")
+@click.option("--pause", type=Number(0, 60), default=0.3, show_default=True, help="Seconds that answers may pause, at most, while a prompt is read.")
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
 @click.option(
     "-ngl",
@@ -213,7 +213,7 @@ def _service(given: dict[str, Any], file: ModelFile, kv: Kv, console: Console) -
     arguments.update({"stock": given["stock"]} if given["stock"] is not None else {"kv": kv})
     parking = Parking(given["park"], int(given["park_size"] * (1 << 30))) if given["park"] is not None else None
     llama = with_bar(console, file.path, given["verbose"], lambda on: Streams(file.path, on_load=on, **arguments))
-    engine = Engine(llama, parking=parking, longest_queue=given["queue"], chunk=given["chunk"])
+    engine = Engine(llama, parking=parking, longest_queue=given["queue"], pause=given["pause"])
     try:
         service = loading.service(engine, name, template)
     except BaseException:

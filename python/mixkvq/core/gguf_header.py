@@ -32,6 +32,8 @@ _SIZES = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
 _ALIGNMENT = 32  # where general.alignment says nothing
 _MOST_DIMENSIONS, _LONGEST_NAME = 4, 63  # of a tensor
 _LARGEST = 1 << 63
+_LENGTH = struct.Struct("<Q")  # before each string
+_BLOCK = 1 << 18  # bytes that are read at once where strings follow one another
 
 
 class ParseError(Exception):
@@ -145,9 +147,25 @@ class _Parser:
         return np.frombuffer(self.take(n * dtype.itemsize), dtype).tolist(), (kind, element)
 
     def strings(self, n: int) -> list[bytes]:
+        """A vocabulary, mostly: read in blocks, as one string after the other takes seconds."""
         if 8 * n > self.size:
             raise ParseError("it ends within its header")
-        return [self.string() for _ in range(n)]
+        found: list[bytes] = []
+        block, at = b"", 0
+        for _ in range(n):
+            if len(block) - at < _LENGTH.size:
+                block, at = self._more(block[at:], _LENGTH.size), 0
+            (length,) = _LENGTH.unpack_from(block, at)
+            if len(block) - at < _LENGTH.size + length:
+                block, at = self._more(block[at:], _LENGTH.size + length), 0
+            begin, at = at + _LENGTH.size, at + _LENGTH.size + length
+            found.append(block[begin:at].partition(b"\0")[0])
+        self.file.seek(at - len(block), os.SEEK_CUR)
+        return found
+
+    def _more(self, left: bytes, n: int) -> bytes:
+        """At least n bytes: what is left of a block, and what follows in the file."""
+        return left + self.take(n - len(left)) + self.file.read(_BLOCK)
 
     def directory(self, n: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
         """Shape, type and offset from the start of the data, by name."""

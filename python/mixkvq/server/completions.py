@@ -114,12 +114,13 @@ async def prompts_of(service: Service, fields: Fields, key: str = "prompt") -> l
         if any(isinstance(part, list) for part in value) or (all(isinstance(part, str) for part in value) and key == "prompt"):
             if len(value) > MOST_PROMPTS:
                 raise bad(f"{key} holds {len(value)} prompts; at most {MOST_PROMPTS} are taken.", key)
-            return [await _tokens(service, part, f"{key}[{i}]") for i, part in enumerate(value)]
-        return [await _tokens(service, value, key)]
+            return [await tokens_in(service, part, f"{key}[{i}]") for i, part in enumerate(value)]
+        return [await tokens_in(service, value, key)]
     raise bad(f"{key} must be a text, a list of tokens, or a list of such.", key)
 
 
-async def _tokens(service: Service, value: Any, name: str) -> list[int]:
+async def tokens_in(service: Service, value: Any, name: str) -> list[int]:
+    """One prompt: a text, a token, or a list in which they stand side by side. Raises ApiError with the field's name."""
     found: list[int] = []
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, str):

@@ -18,12 +18,12 @@ from .tools import HERMES, LLAMA, MISTRAL
 def service(engine: Engine, name: str, template: str | None = None) -> Service:
     """Of a model that answers. template: in place of the model's own."""
     llama = engine.llama
-    bos, eos = (llama._special_text(which) for which in ("bos", "eos"))
+    bos, eos = llama.begins_and_ends()
     prompts = Prompts(template or llama.metadata.get("tokenizer.chat_template") or CHATML, bos, eos)
-    llama.shown = frozenset(token for mark in _marks(prompts) if (token := _control(llama, mark)) is not None)
+    llama.show(_marks(prompts))
     found = Service(name, llama.model_path, engine, prompts)
     stats = llama.kv_stats()
-    meta = {**_meta(llama), "n_ctx": engine.n_ctx, "n_ctx_train": llama._file.n_ctx_train}
+    meta = {**_meta(llama), "n_ctx": engine.n_ctx, "n_ctx_train": int(llama.metadata.get(f"{_architecture(llama)}.context_length", 0))}
     cache = {
         "name": stats.get("profile") or stats.get("preset") or stats.get("type"),
         "bits": round(stats["total_bits"], 3),
@@ -42,16 +42,14 @@ def embedding_service(llama: Llama, name: str) -> Service:
 
 
 def _meta(llama: Llama) -> dict[str, Any]:
-    return {"n_vocab": llama.n_vocab(), "n_embd": llama.n_embd(), "architecture": llama._file.architecture}
+    return {"n_vocab": llama.n_vocab(), "n_embd": llama.n_embd(), "architecture": _architecture(llama)}
+
+
+def _architecture(llama: Llama) -> str:
+    return str(llama.metadata.get("general.architecture", ""))
 
 
 def _marks(prompts: Prompts) -> list[str]:
     """Texts that answers are taken apart by; models have control tokens for some."""
     forms = [mark for form in (HERMES, LLAMA, MISTRAL) for mark in (form.start, form.end) if mark and form is prompts.form]
     return [*forms, "[ARGS]", "[CALL_ID]", *(mark for pair in THINK for mark in pair)]
-
-
-def _control(llama: Llama, mark: str) -> int | None:
-    """The control token with this text, if there is one."""
-    tokens = llama.tokenize(mark.encode(), add_bos=False, special=True)
-    return tokens[0] if len(tokens) == 1 and not llama._piece_of(tokens[0], False) else None

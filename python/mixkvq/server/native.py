@@ -9,7 +9,7 @@ from typing import Any
 from bridge.engine import Chosen, Done, Piece, Progress, Request
 
 from .chat import limit_of, progress_of
-from .completions import _tokens
+from .completions import tokens_in
 from .errors import bad
 from .fields import Fields
 from .prompts import messages_of
@@ -100,7 +100,7 @@ async def native(service: Service, fields: Fields) -> Native:
     slot = fields.whole("id_slot", -1, -1, 1 << 16)
     limit = fields.number("t_max_predict_ms", -1)
     request = Request(
-        tokens=await _tokens(service, prompt, "prompt"),
+        tokens=await tokens_in(service, prompt, "prompt"),
         sampling=sampling_of(fields, service.sampling),
         max_tokens=limit_of(service, fields, "n_predict", "max_tokens"),
         stop=fields.words("stop"),
@@ -132,9 +132,8 @@ async def tokenize(service: Service, fields: Fields) -> dict[str, Any]:
 
 async def detokenize(service: Service, fields: Fields) -> dict[str, Any]:
     """The text of tokens, control tokens with theirs."""
-    tokens = await _tokens(service, fields.rows("tokens"), "tokens") if fields.rows("tokens") else []
-    pieces = [service.answering.llama._piece_of(token, True) for token in tokens]
-    return {"content": b"".join(pieces).decode("utf-8", "replace")}
+    tokens = await tokens_in(service, fields.rows("tokens"), "tokens") if fields.rows("tokens") else []
+    return {"content": service.answering.llama.text_of(tokens)}
 
 
 async def apply_template(service: Service, fields: Fields) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class Reader:
         return self._begins_call()
 
     def _begins_call(self) -> bool:
-        """Whether it is clear that what is held begins an answer or a call; small models leave a call's marks out, or write a block of code instead."""
+        """Whether it is clear that what is held begins an answer or a call. Small models leave a call's marks out, or write a block of code."""
         if self._form is None:
             return True
         held = re.sub(r"\s+", "", self._held)

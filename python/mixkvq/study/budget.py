@@ -14,7 +14,7 @@ PARTS = 0.5  # of the time, at least, for the parts of the cache, where not all 
 
 # Nobody has said how long it may take: as long as it takes to read so many tokens, up to two minutes; as a slow machine reads far fewer in these,
 # then up to eight for as many as a useful profile takes.
-THOROUGH_TOKENS, THOROUGH_SECONDS = 150_000, 110.0
+THOROUGH_TOKENS, THOROUGH_SECONDS = 110_000, 110.0
 USEFUL_TOKENS, USEFUL_SECONDS = 30_000, 480.0
 
 

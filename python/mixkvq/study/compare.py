@@ -71,16 +71,16 @@ def cut(n: int, style: str, windows: Iterable[int] = (PAGE_CELLS,)) -> list[int]
 
 
 def feed(llm: Llama, tokens: Sequence[int], batch: int, wanted: int) -> Rows:
-    """Evaluate `tokens`, at most `batch` at a time; the logits of the last `wanted` ones, [wanted, vocabulary]."""
+    """Evaluate `tokens`, at most `batch` at a time; the logits of the last `wanted` ones, [wanted, vocabulary], until the next evaluation."""
     if len(tokens) <= batch:
-        last: npt.NDArray[np.float32] = llm.forward(tokens, wanted)
+        last: npt.NDArray[np.float32] = llm.forward(tokens, wanted, copy=False)
         return last
     rows = np.empty((wanted, llm.n_vocab()), np.float32)
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch]
         end = wanted - (len(tokens) - start - len(part))  # in rows
         n = min(len(part), max(0, end))
-        found = llm.forward(part, n)
+        found = llm.forward(part, n, copy=False)
         if n:
             rows[end - n : end] = found
     return rows

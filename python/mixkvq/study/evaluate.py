@@ -56,9 +56,10 @@ class Request:
     ctx: tokens per window of a text. windows: per text. skip: predictions left out at the start of each. window, sinks: tokens in F16.
     floor: whether the baseline is measured in other batches as well; None: unless there is a limit. limit: the mean divergence of a guarantee.
     derivations: so many built-in problems are teacher-forced. count: so many problems are answered: built-in ones of task_names and levels, of a
-    problems_file, or of a checker. first: greedy tokens that are compared with the baseline's. workers: problems answered at once. at_once: caches in
-    memory. out: the JSON file that is gone on with, unless restart. baseline: None: F16, or F32 if exact. exact: weights and the baseline's cache in
-    F32, so that llama.cpp rounds nothing. token_file: where the figures of every single prediction go, as .npz.
+    problems_file, or of a checker. shots: so many problems of the file stand before each question, with their answers. first: greedy tokens that are
+    compared with the baseline's. workers: problems answered at once. at_once: caches in memory. out: the JSON file that is gone on with, unless
+    restart. baseline: None: F16, or F32 if exact. exact: weights and the baseline's cache in F32, so that llama.cpp rounds nothing. token_file: where
+    the figures of every single prediction go, as .npz.
     """
 
     model: Path
@@ -80,6 +81,7 @@ class Request:
     task_names: str = ",".join(tasks.TASKS)
     levels: str = "easy,medium"
     instruction: str = problems.INSTRUCTION
+    shots: int = 0
     max_tokens: int | None = None
     first: int = 200
     workers: int | None = None
@@ -262,7 +264,7 @@ def answer_problems(
         saved = time.perf_counter()
         cost, unsaved = saved - begin, False
 
-    solver = problems.Solver(str(evaluation.model), source, n_ctx, threads, **evaluation.cache_options)
+    solver = problems.Solver(str(evaluation.model), source, n_ctx, threads, **evaluation.cache_options, shared=problems.shared_tokens(drawn))
     with evaluation.steps(plots.title(part), sum(len(missing) for _, _, missing in jobs)) as progress:
         try:
             for index, answers in solver.solve(jobs, workers):
@@ -284,7 +286,11 @@ def describe_source(source: problems.Source) -> dict[str, Any]:
     if isinstance(source, problems.BuiltIn):
         return {"source": "built in", "tasks": list(source.names), "levels": list(source.levels)}
     described = {"source": source.path.name, "file": describe_file(source.path)}
-    return described | ({"instruction": source.instruction} if isinstance(source, problems.NumberFile) else {})
+    return described | (_asked_how(source) if isinstance(source, problems.NumberFile) else {})
+
+
+def _asked_how(source: problems.NumberFile) -> dict[str, Any]:
+    return {"instruction": source.instruction} | ({"shots": source.shots} if source.shots else {})
 
 
 # ---- the guarantee ---------------------------------------------------------------------------------------
@@ -456,10 +462,12 @@ def _described(request: Request, settings: dict[str, Any], steps: Steps, words: 
 
 def _source(request: Request) -> problems.Source | None:
     """Where the problems to answer come from, if any are asked for. Raises SettingsError for what does not go together."""
+    if request.shots and not request.problems_file:
+        raise SettingsError("--shots needs --problems-file: the examples are problems of that file.")
     if request.problems_file and request.checker:
         raise SettingsError("--problems-file and --checker do not go together.")
     if request.problems_file:
-        return problems.NumberFile(request.problems_file, request.instruction)
+        return problems.NumberFile(request.problems_file, request.instruction, request.shots)
     if request.checker:
         if request.count is None:
             raise SettingsError("--checker needs --problems N: how many problems it is asked for.")

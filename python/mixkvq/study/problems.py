@@ -6,7 +6,7 @@ Three sources:
     a module       problems(rng, n) -> iterable of {"prompt": ..., "answer": ..., anything else that JSON can hold}
                    check(problem, text) -> bool
 
-Several are answered at once, as sequences of one context. None of them sees anything of the others.
+Several are answered at once, as sequences of one context. None of them sees anything of the others. What all prompts begin with is read once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import BridgeError, ContextTooLargeError, SettingsError
+from ..core.memory import SEQUENCES
+from ..core.reference import PAGE_CELLS
 from . import tasks
 from .caches import open_cache, sizes
 from .compare import CELLS, Passage
@@ -80,15 +82,30 @@ class BuiltIn:
 
 @dataclass(frozen=True)
 class NumberFile:
-    """A file in the format of GSM8K, in an order drawn by the seed; None: all of it."""
+    """A file in the format of GSM8K, in an order drawn by the seed. shots: so many of its problems stand before each question, with their answers."""
 
     path: Path
     instruction: str = INSTRUCTION
+    shots: int = 0
 
     def draw(self, seed: int, n: int | None) -> list[Problem]:
-        """So many of the file's problems, or all. Raises SettingsError for a line that is none, and for too few."""
+        """So many of the file's problems, or all but the examples. Raises SettingsError for a line that is none, and for too few."""
+        found = self._read()
+        if len(found) < self.shots + (n or 1):
+            wanted = f"{n or 1} and {self.shots} examples" if self.shots else str(n)
+            raise SettingsError(f"{self.path} holds {len(found)} problems, fewer than {wanted}.")
+        drawn = Random(seed).sample(found, len(found))  # more problems begin with the same ones
+        examples = "".join(f"Question: {e['question']}\nAnswer: {e['solution']}\n\n" for e in drawn[len(drawn) - self.shots :])
+        asked = "Question: " if self.shots else ""
+        return [
+            {"prompt": f"{examples}{asked}{problem['question']}\n\n{self.instruction}".rstrip(), "answer": problem["answer"]}
+            for problem in drawn[: len(drawn) - self.shots][:n]
+        ]
+
+    def _read(self) -> list[dict[str, str]]:
+        """Question, solution and answer of every line."""
         lines = read_utf8(self.path).split("\n")
-        found: list[Problem] = []
+        found: list[dict[str, str]] = []
         for i, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -96,14 +113,12 @@ class NumberFile:
                 entry = json.loads(line)
                 answer = entry["answer"].rpartition(tasks.ANSWER_MARK)[2].strip()
                 if isinstance(entry["question"], str) and number(answer) is not None:
-                    found.append({"prompt": f"{entry['question']}\n\n{self.instruction}".rstrip(), "answer": answer})
+                    found.append({"question": entry["question"], "solution": _CALCULATION.sub("", entry["answer"]), "answer": answer})
                     continue
             raise SettingsError(f'{self.path}, line {i}, is not {{"question": ..., "answer": "... #### number"}}.')
         if not found:
             raise SettingsError(f"{self.path} holds no problems.")
-        if n is not None and n > len(found):
-            raise SettingsError(f"{self.path} holds {len(found)} problems, fewer than {n}.")
-        return Random(seed).sample(found, len(found))[:n]  # more problems begin with the same ones
+        return found
 
     def check(self, problem: Problem, text: str) -> bool:
         """Whether the text ends in the right answer."""
@@ -152,6 +167,7 @@ class Module:
 Source = BuiltIn | NumberFile | Module
 _modules: dict[Path, ModuleType] = {}
 
+_CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's notes for a calculator
 _NUMBER = re.compile(r"(?:(?<![\d)])[-+])?\$?(?:\d[\d,]*)?\.?\d+(?:/\d+)?")  # the minus of 16-7 is no sign
 
 
@@ -231,6 +247,7 @@ class Solver:
     window: int | None = None
     sinks: int | None = None
     device: str = "auto"
+    shared: int = 0  # see shared_tokens
 
     def answers(self, problem: Problem, caches: Sequence[str]) -> dict[str, dict[str, Any]]:
         """One problem, by itself."""
@@ -245,6 +262,7 @@ class Solver:
     def _answer(self, cache: str, wanted: Sequence[tuple[int, Problem]], n_seq: int) -> Iterator[tuple[int, dict[str, Any]]]:
         from bridge.sequences import Sequences
 
+        n_seq = min(n_seq, SEQUENCES - (self.shared > 0))
         try:
             llm: Any = open_cache(
                 self.model,
@@ -252,7 +270,7 @@ class Solver:
                 Sequences,
                 window=self.window,
                 sinks=self.sinks,
-                n_seq=n_seq,
+                n_seq=n_seq + (self.shared > 0),
                 n_ctx=self.n_ctx,
                 n_batch=BATCH,
                 n_threads=self.threads,
@@ -262,7 +280,7 @@ class Solver:
         except ContextTooLargeError as e:
             raise ContextTooLargeError(f"{e} It is for {n_seq} problems at once; fewer --workers take less." if n_seq > 1 else str(e)) from None
         with contextlib.closing(llm):
-            for index, problem, tokens, ended, seconds in generate_greedily(llm, wanted):
+            for index, problem, tokens, ended, seconds in generate_greedily(llm, wanted, self.shared):
                 text = llm.detokenize(tokens, special=True).decode("utf-8", errors="replace")
                 correct = self.source.check(problem, text)
                 taken = sizes(llm, cache, window=self.window, sinks=self.sinks)
@@ -277,14 +295,38 @@ class _Writing:
     seconds: float = 0.0  # its share of what all took
 
 
-def generate_greedily(llm: Sequences, wanted: Iterable[tuple[int, Problem]]) -> Iterator[tuple[int, Problem, list[int], bool, float]]:
+def shared_tokens(drawn: Sequence[Problem]) -> int:
+    """How many tokens all prompts begin with, such as examples; 0 if reading them once saves nothing to speak of."""
+    if len(drawn) < 2:
+        return 0
+    first, last = min(problem["tokens"] for problem in drawn), max(problem["tokens"] for problem in drawn)
+    most = min(len(problem["tokens"]) for problem in drawn) - 1  # the last is read by each, for its logits
+    same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), most)
+    return min(same, most) if min(same, most) >= PAGE_CELLS else 0
+
+
+def generate_greedily(
+    llm: Sequences, wanted: Iterable[tuple[int, Problem]], shared: int = 0
+) -> Iterator[tuple[int, Problem, list[int], bool, float]]:
     """The arg-max tokens that follow each prompt, up to and including the end of the turn, whether that was reached, and seconds; as they are done.
 
     Prompts are read one at a time, as if they were alone; then all answers grow by a token at a time, and where one ends the next prompt begins.
+    Their first `shared` tokens are the same: sequence 0 holds them, and each of the others begins as a copy of it.
     """
     left = iter(wanted)
-    free = list(range(llm.n_seq))
+    free = list(range(llm.n_seq - 1, 0 if shared else -1, -1))  # from the first on: those that follow one another are computed together
     writing: dict[int, _Writing] = {}  # by sequence
+    unread = shared
+
+    def begin_prompt(sequence: int, tokens: list[int]) -> Any:
+        """Logits behind a prompt."""
+        nonlocal unread
+        if unread:
+            llm.read(0, tokens[:unread])
+            unread = 0
+        if shared:
+            llm.copy(0, sequence)
+        return llm.read(sequence, tokens[shared:])
 
     def grow(sequence: int, logits: Any) -> bool:
         """Append the next token; whether the answer is done."""
@@ -298,11 +340,11 @@ def generate_greedily(llm: Sequences, wanted: Iterable[tuple[int, Problem]]) -> 
         if free and (job := next(left, None)) is not None:
             sequence = free.pop()
             writing[sequence] = _Writing(*job)
-            if grow(sequence, llm.read(sequence, job[1]["tokens"])):
+            if grow(sequence, begin_prompt(sequence, job[1]["tokens"])):
                 done.append(sequence)
             writing[sequence].seconds += time.perf_counter() - begin
         elif writing:
-            sequences = list(writing)
+            sequences = sorted(writing)
             rows = llm.step([(sequence, writing[sequence].tokens[-1]) for sequence in sequences])
             done = [sequence for sequence, logits in zip(sequences, rows) if grow(sequence, logits)]
             share = (time.perf_counter() - begin) / len(sequences)
@@ -314,7 +356,7 @@ def generate_greedily(llm: Sequences, wanted: Iterable[tuple[int, Problem]]) -> 
             answer = writing.pop(sequence)
             yield answer.index, answer.problem, answer.tokens, llm.ends(answer.tokens[-1]), answer.seconds
             free.append(sequence)
-            if writing:
+            if writing or shared:
                 llm.forget(sequence)
             else:
                 llm.clear()

@@ -206,7 +206,7 @@ class Reader:
     def read_exact(self, collector: Collector | None, progress: Progress) -> None:
         """Keep what the exact cache predicts; show every page to the collector."""
         self.probe.rounding, self.probe.collector = {}, collector
-        self._exact = {kind: [list(self._chunks(passage, progress)) for passage in some] for kind, some in self.passages.items()}
+        self._exact = {kind: [[rows.copy() for rows in self._chunks(passage, progress)] for passage in some] for kind, some in self.passages.items()}
         self.probe.collector = None
 
     def divergence(
@@ -269,7 +269,7 @@ class Reader:
         return {kind: some for kind, some in found.items() if some} or self.sample(self.n_tokens)
 
     def _chunks(self, passage: Passage, progress: Progress, n_tokens: int | None = None) -> Iterator[NDArray[np.float32]]:
-        """Logits of the predictions that count, page by page."""
+        """Logits of the predictions that count, page by page; each until the next one."""
         self.llm.clear()
         cuts = cut(min(len(passage.tokens), n_tokens or len(passage.tokens)) - 1, "decode", [self.window])
         for start, end in zip(cuts, cuts[1:]):
