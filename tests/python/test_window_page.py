@@ -266,7 +266,7 @@ def test_settings_of_a_chat_and_deleting_it(page, served):
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Title").fill("Exact")
     page.get_by_label("System message").fill("Be exact.")
-    page.get_by_label("Temperature (0: always the likeliest token)").fill("0")
+    page.get_by_label("Temperature (0: the likeliest token)").fill("0")
     page.get_by_label("Go on without the oldest messages, and say so").check()
     page.get_by_role("button", name="Save").click()
     page.wait_for_selector("h1:text('Exact')")

@@ -35,6 +35,7 @@ _SHARED = (
 _TERMINAL = {"predict": "max_tokens"}  # what `mixkvq run` calls otherwise
 _NO_TERMINAL = ("parallel", "lora", "chat_template", "chat_template_file", "park_size")
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge", "brave-browser")
+_PROFILE = Path(platformdirs.user_data_dir("mixkvq", appauthor=False)) / "window"
 _VIEW = "import sys, webview; webview.create_window('MixKVQ', sys.argv[1], width=1200, height=850); webview.start()"
 
 
@@ -106,7 +107,7 @@ def _window(given: dict[str, Any], *, private: bool, no_open: bool, port: int, t
                     if no_open:
                         streams.say(f"mixkvq: {address}")
                     else:
-                        _open(entrance)
+                        _open(entrance.as_uri(), entrance.parent / "window" if private else _PROFILE)
 
                 run_server(service, rules, where, ready, Window(service, store, folder).routes(opened(rules.cookie)))
             return 0
@@ -116,21 +117,23 @@ def _window(given: dict[str, Any], *, private: bool, no_open: bool, port: int, t
 
 
 @contextlib.contextmanager
-def _entrance(address: str) -> Iterator[str]:
+def _entrance(address: str) -> Iterator[Path]:
     """A file that leads to the address, which has the key: other users can see the arguments of programs, but not read the file."""
     with tempfile.TemporaryDirectory(prefix="mixkvq-") as folder:  # the user's alone
         path = Path(folder) / "chat.html"
         path.write_text(f'<!doctype html><meta http-equiv="refresh" content="0;url={html.escape(address)}"><title>MixKVQ</title>\n', encoding="utf-8")
-        yield path.as_uri()
+        yield path
 
 
-def _open(entrance: str) -> None:
-    """pywebview's window, else Chromium's, else the browser. When a window of its own is closed, the server ends."""
+def _open(entrance: str, profile: Path) -> None:
+    """pywebview's window, else Chromium's, else the browser. When a window of its own is closed, the server ends.
+
+    profile: Chromium's folder; without one of its own a browser that runs already would take the window over.
+    """
     program = next((path for name in _CHROMIUM if (path := shutil.which(name))), None)
     if importlib.util.find_spec("webview") is not None:
         words = [sys.executable, "-c", _VIEW, entrance]
     elif program is not None:
-        profile = Path(platformdirs.user_data_dir("mixkvq", appauthor=False)) / "window"  # else a running browser takes the window over
         profile.mkdir(mode=0o700, parents=True, exist_ok=True)
         words = [program, f"--app={entrance}", f"--user-data-dir={profile}", "--no-first-run", "--window-size=1200,850"]
     else:

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from starlette.concurrency import run_in_threadpool
 
 from bridge.engine import Done, Piece, Progress
@@ -30,8 +29,8 @@ _AGAIN = 1.0  # seconds after which a store that failed is tried again
 class Answer:
     """One answer. message: its number in the store."""
 
-    def __init__(self, service: Service, store: Store, message: int, history: History) -> None:
-        self._service, self._store, self.message, self._history = service, store, message, history
+    def __init__(self, service: Service, store: Store, chat: int, message: int, history: History) -> None:
+        self._service, self._store, self._chat, self.message, self._history = service, store, chat, message, history
         self.content = self.reasoning = ""
         self.prompt: list[int] = []
         self.stream = -1
@@ -109,17 +108,17 @@ class Answer:
 
     async def _tried(self, state: str, figures: dict[str, Any]) -> bool:
         """Store the rest and the end; False if that is not possible now."""
-        try:
-            if not await self._stored():
-                return False
-            await run_in_threadpool(self._store.end, self.message, state, figures)
-            return True
-        except StoreError as e:
-            with contextlib.suppress(StoreError):
-                await run_in_threadpool(self._store.message, self.message)
+        if await self._stored():
+            try:
+                await run_in_threadpool(self._store.end, self.message, state, figures)
+                return True
+            except StoreError as e:
                 self._note(str(e), "unsaved")
-                return False
-            return True  # the chat was deleted
+        try:
+            await run_in_threadpool(self._store.message, self.message)
+            return False
+        except StoreError:
+            return True  # another window has deleted the chat
 
     async def _store_now_and_then(self) -> None:
         while True:
@@ -149,6 +148,7 @@ class Answer:
             if self._history.dropped > dropped:
                 dropped = self._history.dropped
                 self._note(str(dropped), "dropped")
+                await run_in_threadpool(self._store.read, self._chat, await self._history.beginning())
             reader = reader or planned.reader(self._service)
             self.prompt = list(planned.requests[0].tokens)
             if self.stopped:
@@ -213,10 +213,10 @@ class Answers:
 
         chat, about, messages = await run_in_threadpool(gather)
         history = History(self._service, about, messages)
-        beginning = np.asarray(await history.beginning(), np.int32).tobytes()
+        beginning = await history.beginning()
         number = await run_in_threadpool(store.begin, chat, question)
         await run_in_threadpool(store.read, chat, beginning)
-        answer = self._running[number] = self._last[chat] = Answer(self._service, store, number, history)
+        answer = self._running[number] = self._last[chat] = Answer(self._service, store, chat, number, history)
         answer.task.add_done_callback(lambda _: self._running.pop(number, None))
         return number
 

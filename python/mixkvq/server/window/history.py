@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ...chats import Chat, Message
 from ..chat import Plan, plan
 from ..errors import ApiError, bad
@@ -81,14 +83,15 @@ class History:
         messages = [*self._system, *self._messages, *([{"role": "assistant", "content": written}] if written else [])]
         return await plan(self._service, self._fields, messages, Tools(), None, most, 1)
 
-    async def beginning(self) -> list[int]:
-        """The prompt up to the end of the first question: what every state of this chat begins with."""
+    async def beginning(self) -> bytes:
+        """The prompt up to the end of the first question, as 32-bit tokens: what every state of this chat begins with."""
         first = next((m for m in self._messages if m["role"] == "user"), None)
         if first is None:
-            return []
+            return b""
         text = self._service.prompts.text([*self._system, first], Tools())
         at = text.rfind(first["content"])
-        return (await self._service.tokens(text[: at + len(first["content"])] if at >= 0 else text))[:-1]
+        tokens = await self._service.tokens(text[: at + len(first["content"])] if at >= 0 else text)
+        return np.asarray(tokens[:-1], np.int32).tobytes()
 
 
 def _record(m: Message) -> dict[str, Any]:

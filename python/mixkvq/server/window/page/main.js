@@ -104,16 +104,16 @@ const settings = guarded(async () => {
     return [make("label", { htmlFor: input.id, textContent: text }), input];
   };
   const chosen = view.chat.settings;
-  const numbers = Object.entries(TEXT.sampling).flatMap(([name, text]) =>
-    field(name, text, make("input", { type: "number", step: "any", value: chosen[name] ?? "", placeholder: about.sampling[name] ?? "" })),
+  const numbers = Object.entries(TEXT.sampling).map(([name, text]) =>
+    make("div", {}, ...field(name, text, make("input", { type: "number", step: "any", value: chosen[name] ?? "", placeholder: about.sampling[name] ?? "" }))),
   );
   const ends = Object.entries(TEXT.ends).map(([value, text]) =>
     make("label", {}, make("input", { type: "radio", name: "at_end", value, checked: value === (chosen.at_end ?? "stop") }), text),
   );
   const content = [
     ...field("title", TEXT.title, make("input", { value: view.chat.title, dir: "auto" })),
-    ...field("system", TEXT.system, make("textarea", { rows: 4, value: view.chat.system, dir: "auto" })),
-    ...numbers,
+    ...field("system", TEXT.system, make("textarea", { rows: 3, value: view.chat.system, dir: "auto" })),
+    make("div", { className: "fields" }, ...numbers),
     make("fieldset", {}, make("legend", { textContent: TEXT.atEnd }), ...ends),
   ];
   dialog(TEXT.settings, content, TEXT.save, async (form) => {
@@ -213,7 +213,6 @@ guarded(async () => {
   theme();
   wire();
   about = await get("about");
-  view.model = about.model;
   const asked = Number(location.hash.slice(1)) || null;
   const chats = await get("chats");
   await go(chats.some((c) => c.id === asked) ? asked : null);

@@ -65,7 +65,7 @@ export class View {
   }
 
   item(m) {
-    const who = m.role === "user" ? TEXT.you : (m.figures.model ?? this.model);
+    const who = m.role === "user" ? TEXT.you : (m.figures.model ?? TEXT.assistant);
     const item = make("li", { className: m.role }, make("h2", { className: "who", textContent: who }));
     item.dataset.id = m.id;
     item.dataset.state = m.state;
