@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from windowed import CHROMIUM, NO_CHROMIUM, browser, started, window_served
@@ -176,6 +182,29 @@ def test_kill_9_and_come_back(served, tmp_path):
         page.get_by_role("button", name="Answer again").click()
         page.wait_for_selector("li.assistant[data-state=done]")
         context.close()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("webview") is not None, reason="pywebview is there, so Chromium is not asked")
+def test_the_command_opens_a_window_and_ends_with_it(tmp_path):
+    """By a program `chromium` that shows what a real one has loaded, without a display, and ends."""
+    program = tmp_path / "bin" / "chromium"
+    program.parent.mkdir()
+    look = "--headless=new --no-sandbox --virtual-time-budget=10000 --dump-dom"
+    program.write_text(f"""#!/bin/sh
+echo "$@" > {tmp_path}/words
+exec {CHROMIUM} {look} --user-data-dir={tmp_path}/profile "${{1#--app=}}" > {tmp_path}/page
+""")
+    program.chmod(0o755)
+    environment = {**os.environ, "DISPLAY": ":none", "XDG_DATA_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "MIXKVQ_CONFIG": ""}
+    environment["PATH"] = f"{program.parent}:{environment['PATH']}"
+    words = [sys.executable, "-m", "mixkvq", "chat", "-t", "1", "-np", "1", "-c", "512", "--device", "cpu"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0 and "Ctrl-C ends it" in done.stderr, done.stderr
+    said = (tmp_path / "words").read_text()
+    assert said.startswith("--app=file://") and "key" not in said
+    page = (tmp_path / "page").read_text()
+    assert "<h1" in page and "<title>New chat · cot-tiny-34m-q8_0</title>" in page
+    assert not Path(urlsplit(said.split()[0].removeprefix("--app=")).path).exists()  # it had the key
 
 
 def test_right_to_left_text_runs_so(page, served):

@@ -96,6 +96,7 @@ def _window(given: dict[str, Any], *, private: bool, no_open: bool, port: int, t
     with Store(None if private else default_path()) as store:
         where = listening("127.0.0.1", port)
         service = serve._service(options, file, kv, Console(file=sys.stderr, highlight=False))
+        service.timeout = None  # who asks sees what happens, and can stop it
         key, number = secrets.token_urlsafe(32), where.getsockname()[1]
         rules = replace(rules, keys=(key,), cookie=f"mixkvq-{number}")
         address = f"http://127.0.0.1:{number}/open?key={key}"
