@@ -258,8 +258,20 @@ def test_finished_blocks_are_made_once(page):
 def test_search_export_import_attach(page, served, tmp_path):
     window, address, _ = served
     number = kept(window, "Where is the zebra?", "In the savannah.", title="Animals")
+    # the list of all chats comes after what is asked for later
+    page.evaluate(
+        """() => {
+          const own = window.fetch;
+          window.fetch = async (path, options) => {
+            const response = await own(path, options);
+            if (path === "/window/chats" && !options) await new Promise((done) => setTimeout(done, 500));
+            return response;
+          };
+        }"""
+    )
     page.get_by_role("button", name="New chat").first.click()
     page.get_by_label("Search in chats").fill("savann")
+    page.wait_for_timeout(1000)
     page.get_by_role("button", name=re.compile("Animals.*savannah")).click()
     page.wait_for_selector("li.assistant :text('In the savannah.')")
     page.get_by_label("Search in chats").fill("zzzzz")

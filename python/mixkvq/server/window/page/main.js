@@ -9,6 +9,7 @@ const LARGEST_FILE = 1 << 20;
 let about = null;
 let current = null; // number of the chat that is open
 let files = [];
+let asked = 0; // how often the list was
 const view = new View(guarded(async (listed) => {
   if (listed) await list();
   await panel.refresh(current);
@@ -16,7 +17,9 @@ const view = new View(guarded(async (listed) => {
 
 async function list() {
   const words = by("search").value.trim();
+  const mine = ++asked; // of two answers the one to the later question counts
   const rows = words ? await get(`search?q=${encodeURIComponent(words)}`) : await get("chats");
+  if (mine !== asked) return;
   const items = rows.map((row) => {
     const number = row.chat ?? row.id;
     const open = guarded(async () => {
@@ -213,9 +216,9 @@ guarded(async () => {
   theme();
   wire();
   about = await get("about");
-  const asked = Number(location.hash.slice(1)) || null;
+  const wanted = Number(location.hash.slice(1)) || null;
   const chats = await get("chats");
-  await go(chats.some((c) => c.id === asked) ? asked : null);
+  await go(chats.some((c) => c.id === wanted) ? wanted : null);
   by("input").focus();
   say("");
 })();

@@ -9,6 +9,7 @@ export class View {
   constructor(changed) {
     this.changed = changed;
     this.chat = null;
+    this.opened = 0; // how many times a chat was
     this.running = null; // {id, close} of the answer that is being written here
     this.follows = true;
     const scroll = by("scroll");
@@ -19,7 +20,10 @@ export class View {
 
   async open(number) {
     this.leave();
-    this.chat = number == null ? null : await get(`chats/${number}`);
+    const mine = ++this.opened;
+    const chat = number == null ? null : await get(`chats/${number}`);
+    if (mine !== this.opened) return; // another one was opened meanwhile
+    this.chat = chat;
     this.follows = true;
     this.draw();
   }
