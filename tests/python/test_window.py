@@ -14,8 +14,11 @@ import httpx
 import pytest
 from windowed import started, window_served
 
+from bridge.dry_run import measure_context
 from bridge.engine.parking import Parking
 from mixkvq.chats import Store
+from mixkvq.core.model_file import built_in_model, open_model
+from mixkvq.core.settings import Kv
 from mixkvq.server.window.routes import PAGE
 
 GREEDY = {"temperature": 0}
@@ -228,6 +231,23 @@ def test_a_full_disk_is_said_and_the_answer_is_not_lost(served):
     assert events[-1]["state"] == "done" and window.store.message(said["answer"]).content == text_of(events)
 
 
+def test_an_answer_that_is_ended_while_its_pieces_are_being_stored_is_whole(served, monkeypatch):
+    """As the server does with all that runs when it ends."""
+    window, http = served
+    own = window.store.append
+
+    def slowly(message, pieces):
+        task = window.answers.get(message).task
+        task.get_loop().call_soon_threadsafe(task.cancel)
+        time.sleep(1)
+        own(message, pieces)
+
+    monkeypatch.setattr(window.store, "append", slowly)
+    said = asked(http, created(http, settings={"max_tokens": -1}), "Compute 48291 * 73.")
+    events = heard(http, said["answer"])
+    assert events[-1]["state"] == "stopped" and window.store.message(said["answer"]).content == text_of(events) != ""
+
+
 def test_export_and_import(served):
     _, http = served
     chat = created(http, title="Mine")
@@ -321,6 +341,19 @@ def test_kill_9_and_come_back(command, tmp_path):
     messages = client.get(f"/window/chats/{chat}").json()["messages"]
     assert messages[0]["content"] == "Compute 48291 * 73."
     assert messages[1]["state"] in ("cut", "done") and messages[1]["content"].startswith(before)
+
+
+def test_how_long_a_context_fits(command):
+    _, client, address = command("--kv", "balanced")
+    client.get(address)
+    found = client.get("/window/fits").json()
+    file = open_model(str(built_in_model()))
+    for name, kv in (("packed", Kv("balanced")), ("f16", None)):
+        n = found[name]
+        if n < found["largest"]:  # it fits, and hardly more does
+            assert measure_context(file, kv, n).all <= found["free"] < measure_context(file, kv, n + n // 100 + 512).all
+    assert found["f16"] < found["packed"] or found["f16"] == found["largest"]
+    assert found["trained"] == file.n_ctx_train
 
 
 def test_private_chats_are_nowhere(command, tmp_path):

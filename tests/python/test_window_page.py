@@ -241,11 +241,11 @@ def test_finished_blocks_are_made_once(page):
           const paragraphs = Array.from({length: 400}, (_, i) => `Paragraph ${i} with some words in it.\\n\\n`).join("");
           const text = paragraphs + "```\\n# no heading\\n\\n* no list\\n```\\n\\n1. one\\n\\n2. two\\n";
           growing.add(text.slice(0, 500)); growing.draw();
-          const first = element.firstElementChild;
+          const first = element.querySelector(".block");
           for (let i = 500; i < text.length; i += 20) { growing.add(text.slice(i, i + 20)); growing.draw(); }
           growing.end(); growing.draw();
           window.DOMPurify.sanitize = own;
-          return {same: first === element.firstElementChild, sanitized, length: text.length, text: element.textContent,
+          return {same: first === element.querySelector(".block"), sanitized, length: text.length, text: element.textContent,
             lists: element.querySelectorAll("ol").length, code: element.querySelectorAll("pre").length,
             paragraphs: element.querySelectorAll(".block > p").length};
         }"""

@@ -25,9 +25,15 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from ..core.errors import SettingsError
+from ..core.machine import free_memory
+from ..core.memory import largest_that_fits
+from ..core.model_file import ModelFile
+from ..core.profile import with_profile
+from ..core.settings import Kv
 from . import run, serve, streams
 from .options import tool
 
+LARGEST = 1 << 20  # tokens; a longer context is not looked for
 _SHARED = (
     *("model", "ctx", "parallel", "threads", "batch", "device", "gpu_layers", "kv", "profile", "window", "sinks", "stock", "lora"),
     *("temp", "top_k", "top_p", "min_p", "predict", "chat_template", "chat_template_file", "park_size", "verbose"),
@@ -95,6 +101,7 @@ def _window(given: dict[str, Any], *, private: bool, no_open: bool, port: int, t
     file, kv, rules = serve._checked(options)
     with Store(None if private else default_path()) as store:
         where = listening("127.0.0.1", port)
+        free = free_memory().bytes  # before anything is loaded
         service = serve._service(options, file, kv, Console(file=sys.stderr, highlight=False))
         service.timeout = None  # who asks sees what happens, and can stop it
         key, number = secrets.token_urlsafe(32), where.getsockname()[1]
@@ -110,11 +117,26 @@ def _window(given: dict[str, Any], *, private: bool, no_open: bool, port: int, t
                     else:
                         _open(entrance.as_uri(), entrance.parent / "window" if private else _PROFILE)
 
-                run_server(service, rules, where, ready, Window(service, store, folder).routes(opened(rules.cookie)))
+                run_server(service, rules, where, ready, Window(service, store, folder, lambda: _fits(file, kv, free)).routes(opened(rules.cookie)))
             return 0
         finally:
             if service.engine is not None:
                 service.engine.close()
+
+
+def _fits(file: ModelFile, kv: Kv, free: int) -> dict[str, int | None]:
+    """How many tokens fit into so many bytes, packed and in F16; LARGEST: that or more, None: no such context can be created."""
+    from bridge.dry_run import measure_context
+
+    def longest(settings: Kv | None) -> int | None:
+        def measure(n_ctx: int) -> int | None:
+            need = measure_context(file, settings, n_ctx)
+            return None if need is None else need.all
+
+        need = measure(LARGEST)
+        return None if need is None else LARGEST if need <= free else largest_that_fits(LARGEST, need, free, 0, measure)
+
+    return {"packed": longest(with_profile(kv, file)), "f16": longest(None), "trained": file.n_ctx_train, "free": free, "largest": LARGEST}
 
 
 @contextlib.contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -29,13 +31,14 @@ _AGAIN = 1.0  # seconds after which a store that failed is tried again
 class Answer:
     """One answer. message: its number in the store."""
 
-    def __init__(self, service: Service, store: Store, chat: int, message: int, history: History) -> None:
+    def __init__(self, service: Service, store: Store, chat: int, message: int, history: History, writer: Executor) -> None:
         self._service, self._store, self._chat, self.message, self._history = service, store, chat, message, history
+        self._writer = writer
         self.content = self.reasoning = ""
         self.prompt: list[int] = []
         self.stream = -1
         self.stopped = False
-        self._pending: list[tuple[str, str]] = []
+        self._pending: deque[tuple[str, str]] = deque()
         self._listeners: set[asyncio.Queue[dict[str, Any] | None]] = set()
         self._notes: list[dict[str, Any]] = []  # for windows that come later
         self._run: Run | None = None
@@ -108,37 +111,46 @@ class Answer:
 
     async def _tried(self, state: str, figures: dict[str, Any]) -> bool:
         """Store the rest and the end; False if that is not possible now."""
-        if await self._stored():
-            try:
-                await run_in_threadpool(self._store.end, self.message, state, figures)
-                return True
-            except StoreError as e:
-                self._note(str(e), "unsaved")
+
+        def end() -> None:
+            self._write()
+            self._store.end(self.message, state, figures)
+
         try:
-            await run_in_threadpool(self._store.message, self.message)
+            await self._in_turn(end)
+            return True
+        except StoreError as e:
+            self._note(str(e), "unsaved")
+        try:
+            await self._in_turn(lambda: self._store.message(self.message))
             return False
         except StoreError:
             return True  # another window has deleted the chat
 
+    async def _in_turn(self, function: Callable[[], Any]) -> None:
+        """Run what writes in the one thread for that: in the order of the calls, and to its end if we are cancelled meanwhile."""
+        await asyncio.get_running_loop().run_in_executor(self._writer, function)
+
     async def _store_now_and_then(self) -> None:
         while True:
             await asyncio.sleep(STORED)
-            if not await asyncio.shield(asyncio.ensure_future(self._stored())):
+            try:
+                if self._pending:
+                    await self._in_turn(self._write)
+            except StoreError as e:
+                if not any(note.get("kind") == "unsaved" for note in self._notes):
+                    self._note(str(e), "unsaved")
                 await asyncio.sleep(_AGAIN)
 
-    async def _stored(self) -> bool:
-        """Store what has come; on a full disk it stays here and is stored later."""
-        pieces, self._pending = self._pending, []
-        if not pieces:
-            return True
+    def _write(self) -> None:
+        """Store what has come; on a full disk it stays here and is stored later. Runs in the thread that writes."""
+        pieces = [self._pending.popleft() for _ in range(len(self._pending))]
         try:
-            await run_in_threadpool(self._store.append, self.message, pieces)
-            return True
-        except StoreError as e:
-            self._pending = pieces + self._pending
-            if not any(note.get("kind") == "unsaved" for note in self._notes):
-                self._note(str(e), "unsaved")
-            return False
+            if pieces:
+                self._store.append(self.message, pieces)
+        except StoreError:
+            self._pending.extendleft(reversed(pieces))
+            raise
 
     async def _written(self) -> tuple[str, dict[str, Any]]:
         """Write the answer; its state and figures."""
@@ -190,6 +202,7 @@ class Answers:
 
     def __init__(self, service: Service, store: Store) -> None:
         self._service, self._store = service, store
+        self._writer = ThreadPoolExecutor(1, "mixkvq-chats")
         self._running: dict[int, Answer] = {}
         self._last: dict[int, Answer] = {}  # by chat
 
@@ -216,7 +229,7 @@ class Answers:
         beginning = await history.beginning()
         number = await run_in_threadpool(store.begin, chat, question)
         await run_in_threadpool(store.read, chat, beginning)
-        answer = self._running[number] = self._last[chat] = Answer(self._service, store, chat, number, history)
+        answer = self._running[number] = self._last[chat] = Answer(self._service, store, chat, number, history, self._writer)
         answer.task.add_done_callback(lambda _: self._running.pop(number, None))
         return number
 

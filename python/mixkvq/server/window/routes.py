@@ -49,10 +49,13 @@ class _Page(StaticFiles):
 
 
 class Window:
-    """Chats of a store with a model. states: the folder of packed states that go with chats, if there is one."""
+    """Chats of a store with a model.
 
-    def __init__(self, service: Service, store: Store, states: Path | None = None) -> None:
-        self.service, self.store, self.states = service, store, states
+    states: the folder of packed states that go with chats, if there is one. fits: says how long a context fits this machine.
+    """
+
+    def __init__(self, service: Service, store: Store, states: Path | None = None, fits: Callable[[], dict[str, Any]] | None = None) -> None:
+        self.service, self.store, self.states, self._fits = service, store, states, fits
         self.answers = Answers(service, store)
 
     def routes(self, *more: BaseRoute) -> list[BaseRoute]:
@@ -76,6 +79,7 @@ class Window:
             Route(f"{at}/import", _endpoint(self.take), methods=["POST"]),
             Route(f"{at}/search", _endpoint(self.search)),
             Route(f"{at}/layers", _endpoint(self.layers)),
+            Route(f"{at}/fits", _endpoint(self.fits)),
             *more,
             Mount("/", _Page(directory=PAGE, html=True)),
         ]
@@ -209,6 +213,12 @@ class Window:
     async def layers(self, request: Request) -> Any:
         """Layer by layer."""
         return await self.service.asked(lambda: cache.layers(self.service))
+
+    async def fits(self, request: Request) -> Any:
+        """How long a context fits here: measured, without loading anything."""
+        if self._fits is None:
+            raise ApiError(501, "This server does not know that.", kind="not_supported_error")
+        return await run_in_threadpool(self._fits)
 
 
 def opened(cookie: str) -> Route:

@@ -14,6 +14,7 @@ md.renderer.rules.fence = md.renderer.rules.code_block = (tokens, i) => {
 md.renderer.rules.heading_open = (tokens, i) => `<h3 class="${tokens[i].tag}">`;
 md.renderer.rules.heading_close = () => "</h3>\n";
 const CLEAN = { USE_PROFILES: { html: true, mathMl: true }, ADD_ATTR: ["target"], FORBID_TAGS: ["style", "form", "input", "button", "textarea", "select"] };
+const GROUP = 40; // blocks
 const SLICE = 20000; // characters at a time, of a long text that is there already
 
 window.DOMPurify.addHook("afterSanitizeAttributes", (node) => {
@@ -96,6 +97,14 @@ export class Growing {
     this.last = null;
     this.whole = false;
     this.due = false;
+    this.begin();
+  }
+
+  // Blocks are laid out by groups: the browser skips a group that is not seen, whatever is in it.
+  begin() {
+    this.group = document.createElement("div");
+    this.group.className = "group";
+    this.element.append(this.group);
   }
 
   add(text) {
@@ -129,8 +138,12 @@ export class Growing {
     const finished = this.whole && !more;
     if (this.open.trim() || finished) fresh.push(block(this.open, finished));
     if (this.last) this.last.replaceWith(...fresh);
-    else this.element.append(...fresh);
+    else this.group.append(...fresh);
     this.last = this.open.trim() || finished ? fresh.at(-1) : null;
+    if (this.group.childElementCount > GROUP) {
+      this.begin();
+      if (this.last) this.group.append(this.last);
+    }
     if (more) this.soon();
     this.drawn?.();
   }

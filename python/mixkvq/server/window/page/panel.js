@@ -38,6 +38,7 @@ function draw(f) {
   const share = f.all_tokens ? f.packed_tokens / f.all_tokens : 0;
   const packed = Math.round(f.tokens * share);
   const layers = make("div", { id: "layers", tabIndex: 0, role: "region", "aria-label": TEXT.layers });
+  const fits = make("p", { className: "quiet", role: "status" });
   by("panel").replaceChildren(
     make("h2", { textContent: TEXT.context }),
     gauge(TEXT.context, f.tokens, f.n_ctx, ["packed", packed], ["f16", f.tokens - packed]),
@@ -48,9 +49,15 @@ function draw(f) {
     make("h2", { textContent: TEXT.takes }),
     make("table", {}, make("tbody", {}, row(TEXT.here(f.bits), TEXT.mib(f.bytes)), row(TEXT.f16, TEXT.mib(f.bytes_f16)), row(TEXT.q8, TEXT.mib(f.bytes_q8_0)))),
     make("p", { className: "quiet", textContent: TEXT.files(f.parked, f.resumed) }),
-    button(TEXT.layers, guarded(() => show(layers))),
+    make("div", { className: "row" }, button(TEXT.layers, guarded(() => show(layers))), button(TEXT.howLong, guarded(() => long(fits)))),
+    fits,
     layers,
   );
+}
+
+async function long(into) {
+  into.textContent = TEXT.measuring;
+  into.textContent = TEXT.fits(await get("fits"));
 }
 
 async function show(into) {

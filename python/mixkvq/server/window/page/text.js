@@ -87,6 +87,13 @@ export const TEXT = {
   mib: (bytes) => `${(bytes / 1048576).toLocaleString("en", { maximumFractionDigits: 2, minimumFractionDigits: 2 })} MiB`,
   files: (parked, resumed) => `${one(parked, "chat")} written to disk, ${resumed.toLocaleString("en")} read from there, since the start.`,
   layers: "Layer by layer",
+  howLong: "How long a context fits here",
+  measuring: "Measuring …",
+  fits: (f) => {
+    const tokens = (n) => (n == null ? "no context" : n >= f.largest ? `${f.largest.toLocaleString("en")} tokens or more` : one(n, "token"));
+    const trained = f.trained ? ` The model was made for ${one(f.trained, "token")}.` : "";
+    return `Into the ${(f.free / 2 ** 30).toFixed(1)} GiB that were free before the model was loaded go ${tokens(f.packed)} with this cache, ${tokens(f.f16)} in F16.${trained} -c sets the length.`;
+  },
   columns: ["Layer", "Bits", "Key channels at 16/8/4/3/2 bits", "Pages packed", "Pages in F16", "MiB"],
   keys: "keys",
   values: "values",
