@@ -1,7 +1,7 @@
 """The chat window in Chromium: pictures for docs/chat.md, and how long its frames take while a very long answer comes.
 
 python bench/window.py pictures          # writes docs/images/chat-*.png
-python bench/window.py frames            # writes bench/results/window.json
+python bench/window.py frames            # prints them
 """
 
 from __future__ import annotations
@@ -131,9 +131,7 @@ def frames(tokens: int, piece: int) -> None:
     found: dict[str, Any] = {"tokens": tokens, "piece": piece, "chromium": version[1] if version else ""}
     for name, part in (("first", took[:tenth]), ("last", took[-tenth:])):
         found[name] = {"median_ms": round(statistics.median(part), 2), "p99_ms": round(sorted(part)[int(0.99 * len(part))], 2)}
-    text = json.dumps(found, indent=1) + "\n"
-    (ROOT / "bench" / "results" / "window.json").write_text(text, encoding="utf-8")
-    click.echo(text)
+    click.echo(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
