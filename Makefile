@@ -115,7 +115,7 @@ soak: .venv/.installed $(NATIVE)/.built
 	@cd $(NATIVE); for soak in soak:950000 soak_emulated:50000 soak_cuda:1000000; do \
 	    name=$${soak%:*}; [ -x "$$name" ] || continue; \
 	    echo "== $$name"; \
-	    jobs=; [ $$name != soak ] || jobs="--jobs $(CORES)"; \
+	    jobs="--jobs $(CORES)"; [ $$name != soak_cuda ] || jobs=; \
 	    ./$$name --seed $(SEED) $$jobs $(if $(MINUTES),--minutes $$(( ($(MINUTES) + 1) / 2 )),--operations $${soak#*:}) || [ $$? -eq 77 ] || exit 1; \
 	done
 	@echo "== A thousand contexts made and freed"
@@ -134,7 +134,7 @@ fuzz: .venv/.installed
 	@clang=$$(command -v clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14 | head -1); \
 	    [ -n "$$clang" ] || { echo "make fuzz: clang++ is missing; on Debian or Ubuntu: apt-get install clang-19 libclang-rt-19-dev" >&2; exit 1; }; \
 	    cmake -S . -B $(FUZZ) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=$$clang -DMIXKVQ_FUZZ=ON -DMIXKVQ_SANITIZE=address,undefined \
-	        -DMIXKVQ_OPENMP=OFF -DMIXKVQ_CUDA=OFF -DPython_EXECUTABLE="$(CURDIR)/$(PY)" >/dev/null
+	        -DMIXKVQ_CUDA=OFF -DPython_EXECUTABLE="$(CURDIR)/$(PY)" >/dev/null
 	@cmake --build $(FUZZ) --target fuzz_stream fuzz_profile fuzz_packed ggml-mixkvq
 	@$(PIP) install --quiet atheris
 	@cp -r tests/fuzz/corpus $(FUZZ)/

@@ -216,11 +216,15 @@ def memory_table() -> str:
 
 
 def turns_table() -> str:
-    found: dict[str, list[str]] = {}
-    for r in result("turns")["turns"]:
-        found.setdefault(r["cache"], []).append(f"{r['same']} of {r['of']}")
-    rows = [[f"`{cache}`", *cells] for cache, cells in found.items()]
-    return table(["cache", "A, cache in RAM", "B, cache in RAM", "A, slot files", "B, slot files"], rows) + source("turns")
+    """A row for each cache on each machine that was measured."""
+    names = ["turns", *sorted(path.stem for path in RESULTS.glob("turns-*.json"))]
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        device = result(name)["settings"]["device"]
+        for r in result(name)["turns"]:
+            found.setdefault((r["cache"], device), []).append(f"{r['same']} of {r['of']}")
+    rows = [[f"`{cache}`", device, *cells] for (cache, device), cells in found.items()]
+    return table(["cache", "device", "A, cache in RAM", "B, cache in RAM", "A, slot files", "B, slot files"], rows) + source(*names)
 
 
 def states_table() -> str:
@@ -251,7 +255,8 @@ def timings_table() -> str:
             where = machine.get("gpu", f"{machine['cores']} cores")
             shares = [f"{100 * each['outside_llama']:.0f} %" for each in (e, c)]
             rows.append([r["name"], where, f"{e['seconds']:.1f}", shares[0], f"{c['seconds']:.0f}", f"{c['seconds_said']:.0f}", shares[1]])
-    head = ["model", "machine", "evaluate, s", "outside llama.cpp", "calibrate, s", "as said, s", "outside llama.cpp"]
+            rows[-1].append(f"{r['answers']['seconds']:.0f}" if "answers" in r else "")
+    head = ["model", "machine", "evaluate, s", "outside llama.cpp", "calibrate, s", "as said, s", "outside llama.cpp", "144 problems, s"]
     return table(head, rows) + source(*names)
 
 
@@ -452,6 +457,7 @@ COMMANDS = {name: f"make figures STEPS={name}" for name in MEASURED}
 COMMANDS |= dict.fromkeys(("plain", "exact"), "make figures STEPS=exact")
 COMMANDS |= {name: "make figures STEPS=speed" for name in ("speed-builtin", "speed-8b-2layers")}
 COMMANDS |= {name: "make figures STEPS=timings MODELS=..." for name in ("timings", *(path.stem for path in RESULTS.glob("timings-*.json")))}
+COMMANDS |= {path.stem: "python bench/turns.py MODEL --device CUDA0 --kv ..." for path in RESULTS.glob("turns-*.json")}
 COMMANDS["serving"] = "python bench/serving.py models/cot-tiny-34m-q8_0.gguf --rounds 1 --tokens 48 --out bench/results/serving.json"
 COMMANDS[GPU] = "python bench/llama_bench.py LLAMA-BENCH MODEL --depths 0,32768,131072 --tokens 128 --prefill 0 --rounds 1 --repetitions 3"
 COMMANDS[GPU_PROMPTS] = "python bench/llama_bench.py LLAMA-BENCH MODEL --kv f16,balanced --depths 0 --rounds 1 --repetitions 3"

@@ -36,20 +36,21 @@ class Sequences(Llama):
     def _adjust_context_params(self, params: Any) -> None:
         params.n_seq_max, params.kv_unified = self.n_seq, False
 
-    def read(self, sequence: int, tokens: Sequence[int]) -> Any:
-        """Evaluate tokens of one sequence, in batches of n_batch; logits of the last, float32 [vocabulary]. Raises as `step`."""
+    def read(self, sequence: int, tokens: Sequence[int], *, copy: bool = True) -> Any:
+        """Evaluate tokens of one sequence, in batches of n_batch; logits of the last, float32 [vocabulary]. `copy` and errors as of `step`."""
         self._check_sequences([(sequence, token) for token in tokens])
         if not len(tokens):
             raise SettingsError("There is nothing to read: give at least one token.")
         for start in range(0, len(tokens), self.n_batch):
             batch = tokens[start : start + self.n_batch]
             last = start + len(batch) == len(tokens)
-            logits = self._decode([(sequence, token) for token in batch], int(last))
+            logits = self._decode([(sequence, token) for token in batch], int(last), copy)
         return logits[0]
 
-    def step(self, tokens: Sequence[tuple[int, int]]) -> Any:
+    def step(self, tokens: Sequence[tuple[int, int]], *, copy: bool = True) -> Any:
         """Evaluate tokens of some sequences together, given as (sequence, token), at most n_batch; logits of each, float32 [n, vocabulary].
 
+        Without `copy` they are the context's own, which the next evaluation and close() take away.
         Sequences whose numbers follow one another are computed at once; a gap between them makes it two computations. Raises SettingsError for
         what is no token or no sequence, ContextError if a sequence is full or llama.cpp fails.
         """
@@ -57,7 +58,7 @@ class Sequences(Llama):
             raise SettingsError(f"{len(tokens)} tokens are more than a batch holds; n_batch is {self.n_batch}.")
         self._check_sequences(tokens)
         rising = sorted(range(len(tokens)), key=lambda i: tokens[i][0])  # in any other order llama.cpp cuts the batch, down to single tokens
-        logits = self._decode([tokens[i] for i in rising], len(tokens))
+        logits = self._decode([tokens[i] for i in rising], len(tokens), copy)
         return logits if rising == list(range(len(tokens))) else logits[np.argsort(rising)]
 
     def copy(self, source: int, target: int) -> None:
@@ -145,11 +146,11 @@ class Sequences(Llama):
             if len(self._tokens[sequence]) + n > most:
                 raise ContextError(f"{n} tokens do not fit behind the {len(self._tokens[sequence])} of sequence {sequence} in a context of {most}.")
 
-    def _decode(self, tokens: Sequence[tuple[int, int]], n_logits: int) -> Any:
-        """One batch; logits of its last tokens, a copy."""
+    def _decode(self, tokens: Sequence[tuple[int, int]], n_logits: int, copy: bool) -> Any:
+        """One batch; logits of its last tokens."""
         with self._evaluating:
             self._advance(tokens, range(len(tokens) - n_logits, len(tokens)))
-            return self._logits(n_logits)
+            return self._logits(n_logits) if copy or not n_logits else self._outputs(n_logits)
 
     def _advance(self, tokens: Sequence[tuple[int, int]], rows: Collection[int]) -> None:
         """One batch, of which the tokens in these places get logits."""

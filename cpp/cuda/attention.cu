@@ -1,5 +1,4 @@
 // Attention on the GPU: which kernel serves a call, how a call is cut into blocks, and the join of the splits.
-#include "attention_decode.cuh"
 #include "attention_tiles.cuh"
 #include "decode.cuh"
 #include "prefill.cuh"
@@ -11,7 +10,6 @@ namespace mixkvq::cuda {
 
 namespace {
 
-constexpr int kDecodeRows = 32;     // query vectors of a KV head up to which pages are read by the decoding kernel
 constexpr int kTileSplitPages = 4;  // a split of a tile has no fewer pages
 constexpr int kJoinWarps = 8;
 
@@ -79,23 +77,6 @@ struct Entry {
     }
 };
 
-template <int NB, int NT>
-Entry & decode_entry() {
-    static Entry entry{decode_kernel<NB, NT>, {}};
-    return entry;
-}
-template <int NT>
-Entry & decode_entry(int head_size, int & blocks) {
-    blocks = head_size <= 64 ? 2 : head_size <= 96 ? 3 : head_size <= 128 ? 4 : head_size <= 192 ? 6 : 8;
-    switch (blocks) {
-        case 2: return decode_entry<2, NT>();
-        case 3: return decode_entry<3, NT>();
-        case 4: return decode_entry<4, NT>();
-        case 6: return decode_entry<6, NT>();
-        default: return decode_entry<8, NT>();
-    }
-}
-
 template <int size, int warps, bool shared_tile>
 Entry & tile_entry(size_t & bytes) {
     static Entry entry{tile_kernel<size, warps, shared_tile>, {}};
@@ -113,64 +94,43 @@ Entry & tile_entry(int head_size, size_t & bytes) {
 
 struct Plan {
     Cut cut;
-    bool decode;
     Kernel kernel;
     int threads;
     size_t bytes, sight_bytes, partial;
 };
 
 Plan make_plan(const Attention & c) {
-    int device = 0, n_sms = 1, most_bytes = 48 * 1024;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    most_bytes -= 256;  // what kernels declare themselves
+    const Gpu gpu = current_gpu();
+    const int most_bytes = gpu.shared - 256;  // less what kernels declare themselves
 
     Plan plan = {};
     Cut & cut = plan.cut;
     cut.group = c.n_heads / c.n_kv_heads;
     cut.n_pages = (c.n_kv + kPageCells - 1) / kPageCells;
-    const int n_rows = c.n_tokens * cut.group;
-    plan.decode = n_rows <= kDecodeRows && !c.any_grouped && c.most_n16 == 0;
-
+    const int n_rows = c.n_tokens * cut.group, size = std::max(c.head_size_k, c.head_size_v);
     Entry * entry = nullptr;
-    if (plan.decode) {
-        int blocks = 0;
-        cut.rows = 16;
-        entry = &decode_entry<2>(c.head_size_v, blocks);
-        if (n_rows <= 8 || DecodeShape(c.head_size_k, 16, blocks).bytes > most_bytes) {
-            cut.rows = 8;
-            entry = &decode_entry<1>(c.head_size_v, blocks);
-        }
-        plan.bytes = DecodeShape(c.head_size_k, cut.rows, blocks).bytes;
-        plan.threads = 32 * kDecodeWarps;
-    } else {
-        const int size = std::max(c.head_size_k, c.head_size_v);
-        cut.rows = 128;
-        if (n_rows > 64) entry = &tile_entry<8>(size, plan.bytes);
-        if (!entry || plan.bytes > size_t(most_bytes)) {
-            cut.rows = 64;
-            entry = &tile_entry<4>(size, plan.bytes);
-        }
-        if (plan.bytes > size_t(most_bytes)) {
-            cut.rows = 32;
-            entry = &tile_entry<256, 2, true>(plan.bytes);
-        }
-        plan.threads = 2 * cut.rows;
+    cut.rows = 128;
+    if (n_rows > 64) entry = &tile_entry<8>(size, plan.bytes);
+    if (!entry || plan.bytes > size_t(most_bytes)) {
+        cut.rows = 64;
+        entry = &tile_entry<4>(size, plan.bytes);
     }
+    if (plan.bytes > size_t(most_bytes)) {
+        cut.rows = 32;
+        entry = &tile_entry<256, 2, true>(plan.bytes);
+    }
+    plan.threads = 2 * cut.rows;
     plan.kernel = entry->kernel;
     cut.n_tiles = (n_rows + cut.rows - 1) / cut.rows;
 
     // As many splits as fill the GPU once.
-    const int blocks = cut.n_tiles * c.n_kv_heads * c.n_streams, slots = n_sms * entry->blocks_per_sm(device, plan.threads, plan.bytes);
-    const int unit = plan.decode ? kDecodeWarps : 1, least = plan.decode ? kDecodeWarps : kTileSplitPages;
+    const int blocks = cut.n_tiles * c.n_kv_heads * c.n_streams, slots = gpu.n_sms * entry->blocks_per_sm(gpu.device, plan.threads, plan.bytes);
     const int wanted = std::max(1, slots / std::max(1, blocks));
-    const int pages = std::max(least, (cut.n_pages + wanted - 1) / wanted);
-    cut.pages_per_split = (pages + unit - 1) / unit * unit;
+    cut.pages_per_split = std::max(kTileSplitPages, (cut.n_pages + wanted - 1) / wanted);
     cut.n_splits = std::max(1, (cut.n_pages + cut.pages_per_split - 1) / cut.pages_per_split);
 
     plan.partial = cut.n_splits == 1 ? 0 : size_t(blocks) * cut.n_splits * partial_floats(cut, c.head_size_v);
-    if (!plan.decode) plan.sight_bytes = size_t(c.n_streams) * n_masks(c) * cut.n_tiles * cut.n_pages;
+    plan.sight_bytes = size_t(c.n_streams) * n_masks(c) * cut.n_tiles * cut.n_pages;
     return plan;
 }
 
@@ -204,7 +164,7 @@ void attention(Stream stream, const Attention & call) {
     Cut & cut = plan.cut;
     cut.partial = call.workspace;
     cut.sight = reinterpret_cast<uint8_t *>(call.workspace + plan.partial);
-    if (!plan.decode && cut.n_pages > 0) find_sight(on, call, cut);
+    if (cut.n_pages > 0) find_sight(on, call, cut);
     launch(plan.kernel, dim3(cut.n_tiles * cut.n_splits, call.n_kv_heads, call.n_streams), plan.threads, plan.bytes, on, call, cut);
     if (cut.n_splits > 1) join_splits(on, call, cut);
 }

@@ -7,6 +7,14 @@
 
 namespace mixkvq::cuda {
 
+// The current GPU, as plans ask for it.
+struct Gpu {
+    int device, n_sms;
+    int shared;  // bytes that a block may have; an SM has one KiB more, and each block takes one
+    int most_blocks(int bytes) const { return (shared + 1024) / (bytes + 1024); }
+};
+Gpu current_gpu();  // MIXKVQ_CUDA_SHARED=99: as one whose blocks get that many KiB
+
 // A row is a query vector: row r of a KV head is token r / group, head r % group of its group. A tile is `rows` of them that share one pass over
 // the pages; a split is a range of pages. Every (stream, KV head, tile, split) is a block.
 struct Cut {

@@ -12,6 +12,7 @@
 #include "common.cuh"
 #include "decode.cuh"
 #include "observe.cuh"
+#include "prefill.cuh"
 
 #include <algorithm>
 #include <atomic>
@@ -22,6 +23,7 @@ namespace {
 
 constexpr int kMostRows = 8;    // query vectors of a KV head that a block serves
 constexpr int kMostTiles = 8;   // tiles of as many; with more prefill.cu is faster
+constexpr int kFewTiles = 4, kSmallShared = 160 * 1024;  // with more than these it is, too, where an SM holds few pairs
 constexpr int kMostPairs = 4;   // in a block
 constexpr int kMostSplits = 512, kAlonePages = 4;
 constexpr int kAhead = 11;  // parts of a row that a warp loads at once to join them
@@ -70,15 +72,16 @@ struct HalfShape {
     int values, keys, ends, sums, bytes;  // queries come first; in the end `ends` and `sums` take their place
 
     HalfShape() = default;
-    HalfShape(int rows, int d_k, int d_v) {
+    HalfShape(int rows, int n_pairs, int d_k, int d_v) {
+        const int tokens = 32 * n_pairs;  // a warp keeps the 16 that it works on
         query_pitch = (d_k + 63) / 64 * 64 + 32;
         key_pitch = d_k + 8;
         value_pitch = sum_pitch = d_v + 8;
         values = 2 * kRows * query_pitch;
-        keys = values + 2 * kPageCells * value_pitch;
+        keys = values + 2 * tokens * value_pitch;
         ends = 0;
         sums = 8 * 2 * kMostPairs * rows;
-        const int first = keys + 2 * kPageCells * key_pitch, second = sums + 4 * 2 * kMostPairs * rows * sum_pitch;
+        const int first = keys + 2 * tokens * key_pitch, second = sums + 4 * 2 * n_pairs * rows * sum_pitch;
         bytes = first > second ? first : second;
     }
 };
@@ -879,10 +882,10 @@ __device__ __forceinline__ PageRef load_page(const PageRef * at) {
 }
 
 // The rows of a page of which only the keys, or only the values, are packed: rare, and one code at a time.
-__device__ __noinline__ void unpack_key_rows(const KeyHead & head, const uint8_t * records, __half * rows, int pitch) {
+__device__ __noinline__ void unpack_key_rows(const KeyHead & head, const uint8_t * records, int t0, __half * rows, int pitch) {
     const KeyPlaces f(head.format);
     const uint8_t * record = records + head.record_offset;
-    for (int t = threadIdx.x; t < kPageCells; t += blockDim.x) {
+    for (int t = t0 + (threadIdx.x & 31); t < t0 + 16; t += 32) {
         for (int i = 0; i < 4 * f.coded(); ++i) {
             int quad = i / 4, bits = 8;
             uint32_t at = f.at8;
@@ -894,16 +897,16 @@ __device__ __noinline__ void unpack_key_rows(const KeyHead & head, const uint8_t
             if (bits == 3) code |= ((codes[128 + 32 * (t / 64)] >> t / 8 % 8) & 1) << 2;
             const int scale_at = i * f.groups + t * f.groups / kPageCells;
             const float x = half_at(record + f.min, scale_at) + float(code) * half_at(record + f.scale, scale_at);
-            rows[t * pitch + record[f.order + i]] = __ushort_as_half(float_to_half(x));
+            rows[(t - t0) * pitch + record[f.order + i]] = __ushort_as_half(float_to_half(x));
         }
     }
 }
-__device__ __noinline__ void unpack_value_rows(const ValueHead & head, const uint8_t * records, __half * rows, int pitch) {
+__device__ __noinline__ void unpack_value_rows(const ValueHead & head, const uint8_t * records, int t0, __half * rows, int pitch) {
     const ValuePlaces f(head.format);
     const uint8_t * record = records + head.record_offset;
     const int d_v = head.format.head_size, bits = head.format.bits, lane = threadIdx.x & 31;
     const float middle = 0.5f - float(1 << (bits - 1));
-    for (int t = threadIdx.x / 32; t < kPageCells; t += blockDim.x / 32) {
+    for (int t = t0; t < t0 + 16; ++t) {
         float x[8];
         for (int k = 0; k < 8; ++k) {
             const int d = 128 * (k / 4) + 4 * lane + k % 4;
@@ -917,7 +920,7 @@ __device__ __noinline__ void unpack_value_rows(const ValueHead & head, const uin
         rotate_row(x, d_v);
         for (int k = 0; k < 8; ++k) {
             const int d = 128 * (k / 4) + 4 * lane + k % 4;
-            if (d < d_v) rows[t * pitch + d] = __ushort_as_half(float_to_half(x[k]));
+            if (d < d_v) rows[(t - t0) * pitch + d] = __ushort_as_half(float_to_half(x[k]));
         }
     }
 }
@@ -1023,25 +1026,18 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
         const PageRef key = load_page(key_pages + page), value = load_page(value_pages + page);
         if (few && !is_half(key, value)) return;
         const int cell0 = page * kPageCells, n_cells = min(call.n_kv - cell0, kPageCells);
-        if (!key.rows || !value.rows) {
-            __syncthreads();  // with the page before
-            if (!key.rows) {
-                unpack_key_rows(call.key_heads[at.kv], key.records, keys, shape.key_pitch);
-            } else {
-                unpack_value_rows(call.value_heads[at.kv], value.records, values, shape.value_pitch);
-            }
-            __syncthreads();
-        }
 #pragma unroll 1
         for (int t0 = 16 * warp; t0 < kPageCells; t0 += 16 * n_warps) {
-            const int key_t = t0 + 4 * (n8 >> 1) + (n8 & 1), value_t = t0 + 4 * j;
+            const int own = 16 * warp, key_t = own + 4 * (n8 >> 1) + (n8 & 1), value_t = own + 4 * j;
+            if (!key.rows) unpack_key_rows(call.key_heads[at.kv], key.records, t0, keys + own * shape.key_pitch, shape.key_pitch);
+            if (!value.rows) unpack_value_rows(call.value_heads[at.kv], value.records, t0, values + own * shape.value_pitch, shape.value_pitch);
 #pragma unroll 1
             for (int side = 0; side < 2; ++side) {
                 const half * from = side ? value.rows : key.rows;
                 const int row = side ? call.row_v : call.row_k, size = side ? d_v : d_k, pitch = side ? shape.value_pitch : shape.key_pitch;
                 if (!from) continue;
                 from += unsigned((t0 + (lane >> 3)) * row + at.kv * size);
-                __half * const to = (side ? values : keys) + (t0 + (lane >> 3)) * pitch;
+                __half * const to = (side ? values : keys) + (own + (lane >> 3)) * pitch;
 #pragma unroll 1
                 for (int d = 8 * (lane & 7); d < size; d += 64) {
 #pragma unroll
@@ -1064,7 +1060,7 @@ __device__ __forceinline__ void half_pages(const Attention & call, const DecodeC
                     const int pitch = side ? shape.value_pitch : shape.key_pitch;
                     if (page_rows) {
                         write_new(side ? brought.values : brought.keys, side ? new_value : new_key, page_rows + t0 * (side ? call.row_v : call.row_k), at.kv,
-                                  side ? d_v : d_k, (side ? values : keys) + t0 * pitch, pitch);
+                                  side ? d_v : d_k, (side ? values : keys) + own * pitch, pitch);
                     }
                 }
                 __syncwarp();
@@ -1397,7 +1393,7 @@ struct Plan {
     size_t n_heads;  // KV heads of all streams, once for every tile of rows
 };
 
-int n_tiles(const Attention & c) { return (c.n_tokens * (c.n_heads / c.n_kv_heads) + kMostRows - 1) / kMostRows; }
+int n_tiles(const Attention & c, int rows) { return (c.n_tokens * (c.n_heads / c.n_kv_heads) + rows - 1) / rows; }
 
 Plan make_plan(const Attention & c) {
     Plan plan = {};
@@ -1405,38 +1401,40 @@ Plan make_plan(const Attention & c) {
     cut.group = c.n_heads / c.n_kv_heads;
     cut.group_inverse = 1.0f / cut.group;
     const int n_rows = std::min(kMostRows, c.n_tokens * cut.group);
-    cut.n_tiles = n_tiles(c);
     if ((c.q_token | c.q_head | c.q_stream | c.out_token | c.out_head | c.out_stream) % 4 != 0) return plan;
-    if (n_rows <= 0 || cut.n_tiles > kMostTiles || c.any_grouped || c.most_n16 > 0) return plan;
+    if (n_rows <= 0 || n_tiles(c, kMostRows) > kMostTiles || c.any_grouped || c.most_n16 > 0) return plan;
 
-    int device = 0, n_sms = 1, most_bytes = 48 * 1024;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    most_bytes -= 2048;  // what the kernel declares itself
+    const Gpu gpu = current_gpu();
+    const int most_bytes = gpu.shared - 2048;  // less what the kernel declares itself
+    if (n_tiles(c, kMostRows) > kFewTiles && gpu.shared < kSmallShared && prefill_workspace(c) > 0) return plan;
 
-    Entry & entry = n_rows <= 4 ? entry_of<1>(c.head_size_v) : entry_of<2>(c.head_size_v);
-    cut.rows = n_rows <= 4 ? 4 : 8;
     cut.n_pages = (c.n_kv + kPageCells - 1) / kPageCells;
-    plan.n_heads = size_t(c.n_kv_heads) * c.n_streams * cut.n_tiles;
-
-    cut.half_shape = HalfShape(cut.rows, c.head_size_k, c.head_size_v);
     int blocks = 0;
-    for (int n_pairs = kMostPairs; n_pairs > 0; n_pairs /= 2) {  // as many pairs as an SM can hold
-        const DecodeShape shape(cut.rows, n_pairs, c.head_size_k, c.head_size_v, c.most_key_bytes, c.most_value_bytes);
-        const int bytes = std::max({shape.bytes, cut.half_shape.bytes, 2 * n_pairs * (8 * (kMostSplits + 2 * kMostPairs * kAhead + 32) + 4 * c.head_size_v)});
-        const int n = bytes > most_bytes ? 0 : entry.blocks_per_sm(device, n_pairs, bytes, most_bytes);
-        if (n * n_pairs <= blocks * plan.n_pairs) continue;
-        blocks = n;
-        cut.shape = shape;
-        plan.n_pairs = n_pairs;
-        plan.bytes = bytes;
-        plan.entry = &entry;
+    for (int rows : {kMostRows, kMostRows / 2}) {  // half as many take less shared memory
+        if (plan.entry || (rows > 4 && n_rows <= 4)) continue;
+        cut.rows = rows;
+        Entry & entry = rows == 4 ? entry_of<1>(c.head_size_v) : entry_of<2>(c.head_size_v);
+        for (int n_pairs = kMostPairs; n_pairs > 0; --n_pairs) {  // as many pairs as an SM can hold
+            const DecodeShape shape(cut.rows, n_pairs, c.head_size_k, c.head_size_v, c.most_key_bytes, c.most_value_bytes);
+            const HalfShape half_shape(cut.rows, n_pairs, c.head_size_k, c.head_size_v);
+            const int bytes = std::max({shape.bytes, half_shape.bytes, 2 * n_pairs * (8 * (kMostSplits + 2 * kMostPairs * kAhead + 32) + 4 * c.head_size_v)});
+            const int n = bytes > most_bytes ? 0 : std::min(gpu.most_blocks(bytes), entry.blocks_per_sm(gpu.device, n_pairs, bytes, most_bytes));
+            if (n * n_pairs <= blocks * plan.n_pairs) continue;
+            blocks = n;
+            cut.shape = shape;
+            cut.half_shape = half_shape;
+            plan.n_pairs = n_pairs;
+            plan.bytes = bytes;
+            plan.entry = &entry;
+        }
     }
     if (!plan.entry) return plan;
+    cut.n_tiles = n_tiles(c, cut.rows);
+    plan.n_heads = size_t(c.n_kv_heads) * c.n_streams * cut.n_tiles;
+    const int tile_rows = std::min(n_rows, cut.rows);
 
     // As many splits as fill the GPU once. In long contexts the first page and the last ones are in F16 as a rule: they are no work for pairs.
-    const int splits = std::max(2, std::min(kMostSplits, int(size_t(n_sms) * blocks / plan.n_heads)));
+    const int splits = std::max(2, std::min(kMostSplits, int(size_t(gpu.n_sms) * blocks / plan.n_heads)));
     cut.front = cut.n_pages > 16 ? 1 : 0, cut.back = 2 * cut.front;
     const int n_counted = cut.n_pages - cut.front - cut.back;
     const auto ceil_of = [](int a, int b) { return (a + b - 1) / b; };
@@ -1452,7 +1450,7 @@ Plan make_plan(const Attention & c) {
     cut.n_splits = cut.n_half + n_workers(cut.n_half) / plan.n_pairs;
     const int workers = n_workers(cut.n_half), n_blocks = cut.n_splits - cut.n_half;
     cut.each = n_counted / workers, cut.more = n_counted % workers / n_blocks, cut.more_blocks = n_counted % workers % n_blocks;
-    cut.ways = std::max(1, std::min(2 * plan.n_pairs / n_rows, ceil_of(cut.n_splits, 3 * kAhead)));
+    cut.ways = std::max(1, std::min(2 * plan.n_pairs / tile_rows, ceil_of(cut.n_splits, 3 * kAhead)));
     cut.n_weights = (cut.n_splits + cut.ways * kAhead + 31) / 32 * 32;
     cut.observer = cut.n_splits < splits ? cut.n_splits : cut.n_half > 1 || cut.n_pages > 512 ? 0 : cut.n_splits - 1;
     return plan;
@@ -1465,7 +1463,9 @@ size_t decode_workspace(const Attention & call) {
     return plan.entry ? plan.n_heads * plan.cut.n_splits * partial_floats(plan.cut, call.head_size_v) : 0;
 }
 
-size_t attention_arrivals(const Attention & call) { return size_t(call.n_streams) * std::min(n_tiles(call), kMostTiles) * call.n_kv_heads * kMostRows + 1; }
+size_t attention_arrivals(const Attention & call) {
+    return size_t(call.n_streams) * std::min(n_tiles(call, kMostRows / 2), 2 * kMostTiles) * call.n_kv_heads * kMostRows + 1;
+}
 
 bool decode(Stream stream, const Attention & call, const NewRows * rows) {
     Plan plan = make_plan(call);

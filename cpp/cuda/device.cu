@@ -1,10 +1,12 @@
+#include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <string>
 
 #include <cuda_runtime.h>
 
-#include "mixkvq/cuda.h"
+#include "attention_common.cuh"
 
 namespace mixkvq::cuda {
 namespace {
@@ -51,6 +53,17 @@ const char * unavailable(int device) {
         cudaGetLastError();  // the next call is not to find it
     }
     return found->second.empty() ? nullptr : found->second.c_str();
+}
+
+Gpu current_gpu() {
+    static const char * const given = std::getenv("MIXKVQ_CUDA_SHARED");
+    static const int most = given && std::atoi(given) > 0 ? 1024 * std::atoi(given) : 1 << 20;
+    Gpu gpu = {0, 1, 48 * 1024};
+    cudaGetDevice(&gpu.device);
+    cudaDeviceGetAttribute(&gpu.n_sms, cudaDevAttrMultiProcessorCount, gpu.device);
+    cudaDeviceGetAttribute(&gpu.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, gpu.device);
+    gpu.shared = std::min(gpu.shared, most);
+    return gpu;
 }
 
 }  // namespace mixkvq::cuda

@@ -25,7 +25,6 @@ MIXKVQ_BOTH uint32_t with_top(uint32_t low, uint32_t top, int shift) {
 template <int bits>
 struct Codes {
     static constexpr int kWords = bits == 8 ? 4 : bits == 2 ? 1 : 2;
-    static constexpr int kOdd = bits <= 3 ? 8 : 0;  // the second pair of fast() is 2^kOdd times too large
     uint32_t word[kWords];  // 3 bits: low plane, plane of top bits (shifted so that the lowest four bits of a byte are those of s = 0 to 3)
 
     // The four bytes of place s as integer tensor cores read them. Those of odd places are kTimes times as large: that spares shifts.
@@ -38,15 +37,7 @@ struct Codes {
         const uint32_t top = s == 2 ? word[kWords - 1] : s == 0 ? word[kWords - 1] << 2 : s == 1 ? word[kWords - 1] << 3 : word[kWords - 1] << 1;
         return with_top(low, top, shift);
     }
-    // Bytes 0 and 2, and 1 and 3, as halves: a code is the mantissa of a subnormal, code * 2^-24, which tensor cores multiply exactly (up to 2047 the
-    // bits of a half count in units of 2^-24).
-    MIXKVQ_BOTH void fast(int s, uint32_t & even, uint32_t & odd) const {
-        if (bits > 3) return plain(s, even, odd);
-        const uint32_t v = at(s), mask = ((1u << bits) - 1) * 0x00010001u;
-        even = v & mask;
-        odd = v & mask << 8;
-    }
-    // The same, both in the lowest bits of their halves.
+    // Bytes 0 and 2, and 1 and 3, in the lowest bits of halves: as such a code is a subnormal, code * 2^-24, which tensor cores multiply exactly.
     MIXKVQ_BOTH void plain(int s, uint32_t & even, uint32_t & odd) const {
         const uint32_t v = at(s), mask = ((1u << bits) - 1) * 0x00010001u;
         even = v & mask;

@@ -505,10 +505,8 @@ Plan make_plan(const Attention & c) {
     const int n_rows = c.n_tokens * cut.group;
     if (n_rows <= kFewRows || cut.n_pages == 0) return plan;
 
-    int device = 0, n_sms = 1, most_shared = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    const Gpu gpu = current_gpu();
+    const int n_sms = gpu.n_sms, most_shared = gpu.shared;
     const int size = std::max(c.head_size_k, c.head_size_v);
     const bool taken = size <= 64    ? plan.take<64, 128>(most_shared) || plan.take<64, 64>(most_shared)
                        : size <= 128 ? plan.take<128, 128>(most_shared) || plan.take<128, 64>(most_shared)

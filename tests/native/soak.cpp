@@ -14,7 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <mutex>
+#include <new>
 #include <string>
 #include <thread>
 #include <utility>
@@ -25,6 +25,11 @@
 #include "mixkvq/profile.h"
 #include "oracle.h"
 #include "places.h"
+#ifdef MIXKVQ_EMULATED
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -1094,6 +1099,9 @@ uint64_t seed_of(uint64_t seed, uint64_t number) { return seed * 0x9e3779b97f4a7
 
 // Whether it went well.
 bool run_case(const Options & options, long number, Fault fault, Totals & totals, bool quiet) {
+#ifdef MIXKVQ_EMULATED
+    emulator::begin_order(unsigned(number));  // a case alone is what it is among others
+#endif
     Random random(seed_of(options.seed, number));
     const Plan plan = draw_plan(random, number);
     int n_done = 0;
@@ -1124,6 +1132,58 @@ void print(const Totals & t, const Options & options, double seconds) {
                 t.worst.attention);
 }
 
+// What several cases at a time have in common. They run in threads; an emulated GPU serves one thread at a time, so there they run in processes.
+class Jobs {
+  public:
+    static constexpr int kMost = 64;
+    struct Shared {
+        std::atomic<long> next{0};
+        std::atomic<uint64_t> operations{0};
+        std::atomic<bool> good{true};
+        Totals totals[kMost];  // by job
+    };
+
+    explicit Jobs(int n) : n_(std::min(std::max(n, 1), kMost)) {
+#ifdef MIXKVQ_EMULATED
+        void * memory = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) throw std::bad_alloc();
+#else
+        void * memory = ::operator new(sizeof(Shared));
+#endif
+        shared_ = new (memory) Shared;  // until the program ends
+    }
+    Shared & shared() { return *shared_; }
+
+    template <class Work>
+    void run(Work work) {
+#ifdef MIXKVQ_EMULATED
+        for (int i = 1; i < n_; ++i) {
+            if (const pid_t pid = fork(); pid == 0) {
+                work(shared_->totals[i]);
+                std::fflush(nullptr);
+                _exit(0);
+            } else if (pid < 0) {
+                std::perror("soak: fork");
+                shared_->good = false;
+            }
+        }
+        work(shared_->totals[0]);
+        for (int status; wait(&status) > 0;) {
+            if (status != 0) std::fprintf(stderr, "soak: a job ended with status %d\n", status), shared_->good = false;
+        }
+#else
+        std::vector<std::thread> threads;
+        for (int i = 1; i < n_; ++i) threads.emplace_back([&, i] { work(shared_->totals[i]); });
+        work(shared_->totals[0]);
+        for (std::thread & thread : threads) thread.join();
+#endif
+    }
+
+  private:
+    int n_;
+    Shared * shared_;
+};
+
 int run_all(const Options & options) {
     Totals totals;
     const auto start = std::chrono::steady_clock::now();
@@ -1133,25 +1193,18 @@ int run_all(const Options & options) {
         good = run_case(options, options.only_case, Fault::none, totals, false);
     } else {
         const uint64_t operations = options.minutes > 0 ? 0 : uint64_t(options.operations);
-        std::atomic<bool> all_good{true};
-        std::mutex lock;
-        long next = 0;
-        const auto job = [&] {
-            std::unique_lock<std::mutex> held(lock);
-            while (all_good && (totals.operations < operations || seconds() < 60 * options.minutes)) {
-                const long number = next++;
-                held.unlock();
+        Jobs jobs(options.jobs);
+        Jobs::Shared & shared = jobs.shared();
+        jobs.run([&](Totals & of_job) {
+            while (shared.good && (shared.operations < operations || seconds() < 60 * options.minutes)) {
                 Totals of_case;
-                if (!run_case(options, number, Fault::none, of_case, false)) all_good = false;
-                held.lock();
-                totals.take(of_case);
+                if (!run_case(options, shared.next++, Fault::none, of_case, false)) shared.good = false;
+                shared.operations += of_case.operations;
+                of_job.take(of_case);
             }
-        };
-        std::vector<std::thread> threads;
-        for (int i = 1; i < options.jobs; ++i) threads.emplace_back(job);
-        job();
-        for (std::thread & thread : threads) thread.join();
-        good = all_good;
+        });
+        for (const Totals & of_job : shared.totals) totals.take(of_job);
+        good = shared.good;
     }
     print(totals, options, seconds());
     return good ? 0 : 1;
@@ -1191,7 +1244,7 @@ int main(int argc, char ** argv) {
         else if (name == "--until") options.until = std::atol(value), ++i;
         else if (name == "--operations") options.operations = std::atol(value), ++i;
         else if (name == "--minutes") options.minutes = std::atof(value), ++i;
-#ifndef MIXKVQ_TEST_CUDA
+#if !defined(MIXKVQ_TEST_CUDA) || defined(MIXKVQ_EMULATED)
         else if (name == "--jobs") options.jobs = std::atoi(value), ++i;
 #endif
         else return std::fprintf(stderr, "soak: %s is no option\n", name.c_str()), 2;

@@ -661,3 +661,21 @@ def test_fingerprint_is_of_the_model_not_of_its_weights(tmp_path):
     assert fingerprint(write_model(tmp_path / "f.gguf", tokens=long)) == fingerprint(write_model(tmp_path / "g.gguf", tokens=long))
     long[4999] = "x"
     assert fingerprint(write_model(tmp_path / "h.gguf", tokens=long)) != fingerprint(tmp_path / "g.gguf")
+
+
+COUNT_THREADS = """
+import sys
+import psutil
+import bridge
+
+llm = bridge.Llama(sys.argv[1], n_ctx=1024, n_threads=3, n_threads_batch=3, device="cpu", verbose=False)
+before = psutil.Process().num_threads()
+llm.eval([1 + i % 200 for i in range(900)])
+print(psutil.Process().num_threads() - before)
+"""
+
+
+def test_threads_that_compute_the_model_work_on_the_cache():
+    """A pool of our own beside ggml's would be two more threads, which keep processors from each other."""
+    done = subprocess.run([sys.executable, "-c", COUNT_THREADS, MODEL], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2"]

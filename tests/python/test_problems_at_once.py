@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
+from bridge import backend
 from bridge.sequences import Sequences
 from mixkvq.cli.evaluate import main
-from mixkvq.core.errors import SettingsError
+from mixkvq.core.errors import ContextTooLargeError, SettingsError
 from mixkvq.core.model_file import built_in_model
 from mixkvq.study import caches, evaluate, problems
 from mixkvq.study.steps import Steps
@@ -108,9 +109,9 @@ def test_examples_are_problems_that_are_not_asked(shown):
 def test_what_all_prompts_begin_with_is_read_once(shown, cache, monkeypatch):
     read = []
 
-    def count(self, sequence, tokens, read_tokens=Sequences.read):
+    def count(self, sequence, tokens, read_tokens=Sequences.read, **options):
         read.append(len(tokens))
-        return read_tokens(self, sequence, tokens)
+        return read_tokens(self, sequence, tokens, **options)
 
     monkeypatch.setattr(Sequences, "read", count)
     vocabulary = caches.open_cache(MODEL, "f16", n_ctx=256, vocab_only=True)
@@ -132,6 +133,27 @@ def test_what_all_prompts_begin_with_is_read_once(shown, cache, monkeypatch):
         assert one[0][cache]["sizes"][key] == pytest.approx(apart[0][cache]["sizes"][key], rel=0.02)
 
 
+def test_as_many_at_once_as_fit(drawn, monkeypatch):
+    """Unless somebody has said how many."""
+    found, n_ctx = drawn
+    asked = []
+
+    def small(model, cache, kind, *, n_seq, open_cache=problems.open_cache, **options):
+        asked.append(n_seq)
+        if n_seq > 2:
+            raise ContextTooLargeError("This takes 2 GiB, and 1 GiB is free.")
+        return open_cache(model, cache, kind, n_seq=n_seq, **options)
+
+    monkeypatch.setattr(problems, "open_cache", small)
+    jobs = [(i, {**p, "limit": 2}, ["f16"]) for i, p in enumerate(found)]
+    assert len(dict(problems.Solver(MODEL, problems.BuiltIn(), n_ctx, 1, device="cpu", fewer=True).solve(jobs, 6))) == 6
+    assert asked == [6, 3, 1]
+    with pytest.raises(ContextTooLargeError, match="1 GiB is free. It is for 6 problems at once; fewer --workers take less."):
+        list(problems.Solver(MODEL, problems.BuiltIn(), n_ctx, 1, device="cpu").solve(jobs, 6))
+    monkeypatch.setattr(backend, "stock_gpus", lambda: ["CUDA0"])
+    assert problems.default_at_once("auto") == problems.default_at_once("CUDA0") == 32 and problems.default_at_once("cpu") == 8
+
+
 def test_a_problem_gets_the_caches_that_it_lacks(drawn):
     found, n_ctx = drawn
     solver = problems.Solver(MODEL, problems.BuiltIn(), n_ctx, 1, device="cpu")
@@ -144,9 +166,10 @@ def test_a_problem_gets_the_caches_that_it_lacks(drawn):
 # Ends as SIGKILL ends it, once it has saved the first answers.
 KILLED = """
 import os, signal, sys
+from bridge import backend
 from bridge.sequences import Sequences
 from mixkvq.cli.evaluate import main
-from mixkvq.core.errors import SettingsError
+from mixkvq.core.errors import ContextTooLargeError, SettingsError
 from mixkvq.study import evaluate
 
 def save(path, result, save=evaluate.save_json):

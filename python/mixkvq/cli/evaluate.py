@@ -146,6 +146,9 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 GIVEN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
+_AT_ONCE = f"{problems.AT_ONCE}, on GPUs {problems.AT_ONCE_GPU}, if they fit"
+
+
 @tool()
 @click.argument("model", type=Model(), callback=lambda _context, _parameter, path: Path(path))
 @click.option("--kv", multiple=True, help=f"The {CACHE_HELP}; may be repeated.  [default: {DEFAULT_CACHES}]")
@@ -178,7 +181,7 @@ GIVEN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--shots", default=0, show_default=True, type=COUNT_OR_ZERO, help="Problems of --problems-file shown, answered, before each question.")
 @click.option("--max-tokens", type=COUNT, help=f"Longest answer.  [default: 5/4 of a built-in problem's derivation + 64; else {problems.MAX_TOKENS}]")
 @click.option("--first", default=200, show_default=True, type=COUNT, help="Compare that many greedy tokens with the baseline's.")
-@click.option("--workers", type=click.IntRange(1, SEQUENCES), help=f"Problems that are answered at once.  [default: {problems.AT_ONCE}]")
+@click.option("--workers", type=click.IntRange(1, SEQUENCES), help=f"Problems answered at once.  [default: {_AT_ONCE}]")
 @click.option("--at-once", default=4, show_default=True, type=COUNT, help="Caches that are in memory beside the baseline.")
 @click.option("--seed", default=1, show_default=True, type=SEED)
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")

@@ -60,7 +60,13 @@ _REFUSED = {
 @click.option(
     "-b", "--batch", "--batch-size", "batch", type=click.IntRange(64, 1 << 16), default=512, show_default=True, help="Tokens evaluated at a time."
 )
-@click.option("--pause", type=Number(0, 60), default=0.3, show_default=True, help="Seconds that answers may pause, at most, while a prompt is read.")
+@click.option(
+    "--pause",
+    type=Number(0, 60),
+    default=0.3,
+    show_default=True,
+    help="Seconds that a batch should take at most, while requests run beside each other.",
+)
 @click.option("--device", default="auto", show_default=True, help=f"Where the model is computed: {DEVICE_HELP}.")
 @click.option(
     "-ngl",

@@ -227,6 +227,7 @@ def answer_problems(
     first: int,
     workers: int,
     threads: int,
+    fewer: bool = False,
 ) -> None:
     """Free greedy answers with the baseline and every named cache, one record per problem; saved as they come."""
     settings = evaluation.result["settings"]
@@ -264,7 +265,8 @@ def answer_problems(
         saved = time.perf_counter()
         cost, unsaved = saved - begin, False
 
-    solver = problems.Solver(str(evaluation.model), source, n_ctx, threads, **evaluation.cache_options, shared=problems.shared_tokens(drawn))
+    shared = problems.shared_tokens(drawn)
+    solver = problems.Solver(str(evaluation.model), source, n_ctx, threads, **evaluation.cache_options, shared=shared, fewer=fewer)
     with evaluation.steps(plots.title(part), sum(len(missing) for _, _, missing in jobs)) as progress:
         try:
             for index, answers in solver.solve(jobs, workers):
@@ -387,7 +389,8 @@ def _measure_all(request: Request, asked: _Asked, evaluation: Evaluation, texts:
     for style in asked.styles if forced else []:
         measure_derivations(evaluation, drawn, forced, style, floor + asked.names)
     if asked.source:
-        options = {"max_tokens": request.max_tokens, "first": request.first, "workers": result["run"]["workers"], "threads": evaluation.threads}
+        options: dict[str, Any] = {"max_tokens": request.max_tokens, "first": request.first, "threads": evaluation.threads}
+        options |= {"workers": result["run"]["workers"], "fewer": request.workers is None}
         answer_problems(evaluation, vocabulary, asked.source, request.count, asked.names, **options)
     vocabulary.close()
 
@@ -447,7 +450,7 @@ def _begin(request: Request, asked: _Asked, result: dict[str, Any], steps: Steps
     result.update(load_or_start(request.out, fresh, request.restart))
     tokens.check(request.token_file, result, restart=request.restart)
     threads = request.threads or physical_cores()
-    result["run"] = {"threads": threads, "workers": request.workers or problems.AT_ONCE, "at_once": request.at_once}
+    result["run"] = {"threads": threads, "workers": request.workers or problems.default_at_once(request.device), "at_once": request.at_once}
     options = {"window": request.window, "sinks": request.sinks, "device": request.device}
     return Evaluation(request.model, result, request.out, steps, windows, request.at_once, threads, options, request.token_file)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from random import Random
 from statistics import NormalDist
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..core.errors import BridgeError, ContextTooLargeError, SettingsError
 from ..core.memory import SEQUENCES
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from bridge.sequences import Sequences
 
 BATCH = 512
-AT_ONCE = 8
+AT_ONCE, AT_ONCE_GPU = 8, 32  # problems, where nobody says how many
 MAX_TOKENS = 1024  # of an answer whose length nobody knows
 INSTRUCTION = "Reason step by step and end with the answer as a number after ####."
 
@@ -212,6 +212,13 @@ def derivations(llm: Llama, problems: Iterable[Problem]) -> list[Passage]:
     return passages
 
 
+def default_at_once(device: str) -> int:
+    """How many problems are answered at once, if as many fit: a GPU writes dozens of answers in little more time than one."""
+    from bridge.backend import stock_gpus
+
+    return AT_ONCE_GPU if device != "cpu" and stock_gpus() else AT_ONCE
+
+
 def add_tokens(llm: Llama, problems: Iterable[Problem], max_tokens: int | None) -> int:
     """Give every problem its prompt's tokens and the most tokens of an answer; returns the context that all of them need.
 
@@ -248,6 +255,7 @@ class Solver:
     sinks: int | None = None
     device: str = "auto"
     shared: int = 0  # see shared_tokens
+    fewer: bool = False  # rather than that `at_once` of them do not fit into memory
 
     def answers(self, problem: Problem, caches: Sequence[str]) -> dict[str, dict[str, Any]]:
         """One problem, by itself."""
@@ -259,26 +267,24 @@ class Solver:
             wanted = [(index, problem) for index, problem, caches in jobs if cache in caches]
             yield from ((index, {cache: answer}) for index, answer in self._answer(cache, wanted, min(at_once, len(wanted))))
 
-    def _answer(self, cache: str, wanted: Sequence[tuple[int, Problem]], n_seq: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _open(self, cache: str, n_seq: int) -> Sequences:
+        """A context for so many problems at once, or fewer."""
         from bridge.sequences import Sequences
 
-        n_seq = min(n_seq, SEQUENCES - (self.shared > 0))
-        try:
-            llm: Any = open_cache(
-                self.model,
-                cache,
-                Sequences,
-                window=self.window,
-                sinks=self.sinks,
-                n_seq=n_seq + (self.shared > 0),
-                n_ctx=self.n_ctx,
-                n_batch=BATCH,
-                n_threads=self.threads,
-                n_threads_batch=self.threads,
-                device=self.device,
-            )
-        except ContextTooLargeError as e:
-            raise ContextTooLargeError(f"{e} It is for {n_seq} problems at once; fewer --workers take less." if n_seq > 1 else str(e)) from None
+        threads = {"n_threads": self.threads, "n_threads_batch": self.threads}
+        options: Any = {"window": self.window, "sinks": self.sinks, "device": self.device, "n_ctx": self.n_ctx, "n_batch": BATCH, **threads}
+        while True:
+            try:
+                return cast("Sequences", open_cache(self.model, cache, Sequences, n_seq=n_seq + (self.shared > 0), **options))
+            except ContextTooLargeError as e:
+                if n_seq == 1:
+                    raise
+                if not self.fewer:
+                    raise ContextTooLargeError(f"{e} It is for {n_seq} problems at once; fewer --workers take less.") from None
+                n_seq //= 2
+
+    def _answer(self, cache: str, wanted: Sequence[tuple[int, Problem]], n_seq: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        llm = self._open(cache, min(n_seq, SEQUENCES - (self.shared > 0)))
         with contextlib.closing(llm):
             for index, problem, tokens, ended, seconds in generate_greedily(llm, wanted, self.shared):
                 text = llm.detokenize(tokens, special=True).decode("utf-8", errors="replace")
@@ -326,7 +332,7 @@ def generate_greedily(
             unread = 0
         if shared:
             llm.copy(0, sequence)
-        return llm.read(sequence, tokens[shared:])
+        return llm.read(sequence, tokens[shared:], copy=False)
 
     def grow(sequence: int, logits: Any) -> bool:
         """Append the next token; whether the answer is done."""
@@ -345,7 +351,7 @@ def generate_greedily(
             writing[sequence].seconds += time.perf_counter() - begin
         elif writing:
             sequences = sorted(writing)
-            rows = llm.step([(sequence, writing[sequence].tokens[-1]) for sequence in sequences])
+            rows = llm.step([(sequence, writing[sequence].tokens[-1]) for sequence in sequences], copy=False)
             done = [sequence for sequence, logits in zip(sequences, rows) if grow(sequence, logits)]
             share = (time.perf_counter() - begin) / len(sequences)
             for sequence in sequences:

@@ -77,8 +77,10 @@ constexpr int kWarpLanes = 32;
 constexpr int kWords = 16;  // that a lane shows the others of its warp
 
 void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()> & kernel);
+constexpr int kShared = 227 * 1024;  // bytes of a block
 void later(Work work);  // queues it on a stream
 void finish();          // does all that is queued
+void begin_order(unsigned number);  // one of many orders in which threads, blocks and queues take turns
 void record(std::vector<Work> * to);  // what is queued from now on is kept there instead; nullptr: not any more
 bool is_recording();
 
@@ -99,11 +101,22 @@ inline int & n_launches() {  // of graphs
 }
 uint8_t * dynamic_shared();  // in the lowest 4 GiB: a 32-bit address is the pointer
 
-// All lanes of the warp that have not ended come here, and see what each has brought: words(lane).
-void meet(const void * brought, size_t bytes);
-const uint32_t * words(int lane);
-int lane();
-bool was_there(int lane);
+// What the lanes of a warp bring when they meet. Nobody changes it before all have been at the next meeting.
+struct Met {
+    uint32_t lanes;  // that came
+    uint32_t words[kWarpLanes][kWords];
+    bool has(int lane) const { return lanes >> lane & 1; }
+    template <class T>
+    T get(int lane) const {
+        T x;
+        std::memcpy(&x, words[lane], sizeof x);
+        return x;
+    }
+};
+
+// All lanes of the warp that have not ended come here.
+const Met & meet(const void * brought, size_t bytes);
+inline int lane() { return int(here.thread.x) % kWarpLanes; }
 
 // `n` threads come to barrier `id`; n = 0: all of the block. What they bring is counted (how many, how many of them true).
 struct Count {
@@ -120,24 +133,17 @@ void end_group(Unit unit);
 void finish(Unit unit, int but_groups);  // -1: also what is in no group yet
 
 template <class T>
-T get(int lane) {
-    T x;
-    std::memcpy(&x, words(lane), sizeof x);
-    return x;
-}
-
-template <class T>
 T exchange(T x, int from) {
     static_assert(sizeof(T) <= 4 * kWords);
-    meet(&x, sizeof x);
-    return was_there(from) ? get<T>(from) : x;
+    const Met & met = meet(&x, sizeof x);
+    return met.has(from) ? met.get<T>(from) : x;
 }
 
 inline unsigned ballot(bool yes) {
     const uint32_t x = yes;
-    meet(&x, sizeof x);
+    const Met & met = meet(&x, sizeof x);
     unsigned bits = 0;
-    for (int i = 0; i < kWarpLanes; ++i) bits |= unsigned(was_there(i) && get<uint32_t>(i)) << i;
+    for (int i = 0; i < kWarpLanes; ++i) bits |= unsigned(met.has(i) && met.words[i][0]) << i;
     return bits;
 }
 
@@ -268,7 +274,7 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp * properties, int devi
 }
 inline cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute, int) {
     *value = attribute == cudaDevAttrMultiProcessorCount              ? 24
-             : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
+             : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulator::kShared
              : attribute == cudaDevAttrComputeCapabilityMajor       ? 8
              : attribute == cudaDevAttrMemoryPoolsSupported         ? 1
                                                                     : 1 << 20;
@@ -281,7 +287,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, Function *) {
 inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) { return cudaSuccess; }
 template <class Function>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int * n, Function *, int threads, size_t shared_bytes) {
-    return *n = int(std::min<size_t>(1024 / threads, 227 * 1024 / (shared_bytes + 1024))), cudaSuccess;
+    return *n = int(std::min<size_t>(1024 / threads, (emulator::kShared + 1024) / (shared_bytes + 1024))), cudaSuccess;
 }
 
 // One order of work for all streams: events say nothing that it does not.

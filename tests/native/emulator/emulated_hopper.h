@@ -78,13 +78,13 @@ inline void turn_next(int i) { emulator::barrier_arrive(i + 1, 256); }
 // A warp's 16 rows of the 64; B is read, and c written, when the tensor cores come to it.
 template <bool transposed, int n>
 void multiply_wide(float (&c)[n][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-    emulator::meet(a, sizeof a);
+    const emulator::Met & met = emulator::meet(a, sizeof a);
     const int g = emulator::lane() / 4, j = emulator::lane() % 4;
     struct {
         float row[2][16];
     } rows;
     for (int k = 0; k < 16; ++k) {
-        const uint32_t * from = emulator::words(4 * g + k % 8 / 2);
+        const uint32_t * from = met.words[4 * g + k % 8 / 2];
         for (int h = 0; h < 2; ++h) rows.row[h][k] = emulated::half_of(from[h + 2 * (k / 8)], k % 2);
     }
     emulator::start(emulator::Unit::products, [rows, b, add, j, c = &c[0]] {

@@ -21,13 +21,13 @@ T byte_of(uint32_t word, int i) {
 
 inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
-    emulator::meet(mine, sizeof mine);
+    const emulator::Met & met = emulator::meet(mine, sizeof mine);
     const int g = emulator::lane() / 4, j = emulator::lane() % 4;
     for (int i = 0; i < 4; ++i) {
         const int row = i / 2, column = 2 * j + i % 2;
         float sum = c[i];
         for (int k = 0; k < 8; ++k) {  // pairs of columns of a
-            const uint32_t a = emulator::words(4 * g + k % 4)[row + 2 * (k / 4)], b = emulator::words(4 * column + k % 4)[4 + k / 4];
+            const uint32_t a = met.words[4 * g + k % 4][row + 2 * (k / 4)], b = met.words[4 * column + k % 4][4 + k / 4];
             sum += emulated::half_of(a, 0) * emulated::half_of(b, 0) + emulated::half_of(a, 1) * emulated::half_of(b, 1);
         }
         c[i] = sum;
@@ -36,12 +36,12 @@ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 
 inline void mma_bytes(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
-    emulator::meet(mine, sizeof mine);
+    const emulator::Met & met = emulator::meet(mine, sizeof mine);
     const int g = emulator::lane() / 4, j = emulator::lane() % 4;
     for (int i = 0; i < 4; ++i) {
         const int row = i / 2, column = 2 * j + i % 2;
         for (int k = 0; k < 8; ++k) {
-            const uint32_t a = emulator::words(4 * g + k % 4)[row + 2 * (k / 4)], b = emulator::words(4 * column + k % 4)[4 + k / 4];
+            const uint32_t a = met.words[4 * g + k % 4][row + 2 * (k / 4)], b = met.words[4 * column + k % 4][4 + k / 4];
             for (int r = 0; r < 4; ++r) c[i] += emulated::byte_of<uint8_t>(a, r) * emulated::byte_of<int8_t>(b, r);
         }
     }
@@ -70,19 +70,19 @@ inline void wait_for_kernel_before() {}
 inline void let_kernel_after_start() {}
 
 inline uint32_t transpose(uint32_t x) {
-    emulator::meet(&x, sizeof x);
+    const emulator::Met & met = emulator::meet(&x, sizeof x);
     const int g = emulator::lane() / 4, j = emulator::lane() % 4;
-    auto at = [&](int row, int column) { return emulator::words(4 * row + column / 2)[0] >> 16 * (column % 2) & 0xffff; };
+    auto at = [&](int row, int column) { return met.words[4 * row + column / 2][0] >> 16 * (column % 2) & 0xffff; };
     return at(2 * j, g) | at(2 * j + 1, g) << 16;
 }
 
 namespace emulated {
 
 inline void load(uint32_t (&x)[4], const __half * row, bool transposed) {
-    emulator::meet(&row, sizeof row);
+    const emulator::Met & met = emulator::meet(&row, sizeof row);
     const int g = emulator::lane() / 4, j = emulator::lane() % 4;
     for (int m = 0; m < 4; ++m) {
-        auto at = [&](int r, int column) { return uint32_t(bits_of<uint16_t>(emulator::get<const __half *>(8 * m + r)[column])); };
+        auto at = [&](int r, int column) { return uint32_t(bits_of<uint16_t>(met.get<const __half *>(8 * m + r)[column])); };
         x[m] = transposed ? at(2 * j, g) | at(2 * j + 1, g) << 16 : at(g, 2 * j) | at(g, 2 * j + 1) << 16;
     }
     emulator::meet(nullptr, 0);  // the matrices may be written again

@@ -22,28 +22,27 @@ dim3 grid_size, block_size;
 
 namespace {
 
-constexpr size_t kStack = 128 * 1024, kShared = 256 * 1024;
+constexpr size_t kStack = 128 * 1024;
 
 struct Started {
     std::vector<std::pair<int, Work>> list;  // by group
     int group = 0;
 };
 
+// A coroutine that lives on from block to block.
 struct Thread {
     ucontext_t start;
-    jmp_buf at;
-    bool started, ended;
+    jmp_buf at;  // where it goes on
+    bool started = false;
     Place place;
-    uint8_t * stack;
     Started started_work[2];  // by unit
     Count count;  // what its last barrier found
 };
 
 struct Warp {
     uint32_t there, ready, arrived;  // lanes
-    int turn;                        // of the two sets of words
-    uint32_t met[2];                 // lanes that filled them
-    uint32_t words[2][kWarpLanes][kWords];
+    int turn;                        // which of the two is filled next
+    Met met[2];
 };
 
 struct Barrier {
@@ -55,15 +54,17 @@ constexpr int kBarriers = 16, kMostThreads = 1024, kMostPauses = 10'000'000;  //
 
 std::vector<std::unique_ptr<Thread>> threads;
 std::vector<Warp> warps;
+std::vector<int> order;  // in which warps are asked whether they can go on
 Barrier barriers[kBarriers];
 jmp_buf scheduler;
 int current, n_living, n_pauses;
 bool any_warp;  // goes on next, though one of this warp could
 const std::function<void()> * body;
-std::mt19937 random_order([] {
+unsigned seed() {
     const char * seed = std::getenv("MIXKVQ_EMULATOR_SEED");
     return seed ? unsigned(std::atoi(seed)) : 1u;
-}());
+}
+std::mt19937 random_order(seed());
 
 uint8_t * map(size_t bytes, int flags) {
     void * p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
@@ -72,11 +73,6 @@ uint8_t * map(size_t bytes, int flags) {
 }
 
 Warp & warp_of(int thread) { return warps[thread / kWarpLanes]; }
-
-// Another thread goes on; comes back when this one is ready again.
-void wait() {
-    if (_setjmp(threads[current]->at) == 0) _longjmp(scheduler, 1);
-}
 
 void wake(int thread) { warp_of(thread).ready |= 1u << thread % kWarpLanes; }
 
@@ -91,7 +87,7 @@ void release(Barrier & b) {
 
 void end_meeting(Warp & warp) {
     warp.ready |= warp.arrived;
-    warp.met[warp.turn] = warp.arrived;
+    warp.met[warp.turn].lanes = warp.arrived;
     warp.arrived = 0;
     warp.turn ^= 1;
 }
@@ -107,13 +103,6 @@ void end_thread() {
     }
 }
 
-void enter() {
-    (*body)();
-    threads[current]->ended = true;
-    end_thread();
-    _longjmp(scheduler, 1);
-}
-
 [[noreturn]] void stuck() {
     std::fprintf(stderr, "emulator: block %u,%u,%u waits for ever:", here.block.x, here.block.y, here.block.z);
     for (int i = 0; i < kBarriers; ++i) {
@@ -126,52 +115,74 @@ void enter() {
     std::abort();
 }
 
-// Runs the block: the lanes of a warp as long as one is ready, then any warp.
-void run_block() {
-    std::vector<int> order(warps.size());
-    for (size_t w = 0; w < order.size(); ++w) order[w] = int(w);
-    _setjmp(scheduler);
-    while (n_living > 0) {
-        Warp * warp = current >= 0 ? &warp_of(current) : nullptr;
-        if (!warp || !warp->ready || any_warp) {
-            any_warp = false;
-            std::shuffle(order.begin(), order.end(), random_order);
-            warp = nullptr;
-            for (int w : order) {
-                if (warps[w].ready) {
-                    warp = &warps[w];
-                    break;
-                }
+// The lanes of a warp go on as long as one is ready, then any warp; back to run_block when all have ended.
+[[noreturn]] void switch_thread() {
+    if (n_living == 0) _longjmp(scheduler, 1);
+    Warp * warp = current >= 0 ? &warp_of(current) : nullptr;
+    if (!warp || !warp->ready || any_warp) {
+        any_warp = false;
+        std::shuffle(order.begin(), order.end(), random_order);
+        warp = nullptr;
+        for (int w : order) {
+            if (warps[w].ready) {
+                warp = &warps[w];
+                break;
             }
-            if (!warp) stuck();
         }
-        const int lane = __builtin_ctz(warp->ready);
-        warp->ready &= ~(1u << lane);
-        current = int(warp - warps.data()) * kWarpLanes + lane;
-        Thread & t = *threads[current];
-        here = t.place;
-        if (t.started) _longjmp(t.at, 1);
-        t.started = true;
-        setcontext(&t.start);
+        if (!warp) stuck();
     }
+    const int lane = __builtin_ctz(warp->ready);
+    warp->ready &= ~(1u << lane);
+    current = int(warp - warps.data()) * kWarpLanes + lane;
+    Thread & t = *threads[current];
+    here = t.place;
+    if (t.started) _longjmp(t.at, 1);
+    t.started = true;
+    setcontext(&t.start);
+    std::abort();
+}
+
+// Others go on; comes back when this one is ready again.
+void wait() {
+    if (_setjmp(threads[current]->at) == 0) switch_thread();
+}
+
+void enter() {
+    while (true) {
+        (*body)();
+        end_thread();
+        wait();  // for the next block
+    }
+}
+
+void run_block() {
+    order.resize(warps.size());
+    for (size_t w = 0; w < order.size(); ++w) order[w] = int(w);
+    if (_setjmp(scheduler) == 0) switch_thread();
 }
 
 }  // namespace
 
 uint8_t * dynamic_shared() {
 #ifdef MAP_32BIT
-    static uint8_t * const memory = map(kShared, MAP_32BIT);
+    constexpr int kLow = MAP_32BIT;
 #else
-    static uint8_t * const memory = map(kShared, 0);
+    constexpr int kLow = 0;
 #endif
+    static uint8_t * const memory = static_cast<uint8_t *>(std::memset(map(kShared, kLow), 0xff, kShared));
     return memory;
 }
 
 void run(dim3 grid, int n, size_t shared_bytes, const std::function<void()> & kernel) {
-    if (n < 1 || n > kMostThreads || shared_bytes > kShared) std::fprintf(stderr, "emulator: a block of %d threads, %zu bytes\n", n, shared_bytes), std::abort();
+    if (n < 1 || n > kMostThreads || shared_bytes > size_t(kShared)) std::fprintf(stderr, "emulator: a block of %d threads, %zu bytes\n", n, shared_bytes), std::abort();
     while (int(threads.size()) < n) {
         threads.push_back(std::make_unique<Thread>());
-        threads.back()->stack = map(kStack, MAP_NORESERVE);
+        Thread & t = *threads.back();
+        getcontext(&t.start);
+        t.start.uc_stack.ss_sp = map(kStack, MAP_NORESERVE);
+        t.start.uc_stack.ss_size = kStack;
+        t.start.uc_link = nullptr;
+        makecontext(&t.start, enter, 0);
     }
     warps.resize((n + kWarpLanes - 1) / kWarpLanes);
     grid_size = grid;
@@ -185,17 +196,10 @@ void run(dim3 grid, int n, size_t shared_bytes, const std::function<void()> & ke
     }
     std::shuffle(blocks.begin(), blocks.end(), random_order);
     for (const dim3 & block : blocks) {
-        std::memset(dynamic_shared(), 0xff, kShared);  // NaN: nobody may read what nobody has written
         for (int i = 0; i < n; ++i) {
             Thread & t = *threads[i];
-            t.started = t.ended = false;
             t.place = {block, dim3(unsigned(i), 0, 0)};
-            for (Started & s : t.started_work) s = Started();
-            getcontext(&t.start);
-            t.start.uc_stack.ss_sp = t.stack;
-            t.start.uc_stack.ss_size = kStack;
-            t.start.uc_link = nullptr;
-            makecontext(&t.start, enter, 0);
+            for (Started & s : t.started_work) s.list.clear(), s.group = 0;
         }
         for (size_t w = 0; w < warps.size(); ++w) {
             const int lanes = std::min(kWarpLanes, n - int(w) * kWarpLanes);
@@ -210,11 +214,12 @@ void run(dim3 grid, int n, size_t shared_bytes, const std::function<void()> & ke
         for (int i = 0; i < n; ++i) {  // copies that nobody waited for
             for (auto & [group, work] : threads[i]->started_work[0].list) work();
         }
-        const uint8_t * beyond = dynamic_shared() + shared_bytes, * end = dynamic_shared() + kShared;
-        if (std::any_of(beyond, end, [](uint8_t byte) { return byte != 0xff; })) {
+        const uint8_t * beyond = dynamic_shared() + shared_bytes;
+        if (shared_bytes < kShared && (*beyond != 0xff || std::memcmp(beyond, beyond + 1, kShared - shared_bytes - 1) != 0)) {
             std::fprintf(stderr, "emulator: block %u,%u,%u wrote past its %zu bytes of shared memory\n", block.x, block.y, block.z, shared_bytes);
             std::abort();
         }
+        std::memset(dynamic_shared(), 0xff, shared_bytes);  // NaN: nobody may read what nobody has written
     }
 }
 
@@ -242,6 +247,11 @@ const std::vector<Gpu> & gpus() {
     return list;
 }
 std::string bus_of(int gpu) { return "emulated:" + std::to_string(gpu); }
+void begin_order(unsigned number) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    finish();
+    random_order.seed(seed() + 1000003u * number);
+}
 int & current_gpu() {
     static thread_local int gpu = 0;
     return gpu;
@@ -284,20 +294,14 @@ void record(std::vector<Work> * to) {
     records = to != nullptr;
 }
 
-int lane() { return current % kWarpLanes; }
-bool was_there(int lane) { return warp_of(current).met[warp_of(current).turn ^ 1] >> lane & 1; }
-// The set that the last meeting filled. Nobody writes it again before all have been at the next one.
-const uint32_t * words(int lane) {
-    const Warp & warp = warp_of(current);
-    return warp.words[warp.turn ^ 1][lane];
-}
-
-void meet(const void * brought, size_t bytes) {
+const Met & meet(const void * brought, size_t bytes) {
     Warp & warp = warp_of(current);
-    if (bytes) std::memcpy(warp.words[warp.turn][lane()], brought, bytes);
+    const Met & met = warp.met[warp.turn];
+    if (bytes) std::memcpy(warp.met[warp.turn].words[lane()], brought, bytes);
     warp.arrived |= 1u << lane();
     if (warp.arrived == warp.there) end_meeting(warp);
     wait();
+    return met;
 }
 
 Count barrier(int id, int n, bool brought) {
