@@ -110,7 +110,7 @@ def test_an_answer_streams_stops_and_branches(page, served):
     page.wait_for_selector("li.assistant[data-state=done]")
     assert [m.content for m in window.store.branch(chat.id)][0] == "Compute 2 + 3."
     page.reload()
-    page.wait_for_selector("li.assistant[data-state=done] .block")  # the same chat and branch
+    page.wait_for_selector("li.assistant[data-state=done]")  # the same chat and branch
     assert "Compute 2 + 3." in page.inner_text("li.user .body")
 
 
