@@ -155,10 +155,10 @@ const seen = new IntersectionObserver(
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;
       seen.unobserve(entry.target);
-      const growing = new Growing(entry.target);
       const text = entry.target.textContent;
       entry.target.replaceChildren();
       entry.target.classList.remove("raw");
+      const growing = new Growing(entry.target);
       growing.add(text);
       growing.end();
     }
