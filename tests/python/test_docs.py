@@ -152,7 +152,7 @@ def commands_of(module: str) -> set[str]:
     return options | {name for x in found + group for name in x.context_settings.get("help_option_names", ["--help"])} | {"--help"}
 
 
-MODULES = ["bridge.run", *(f"mixkvq.{name}" for name in ("serve", "calibrate", "evaluate", "convert", "inspect", "lab"))]
+MODULES = ["bridge.run", "mixkvq.cli.window", *(f"mixkvq.{name}" for name in ("serve", "calibrate", "evaluate", "convert", "inspect", "lab"))]
 SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if "click.command" in path.read_text(encoding="utf-8"))
 
 
