@@ -70,8 +70,8 @@ class Engine:
             with self._wake:
                 if self._closing:
                     raise ContextError("The engine is closed.")
-                if len(self._waiting) >= self.longest_queue:
-                    raise BusyError(f"{len(self._waiting)} requests are waiting already; try again later.")
+                if len(self._jobs) + len(self._waiting) >= self.llama.n_seq + self.longest_queue:
+                    raise BusyError(f"All streams are busy, and as many requests wait as may, {self.longest_queue}; try again later.")
                 self._number += 1
                 job.number = self._number
                 self.totals["requests"] += 1
