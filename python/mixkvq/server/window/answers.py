@@ -227,7 +227,7 @@ class Answers:
         chat, about, messages = await run_in_threadpool(gather)
         history = History(self._service, about, messages)
         beginning = await history.beginning()
-        number = await run_in_threadpool(store.begin, chat, question)
+        number = await run_in_threadpool(store.begin, chat, question, {"model": self._service.name})
         await run_in_threadpool(store.read, chat, beginning)
         answer = self._running[number] = self._last[chat] = Answer(self._service, store, chat, number, history, self._writer)
         answer.task.add_done_callback(lambda _: self._running.pop(number, None))
