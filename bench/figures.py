@@ -36,6 +36,7 @@ NOT_MEASURED = (":!bench/results", ":!bench/tables.py", ":!bench/figures.py")
 PROFILES = ("2.41", "3.0", "4.5")
 PRESETS = ("mix8.2", "mix6.2", "mix4.3", "mix3.8", "balanced", "mix2.5", "mix2.4")
 RIVALS = ("turbo-2", "kvarn-2", "kitty-12.5", "kivi-2", "turbo-3", "kvarn-3", "turbo-4", "kvarn-4", "q4_0-rot", "kivi-4")
+REFACTORING = ("b91b90c", "ddea892")  # the commits before and after the C++ code was cut into layers
 PUBLISHED = ("turbo-2", "kvarn-2", "kitty-12.5", "kitty-25", "kivi-2", "turbo-3", "kvarn-3", "turbo-4", "kvarn-4", "q4_0-rot", "kivi-4", "q8_0-rot")
 VARIATIONS = (
     *("score=S", "score=I", "score=E", "score=M", "static", "mse=2", "rotk:K=3", "K=3", "K=4@8+40@4+84@2", "K=64@4+64@2"),
@@ -116,6 +117,12 @@ def commands(step: str, given: Given) -> list[list[str]]:
     if step == "restores":
         caches = ",".join((*PRESETS, "paper"))
         return [[str(ROOT / "bench" / "restores.py"), str(MODEL), "--kv", caches, "--threads", "1", "--windows", "1", "--out", "restores.json"]]
+    if step == "restores-real":
+        fixed = ["--kv", "near-lossless,balanced,mix2.4", "--rounds", "0,1,4,12", "--threads", "1", "--windows", "1"]
+        return [[str(ROOT / "bench" / "restores.py"), *given.models, *fixed, "--out", "restores-real.json"]]
+    if step == "commits":
+        before, after = REFACTORING
+        return [[str(ROOT / "bench" / "commits.py"), str(MODEL), before, after, "HEAD", "--out", "commits.json"]]
     if step == "turns":
         caches = ",".join((*PRESETS, "f16", "q8_0"))
         return [[str(ROOT / "bench" / "turns.py"), str(MODEL), "--kv", caches, "--threads", "2", "--out", "turns.json"]]
@@ -146,6 +153,8 @@ STEPS = {
     "problems": ("problems",),
     "memory": ("memory",),
     "restores": ("restores",),
+    "restores-real": ("restores-real",),
+    "commits": ("commits",),
     "states": ("states",),
     "turns": ("turns",),
     "exact": ("plain", "exact"),
@@ -155,7 +164,7 @@ STEPS = {
 """The files that a step leaves in bench/results."""
 
 QUIET = ("speed", "states", "timings")  # on a machine that does nothing else
-ONLY_ASKED = (*QUIET, "turns")  # or with LLAMA_CPP_BIN: the folder with a llama-server
+ONLY_ASKED = (*QUIET, "turns", "restores-real", "commits")  # or with LLAMA_CPP_BIN: the folder with a llama-server
 NEEDS_TEXTS = ("caches", "codecs", "codecs-published", "variations")
 
 
@@ -229,7 +238,7 @@ def run_step(step: str, given: Given, head: str) -> None:
 @click.option("--novel", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Frankenstein as text.")
 @click.option("--wiki", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="wiki.test.raw of WikiText-2.")
 @click.option("--problems", type=click.IntRange(min=1), default=200, show_default=True, help="Problems that are solved with every cache.")
-@click.option("--models", default="", help="Further models, comma-separated, of the step timings.")
+@click.option("--models", default="", help="Models, comma-separated: further ones of the step timings, the one of the step restores-real.")
 def main(steps, novel, wiki, problems, models):
     further = tuple(str(Path(name).resolve()) for name in split_names(models))
     given, names = Given(novel, wiki, problems, further), split_names(steps)

@@ -44,29 +44,39 @@ TEXT = Path(__file__).parents[1] / "python" / "mixkvq" / "study" / "calibration.
 BATCH = 512
 
 
-def restore(llm: Any, kind: str) -> None:
-    """The state of a context, f16 as llama.cpp gives it or packed, put back into the emptied context."""
+def save(llm: Any, kind: str) -> Any:
+    """The state of a context: f16 as llama.cpp gives it, or packed."""
     if kind == "packed":
-        state = llm.save_state()
-        llm.clear()
+        return llm.save_state()
+    data = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(llm._context))()
+    return data, llama_cpp.llama_state_get_data(llm._context, data, len(data)), llm.n_tokens
+
+
+def load(llm: Any, kind: str, state: Any) -> None:
+    """The state put into the emptied context."""
+    llm.clear()
+    if kind == "packed":
         llm.load_state(state)
         return
-    context = llm._context
-    data = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(context))()
-    size = llama_cpp.llama_state_get_data(context, data, len(data))
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-    if size == 0 or llama_cpp.llama_state_set_data(context, data, size) == 0:
+    data, size, n_tokens = state
+    if size == 0 or llama_cpp.llama_state_set_data(llm._context, data, size) == 0:
         raise click.ClickException("llama.cpp did not take its own state back.")
+    llm.n_tokens = n_tokens
 
 
-def predictions(llm: Any, tokens: list[int], read: int, rounds: int, kind: str = "f16") -> npt.NDArray[np.float32]:
-    """Logits of the tokens after the first `read`."""
-    llm.reset()
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm._context), True)
+def predictions(llm: Any, tokens: list[int], read: int, counts: list[int], kind: str = "f16") -> list[npt.NDArray[np.float32]]:
+    """Logits of the tokens after the first `read`, whose state went out and came back so many times before. Read they are once."""
+    llm.clear()
     feed(llm, tokens[:read], BATCH, 0)
-    for _ in range(rounds):
-        restore(llm, kind)
-    return feed(llm, tokens[read:], BATCH, len(tokens) - read)
+    first = save(llm, kind) if any(counts) else None
+    found = []
+    for n in sorted(counts):
+        state = first
+        for i in range(n):
+            load(llm, kind, state)
+            state = save(llm, kind) if i + 1 < n else None
+        found.append(np.array(feed(llm, tokens[read:], BATCH, len(tokens) - read)))  # which llama.cpp writes over
+    return found
 
 
 @tool()
@@ -98,13 +108,13 @@ def main(
 ) -> None:
     if out is not None:
         check_result(out, "restores", force=force, inputs=(model, text))
-    counts = [int(n) for n in rounds.split(",")]
+    counts = sorted(int(n) for n in rounds.split(","))
     options = {"n_ctx": read + after + 256, "n_batch": BATCH, "n_threads": threads}
     f16 = open_model(Path(model), "f16", **options)
     tokens, before = tokenize_text(f16, text.read_bytes())
     size = read + after - len(before)
     parts = [before + tokens[at : at + size] for at in draw_windows(len(tokens), size, windows, seed)]
-    truth = [predictions(f16, part, read, 0) for part in parts]
+    truth = [predictions(f16, part, read, [0])[0] for part in parts]
     settings = {"read": read, "after": after, "windows": len(parts), "text": text.name, "baseline": "f16", "seed": seed}
     result = describe("restores", Path(model), settings, out) | {"caches": []}
     if not set(split_names(kinds)) <= {"f16", "packed"}:
@@ -115,10 +125,11 @@ def main(
         for kind in split_names(kinds):
             if kind == "packed" and llm.stock is not None:
                 continue
-            kld = []
-            for n in counts:
-                found = [predictions(llm, part, read, n, kind) for part in parts]
-                kld.append(float(np.mean([native().compare_predictions(p, [q])[0].mean() for p, q in zip(truth, found, strict=True)])))
+            found = [predictions(llm, part, read, counts, kind) for part in parts]
+            kld = [
+                float(np.mean([native().compare_predictions(p, [after])[0].mean() for p, after in zip(truth, each, strict=True)]))
+                for each in zip(*found, strict=True)
+            ]
             result["caches"].append({"cache": name, "state": kind, "rounds": counts, "kld": kld})
             table.add_row(name, kind, *(f"{x:.5f}" for x in kld))
             save_json(out, result)

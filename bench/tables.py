@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -237,11 +238,36 @@ def states_table() -> str:
     return table(head, rows) + source("states")
 
 
-def restores_table() -> str:
+def restores_table(name: str = "restores") -> str:
     """Sorted by the divergence without a restore."""
-    found = sorted(result("restores")["caches"], key=lambda r: (r["kld"][0], r["cache"], r["state"]))
+    found = sorted(result(name)["caches"], key=lambda r: (r["kld"][0], r["cache"], r["state"]))
     rows = ([label(r["cache"]), {"f16": "F16"}.get(r["state"], r["state"]), *(f"{x:.5f}" for x in r["kld"])] for r in found)
-    return table(["cache", "states", *(f"{n} rounds" for n in found[0]["rounds"])], rows) + source("restores")
+    return table(["cache", "states", *(f"{n} rounds" for n in found[0]["rounds"])], rows) + source(name)
+
+
+def build_ratios(result: dict[str, Any]) -> list[tuple[str, list[tuple[float, float, float]]]]:
+    """Rows: what, and for each build the ratio to the first, the least and the greatest ratio of what it is the mean of."""
+
+    def row(name: str, figures: list[list[float]]) -> tuple[str, list[tuple[float, float, float]]]:
+        builds = ([f[i] / f[0] for f in figures] for i in range(len(result["builds"])))
+        return name, [(statistics.geometric_mean(ratios), min(ratios), max(ratios)) for ratios in builds]
+
+    rows = [row(f"in a model: {name}", [figures]) for name, figures in result["model_ms"].items()]
+    for name in ("packing", "1 token", "64 tokens"):
+        rows.append(row(f"attention alone: {name}", [f for key, f in result["attention_ms"].items() if key.split(", ")[1].startswith(name)]))
+    for name in dict.fromkeys(key.split(", ")[-2] for key in result["kernels_ns"]):
+        rows.append(row(f"kernels: {name}", [f for key, f in result["kernels_ns"].items() if key.split(", ")[-2] == name]))
+    return rows
+
+
+def commits_table() -> str:
+    """Processor time over that of the first commit: means, and extremes where there are several."""
+    found = result("commits")
+    rows = []
+    for name, ratios in build_ratios(found):
+        each = (f"{mean:.3f}" if low == high else f"{mean:.3f} ({low:.2f} to {high:.2f})" for mean, low, high in ratios[1:])
+        rows.append([name, *each])
+    return table(["processor time", *found["builds"][1:]], rows) + source("commits")
 
 
 def timings_table() -> str:
@@ -261,6 +287,20 @@ def timings_table() -> str:
 
 
 # ---- quality ---------------------------------------------------------------------------------------------
+
+
+def compatibility_table() -> str:
+    """Of every build: what it is, its sizes, the mean divergence of every operation, and whether it passes."""
+    found = result("compatibility")["builds"]
+    rows = []
+    for name, build in found.items():
+        package = {"pypi": "PyPI", "npm": "npm"}[build["package"]]
+        klds = [f"{figures['kld_mean']:.4f}" for figures in build.get("operations", {}).values()]
+        sizes = f"{build['mib']:.1f} / {build['mib_f16']:.1f}" if klds else ""
+        what = [name, package, build.get("ggml", ""), build.get("layout", ""), sizes]
+        rows.append([*what, *(klds or [""] * 6), "; ".join(build["faults"]) or "passes"])
+    head = ["build", "from", "ggml", "layout", "MiB / F16", "prompt", "64 tokens", "shift", "two streams", "state out", "state in", ""]
+    return table(head, rows) + source("compatibility")
 
 
 def by_bits(caches: dict[str, Any]) -> list[str]:
@@ -439,7 +479,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving": serving_table,
     "beside": beside_table,
     "restores": restores_table,
+    "restores-real": partial(restores_table, "restores-real"),
+    "commits": commits_table,
     "timings": timings_table,
+    "compatibility": compatibility_table,
     "quality": quality_short,
     "caches": caches_table,
     "exact": exact_table,
@@ -452,15 +495,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets_table,
 }
 
-MEASURED = ("calibration", "caches", "codecs", "codecs-published", "variations", "problems", "memory", "restores", "states", "turns")
+MEASURED = ("calibration", "caches", "codecs", "codecs-published", "variations", "problems", "memory", "restores", "states", "turns", "commits")
 COMMANDS = {name: f"make figures STEPS={name}" for name in MEASURED}
 COMMANDS |= dict.fromkeys(("plain", "exact"), "make figures STEPS=exact")
+COMMANDS["restores-real"] = "make figures STEPS=restores-real MODELS=..."
 COMMANDS |= {name: "make figures STEPS=speed" for name in ("speed-builtin", "speed-8b-2layers")}
 COMMANDS |= {name: "make figures STEPS=timings MODELS=..." for name in ("timings", *(path.stem for path in RESULTS.glob("timings-*.json")))}
 COMMANDS |= {path.stem: "python bench/turns.py MODEL --device CUDA0 --kv ..." for path in RESULTS.glob("turns-*.json")}
 COMMANDS["serving"] = "python bench/serving.py models/cot-tiny-34m-q8_0.gguf --rounds 1 --tokens 48 --out bench/results/serving.json"
 COMMANDS[GPU] = "python bench/llama_bench.py LLAMA-BENCH MODEL --depths 0,32768,131072 --tokens 128 --prefill 0 --rounds 1 --repetitions 3"
 COMMANDS[GPU_PROMPTS] = "python bench/llama_bench.py LLAMA-BENCH MODEL --kv f16,balanced --depths 0 --rounds 1 --repetitions 3"
+COMMANDS["compatibility"] = "make compat"
 """By result: what measures it."""
 
 

@@ -49,6 +49,8 @@ def calibration(model: str, options: list[str], folder: Path) -> dict[str, Any]:
     out = folder / "profile.gguf"
     seconds = timed("mixkvq.calibrate", model, *options, "-o", str(out))
     measured = read_profile(out).measured
+    if not measured:
+        raise click.ClickException(f"{Path(model).name}: calibrate had no time to measure anything; give it more --minutes.")
     return {"seconds": round(seconds, 2), **{key: measured[0][key] for key in ("seconds_said", "outside_llama")}, "measured": measured}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from llama_cpp import _logger, llama_chat_format, llama_grammar, llama_tokenizer
+from llama_cpp import _internals, _logger, llama_chat_format, llama_grammar, llama_tokenizer
 from llama_cpp import llama_cpp as C
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
@@ -39,6 +39,7 @@ __all__ = [
     "folder",
     "grammar_of_schema",
     "is_verbose",
+    "leave_weights_out",
     "libraries",
     "loading_failed",
     "print_log",
@@ -50,6 +51,10 @@ ARGUMENTS = tuple(inspect.signature(llama_cpp.Llama.__init__).parameters)[2:-1]
 
 CLOSED = "The model is closed."
 BUSY = "The codec cannot use the model that is evaluating: it only gets the page."
+
+
+if not hasattr(_internals.LlamaModel, "sampler"):  # until 0.3.22 or later a model that was not loaded complained of it when it was deleted
+    _internals.LlamaModel.sampler = None
 
 
 def version() -> str:
@@ -69,6 +74,15 @@ def libraries() -> Iterator[ctypes.CDLL]:
         for name in ("ggml.dll", "ggml-base.dll"):
             with contextlib.suppress(OSError):
                 yield ctypes.CDLL(str(folder() / "lib" / name))
+
+
+def leave_weights_out(params: Any) -> None:
+    """Let a model that is loaded with these llama_model_params have no weights, and its file not be mapped into memory."""
+    params.no_alloc = True
+    if hasattr(params, "load_mode"):  # since 0.3.35
+        params.load_mode = C.LLAMA_LOAD_MODE_NONE
+    else:
+        params.use_mmap = False
 
 
 # ---- llama-cpp-python's log --------------------------------------------------------------------------------------------------------

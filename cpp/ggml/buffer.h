@@ -15,7 +15,7 @@
 #include "notes.h"
 #include "session.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 struct CacheTensor;
 
@@ -114,7 +114,9 @@ class BufferLocks {
     void lock() {
         std::sort(buffers_.begin(), buffers_.end());
         buffers_.erase(std::unique(buffers_.begin(), buffers_.end()), buffers_.end());
+#ifndef MIXKVQ_WITHOUT_LOCKS  // as `make tsan` builds it to be told of it
         for (Buffer * buffer : buffers_) locks_.emplace_back(buffer->mutex);
+#endif
     }
 
   private:
@@ -132,4 +134,4 @@ bool is_split(const ggml_tensor * op);           // of a model whose tensors ggm
 bool is_in_memory_of_llama(const ggml_tensor * tensor);  // a tensor of llama.cpp's memory (cache_*) in one of our buffers
 size_t offset_in_cache(const ggml_tensor * tensor);
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -58,15 +58,18 @@ struct Phases {
     float inv[kPageCells];
 };
 
-// How far eight dimensions would be from the middles of their steps with other means, over all rows.
-void off_with(const Phases & p, int d, const uint8_t * bytes, F was, float * off) {
+// How far eight dimensions would be from the middles of their steps with other means, over all rows; no further than until all of them are above `limit`.
+void off_with(const Phases & p, int d, const uint8_t * bytes, F was, F limit, float * off) {
+    constexpr int kRowsAtOnce = 16;
     F total = splat(0.0f);
     const F by = sub(load_byte_halves<kMeanShift>(bytes), was);
-    for (int i = 0; i < p.n; ++i) {
-        const F away = min(max(mul(by, splat(p.inv[i])), splat(-16384.0f)), splat(16384.0f));
-        const F moved = floor(add(mul(away, splat(float(kPhases))), splat(0.5f)));
-        const I x = add(to_int(sub(load_half(p.phase[i] + d), moved)), splat_int(kPhases / 2));
-        total = add(total, abs(sub(to_float(bits_and(x, splat_int(kPhases - 1))), splat(float(kPhases / 2)))));
+    for (int first = 0; first < p.n && highest(sub(limit, total)) >= 0; first += kRowsAtOnce) {
+        for (int i = first; i < first + kRowsAtOnce && i < p.n; ++i) {
+            const F away = min(max(mul(by, splat(p.inv[i])), splat(-16384.0f)), splat(16384.0f));
+            const F moved = floor(add(mul(away, splat(float(kPhases))), splat(0.5f)));
+            const I x = add(to_int(sub(load_half(p.phase[i] + d), moved)), splat_int(kPhases / 2));
+            total = add(total, abs(sub(to_float(bits_and(x, splat_int(kPhases - 1))), splat(float(kPhases / 2)))));
+        }
     }
     store(off, total);
 }
@@ -85,7 +88,7 @@ int kept_means(const ValueFormat & f, const Phases & p, float least, const float
         store(x, fitted);
         store_half(h, fitted);
         for (int i = 0; i < kLanes; ++i) means[d + i] = large_mean_byte(x[i], h[i], least * 0.5f);
-        off_with(p, d, means + d, was, fewest);
+        off_with(p, d, means + d, was, splat(float(kPhases * kPageCells)), fewest);
         bool settled[kLanes], all = true;
         for (int i = 0; i < kLanes; ++i) all &= settled[i] = fewest[i] <= float(kPhases / 16 * p.n) && (means[d + i] == near[d + i] || means[d + i] == 0);
         for (int other = 0; other < 2 * kMeanReach + 2 && !all; ++other) {
@@ -94,7 +97,9 @@ int kept_means(const ValueFormat & f, const Phases & p, float least, const float
                 bytes[i] = other_mean(near[d + i], own[d + i], other);
                 if (std::fabs(float_of(half(bytes[i] << kMeanShift))) < least * 0.5f || bytes[i] == 0x80) bytes[i] = 0;
             }
-            off_with(p, d, bytes, was, off);
+            float limit[kLanes];  // above it a byte is not better; settled ones look for none
+            for (int i = 0; i < kLanes; ++i) limit[i] = settled[i] ? -1.0f : fewest[i] + float(p.n / 4);
+            off_with(p, d, bytes, was, load(limit), off);
             float away[kLanes], best[kLanes];
             store(away, abs(sub(load_byte_halves<kMeanShift>(bytes), load(exact + d))));
             store(best, abs(sub(load_byte_halves<kMeanShift>(means + d), load(exact + d))));

@@ -1,10 +1,11 @@
 // Attention over a whole cache of one layer, as the backend calls it: milliseconds, GB/s of cache read, by preset, depth, batch and instruction
-// set. Usage: bench_attention [threads [query heads [KV heads [head size [preset ...]]]]]
+// set, or for that of MIXKVQ_ISA. Usage: bench_attention [threads [query heads [KV heads [head size [preset ...]]]]]
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <ctime>
 #include <random>
 #include <string>
@@ -66,6 +67,7 @@ int main(int argc, char ** argv) {
     if (n_threads < 1 || n_kv_heads < 1 || n_heads % n_kv_heads || d % 8 || d < kMinHeadSize || d > kMaxHeadSize) {
         return std::fprintf(stderr, "bench_attention: heads must be a multiple of KV heads, the head size a multiple of 8 from %d to %d\n", kMinHeadSize, kMaxHeadSize), 2;
     }
+    const char * only = std::getenv("MIXKVQ_ISA");
     const int row = n_kv_heads * d;
     const int depths[] = {4096, 16384, 32768}, batches[] = {1, 64};
     std::mt19937 rng(1);
@@ -75,7 +77,7 @@ int main(int argc, char ** argv) {
     for (float & x : q) x = gauss(rng) * 0.3f;
 
     for (Isa isa : kIsas) {
-        if (!isa_supported(isa) || (isa == Isa::scalar && argc > 1)) continue;
+        if (!isa_supported(isa) || (only ? std::strcmp(only, isa_name(isa)) != 0 : isa == Isa::scalar && argc > 1)) continue;
         const Kernels & k = *kernels_for(isa);
         for (const std::string & name : names) {
             const Preset * preset = find_preset(name);

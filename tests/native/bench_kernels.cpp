@@ -1,8 +1,9 @@
 // Nanoseconds of processor time per page and head for every kernel of every supported instruction set; "again" packs rows that were read back.
-// Usage: bench_kernels [head size]
+// Usage: bench_kernels [head size]; MIXKVQ_ISA=avx2 for one set only
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <ctime>
 #include <random>
 #include <vector>
@@ -38,6 +39,7 @@ struct ValueCase { const char * name; ValueFormat format; };
 }  // namespace
 
 int main(int argc, char ** argv) {
+    const char * only = std::getenv("MIXKVQ_ISA");
     const int d = argc > 1 ? std::atoi(argv[1]) : 128;
     const int n8 = 4, n4 = d * 5 / 16 / 4 * 4, counts[] = {1, 4, 8, 64};
     const KeyCase keys[] = {
@@ -67,7 +69,7 @@ int main(int argc, char ** argv) {
     uint8_t * record = reinterpret_cast<uint8_t *>(aligned(memory[4], kPageCells * d));
 
     for (Isa isa : kIsas) {
-        if (!isa_supported(isa)) continue;
+        if (!isa_supported(isa) || (only && std::strcmp(only, isa_name(isa)))) continue;
         const Kernels & k = *kernels_for(isa);
         std::printf("\n%s, head size %d, ns per page and head %33s", isa_name(isa), d, "");
         for (int n : counts) std::printf("   n=%-5d", n);

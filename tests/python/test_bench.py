@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import _common
+import commits
 import cuda_trace
 import imports
 import llama_bench
@@ -244,7 +245,7 @@ def test_twelve_restores_change_no_prediction(cache, kind):
     llm = open_model(MODEL, cache, n_ctx=768, n_batch=512, n_threads=1)
     tokens = llm.tokenize(restores.TEXT.read_bytes()[:8192])[:512]
     assert len(tokens) == 512
-    before, after = (restores.predictions(llm, tokens, 448, rounds, kind) for rounds in (0, 12))
+    before, after = restores.predictions(llm, tokens, 448, [0, 12], kind)
     llm.close()
     np.testing.assert_array_equal(before, after)
 
@@ -384,6 +385,40 @@ def test_timings_of_the_tools_and_their_table(tmp_path, monkeypatch):
 
 
 # ---- imports ---------------------------------------------------------------------------------------------
+
+
+KERNELS = """
+avx2, head size 128, ns per page and head                                    n=1       n=4
+  keys 8@4 4@5/16 2@rest         pack         9187
+  keys 8@4 4@5/16 2@rest         scores                                       1500      3000
+  F16 rows                       values                                        900      1800
+
+avx512, head size 128, ns per page and head                                    n=1       n=4
+  values 2 bits, groups of 32    again        2000
+"""
+ATTENTION = """
+avx512_vnni, balanced, 1 threads, 32 query / 8 KV heads of 128: packing 1.25 us a token
+     1 tokens at   4096:     0.500 ms   12.34 GB/s
+    64 tokens at  16384:    21.000 ms    3.45 GB/s
+"""
+
+
+def test_commits_against_each_other():
+    """What the native benchmarks print is understood, and ratios are to the first build."""
+    found = commits.kernels(KERNELS)
+    keys = "avx2, keys 8@4 4@5/16 2@rest, "
+    assert found == {
+        **{keys + "pack, 1": 9187, keys + "scores, 1": 1500, keys + "scores, 4": 3000},
+        **{"avx2, F16 rows, values, 1": 900, "avx2, F16 rows, values, 4": 1800, "avx512, values 2 bits, groups of 32, again, 1": 2000},
+    }
+    alone = commits.attention(ATTENTION)
+    assert alone == {"avx512_vnni, packing": 1.25, "avx512_vnni, 1 tokens at 4096": 0.5, "avx512_vnni, 64 tokens at 16384": 21}
+    twice = {key: [x, 2 * x] for key, x in found.items()}
+    twice["avx2, F16 rows, values, 4"] = [1800, 14400]
+    result = {"builds": ["a", "b"], "model_ms": {"prompt": [4.0, 2.0]}, "attention_ms": {k: [x, x] for k, x in alone.items()}, "kernels_ns": twice}
+    ratios = {name: each[1] for name, each in tables.build_ratios(result)}
+    assert ratios["in a model: prompt"] == (0.5, 0.5, 0.5) and ratios["attention alone: packing"] == (1, 1, 1)
+    assert ratios["kernels: scores"] == (2, 2, 2) and ratios["kernels: values"] == pytest.approx((4, 2, 8))
 
 
 def test_the_picture_of_imports_knows_circles_and_heights():
