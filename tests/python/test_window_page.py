@@ -329,7 +329,6 @@ def test_what_the_end_of_the_context_does_is_said(page, served):
     number = kept(window, "word " * 1500, "Yes.", "word " * 1500, "Yes.", settings={"at_end": "shift", "max_tokens": 2})
     opened(page, address, number)
     say(page, "And now?")
-    page.wait_for_selector("#notes :text('the model no longer reads its')")
     page.wait_for_selector("li.assistant[data-state=done] .remark:has-text('the model no longer reads its')")
     number = kept(window, "word " * 3000, "Yes.", settings={"max_tokens": 2})
     opened(page, address, number)
