@@ -76,7 +76,7 @@ CUDA ?= $(if $(and $(GPUS),$(shell command -v nvcc)),ON,OFF)
 # On a processor with AMX: whether the compiler's ldtilecfg reads 8 of the 64 bytes of a configuration, so that llama.cpp's is thrown away as unused.
 AMX_LOST := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && printf '\043include <immintrin.h>' | $${CXX:-c++} -mamx-tile -E -x c++ - 2>/dev/null | grep -q 'ldtilecfg.*%X0' && echo yes)
 
-.PHONY: run test wheel compat releases llama-cpp-python pythons repeat sanitize soak soak-server canary fuzz tsan neon bench figures tables lint clean
+.PHONY: run test wheel compat releases llama-cpp-python pythons repeat sanitize soak soak-server canary fuzz tsan neon bench figures tables lint clean pictures vendor
 .DELETE_ON_ERROR:
 
 run: .venv/.installed
@@ -263,6 +263,14 @@ tables: .venv/.installed
 $(BENCH)/8b-2layers.gguf: bench/random_model.py | .venv/.installed
 	@mkdir -p $(BENCH)
 	@$(PY) bench/random_model.py $@ --force --layers 2
+
+# Of the chat window, for docs/chat.md: needs Chromium.
+pictures: .venv/.installed
+	@$(PY) bench/window.py pictures
+
+# The libraries of the chat window's page, at the versions that its vendor/README.md names. Needs npm.
+vendor:
+	@sh bench/vendor.sh
 
 lint: .venv/.dev
 	@$(PY) -m ruff check .

@@ -243,7 +243,7 @@ def test_completion_prints_what_the_shell_reads(shell, capfd):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("mixkvq c", ["plain,calibrate", "plain,convert", "plain,completion"]),
+        ("mixkvq c", ["plain,chat", "plain,calibrate", "plain,convert", "plain,completion"]),
         ("mixkvq run --kv bal", ["plain,balanced"]),
         ("mixkvq run mod", ["file,mod"]),
         ("mixkvq evaluate mod", ["file,mod"]),

@@ -60,6 +60,12 @@ class BusyError(BridgeError, RuntimeError):
     exit_code = 1
 
 
+class StoreError(BridgeError, RuntimeError):
+    """The store of chats cannot be read or written: a full disk, a newer version, a file that is none."""
+
+    exit_code = 1
+
+
 class TimeLimitError(BridgeError, TimeoutError):
     """A request took longer than it may."""
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from . import native, slots
@@ -40,8 +40,8 @@ class Running(Protocol):
         """The answer as it comes."""
 
 
-def create_app(service: Service, rules: Rules | None = None) -> ASGIApp:
-    """The server as an ASGI application."""
+def create_app(service: Service, rules: Rules | None = None, more: Sequence[BaseRoute] = ()) -> ASGIApp:
+    """The server as an ASGI application. more: further routes, behind its own."""
     endpoint = Endpoints(service)
     answer, give = endpoint.answer, endpoint.give
     routes = [
@@ -61,6 +61,7 @@ def create_app(service: Service, rules: Rules | None = None) -> ASGIApp:
         Route("/slots", endpoint.slots),
         Route("/slots/{slot:int}", endpoint.slot, methods=["POST"]),
         Route("/metrics", endpoint.metrics),
+        *more,
     ]
     handlers: dict[Any, Any] = {HTTPException: _http, ApiError: _failed, Exception: _failed}
     app = Starlette(routes=routes, exception_handlers=handlers)

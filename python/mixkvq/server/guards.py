@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,7 +20,7 @@ from .errors import ApiError
 from .metrics import Metrics
 
 logger = logging.getLogger("mixkvq.server")
-OPEN = ("/health", "/v1/health")  # without a key
+OPEN = ("/health", "/v1/health", "/open")  # without a key; the last brings one
 BODY_SECONDS = 60.0
 
 
@@ -28,7 +29,7 @@ class Rules:
     """Who may ask, and how much at a time.
 
     host: what the server listens on. keys: one of them must come with a request; none: any may ask. hosts: further names by which the server is
-    called. origins: pages of other servers that may ask. largest: bytes of a body.
+    called. origins: pages of other servers that may ask. largest: bytes of a body. cookie: a key may come in the one of this name.
     """
 
     host: str = "127.0.0.1"
@@ -36,6 +37,7 @@ class Rules:
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     largest: int = 32 << 20
+    cookie: str = ""
 
     def knows_host(self, name: str) -> bool:
         """Whether a request's Host is one of ours. A page whose name was made to lead here (DNS rebinding) sends its own.
@@ -114,6 +116,8 @@ class Guard:
 
     def _has_key(self, headers: Headers) -> bool:
         given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if not given and self._rules.cookie:
+            given = cookie_parser(headers.get("cookie", "")).get(self._rules.cookie, "")
         return any([hmac.compare_digest(given.encode(), key.encode()) for key in self._rules.keys])
 
 

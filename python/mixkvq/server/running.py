@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
+from starlette.routing import BaseRoute
 
 from ..core.errors import SettingsError
 from .app import create_app
@@ -37,10 +38,12 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(service: Service, rules: Rules, where: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
+def serve(
+    service: Service, rules: Rules, where: socket.socket, ready: Callable[[], None] = lambda: None, more: Sequence[BaseRoute] = ()
+) -> None:
     """Answer until SIGINT or SIGTERM; a second one does not wait for answers. ready: called when the first request can come."""
     config = uvicorn.Config(
-        create_app(service, rules),
+        create_app(service, rules, more),
         log_config=None,
         access_log=False,
         lifespan="off",
