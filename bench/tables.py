@@ -289,6 +289,20 @@ def timings_table() -> str:
 # ---- quality ---------------------------------------------------------------------------------------------
 
 
+def compatibility_table() -> str:
+    """Of every build: what it is, its sizes, the mean divergence of every operation, and whether it passes."""
+    found = result("compatibility")["builds"]
+    rows = []
+    for name, build in found.items():
+        package = {"pypi": "PyPI", "npm": "npm"}[build["package"]]
+        klds = [f"{figures['kld_mean']:.4f}" for figures in build.get("operations", {}).values()]
+        sizes = f"{build['mib']:.1f} / {build['mib_f16']:.1f}" if klds else ""
+        what = [name, package, build.get("ggml", ""), build.get("layout", ""), sizes]
+        rows.append([*what, *(klds or [""] * 6), "; ".join(build["faults"]) or "passes"])
+    head = ["build", "from", "ggml", "layout", "MiB / F16", "prompt", "64 tokens", "shift", "two streams", "state out", "state in", ""]
+    return table(head, rows) + source("compatibility")
+
+
 def by_bits(caches: dict[str, Any]) -> list[str]:
     """The noise floor, then by falling bits."""
     return sorted(caches, key=lambda name: -caches[name]["body_bits"])
@@ -427,6 +441,28 @@ def presets_table() -> str:
     return table(["preset", "alias", "body bits", "key channels (of 128)", "values"], rows)
 
 
+def serving_table() -> str:
+    """Of several answers at once."""
+    found, rows = result("serving"), []
+    for name, entry in found["caches"].items():
+        speeds = [f"{entry['tokens_per_second'][str(n)]:.0f}" for n in (1, 4, 8)]
+        rows.append([f"`{name}`", *speeds, *(f"{1e3 * entry['first_token_s'][key]:.0f}" for key in ("alone", "beside", "behind"))])
+    depth = found["settings"]["depth"]
+    head = ["cache", "1 answer, tokens/s", "4 at once", "8 at once", "first token, ms: alone", f"while {depth} tokens are read", "after them"]
+    return table(head, rows) + source("serving")
+
+
+def beside_table() -> str:
+    """Of answers beside others."""
+    rows = []
+    for name, entry in result("serving")["caches"].items():
+        for found in entry["beside_others"].values():
+            same = f"{found['same']} of {found['answers']}"
+            rows.append([f"`{name}`", str(found["prompt"]), same, str(found["tokens_compared"]), f"{found['largest_logprob_difference']:.4f}"])
+    head = ["cache", "tokens of the prompt", "same answers", "tokens compared", "largest difference of a logprob, nats"]
+    return table(head, rows) + source("serving")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "decoding-8b": lambda: decoding("speed-8b-2layers"),
     "decoding-builtin": lambda: decoding("speed-builtin"),
@@ -440,10 +476,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "states": states_table,
     "turns": turns_table,
+    "serving": serving_table,
+    "beside": beside_table,
     "restores": restores_table,
     "restores-real": partial(restores_table, "restores-real"),
     "commits": commits_table,
     "timings": timings_table,
+    "compatibility": compatibility_table,
     "quality": quality_short,
     "caches": caches_table,
     "exact": exact_table,
@@ -463,8 +502,10 @@ COMMANDS["restores-real"] = "make figures STEPS=restores-real MODELS=..."
 COMMANDS |= {name: "make figures STEPS=speed" for name in ("speed-builtin", "speed-8b-2layers")}
 COMMANDS |= {name: "make figures STEPS=timings MODELS=..." for name in ("timings", *(path.stem for path in RESULTS.glob("timings-*.json")))}
 COMMANDS |= {path.stem: "python bench/turns.py MODEL --device CUDA0 --kv ..." for path in RESULTS.glob("turns-*.json")}
+COMMANDS["serving"] = "python bench/serving.py models/cot-tiny-34m-q8_0.gguf --rounds 1 --tokens 48 --out bench/results/serving.json"
 COMMANDS[GPU] = "python bench/llama_bench.py LLAMA-BENCH MODEL --depths 0,32768,131072 --tokens 128 --prefill 0 --rounds 1 --repetitions 3"
 COMMANDS[GPU_PROMPTS] = "python bench/llama_bench.py LLAMA-BENCH MODEL --kv f16,balanced --depths 0 --rounds 1 --repetitions 3"
+COMMANDS["compatibility"] = "make compat"
 """By result: what measures it."""
 
 

@@ -10,13 +10,13 @@ import contextlib
 import ctypes
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
-from llama_cpp import _logger, llama_chat_format, llama_tokenizer
+from llama_cpp import _internals, _logger, llama_chat_format, llama_grammar, llama_tokenizer
 from llama_cpp import llama_cpp as C
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
@@ -30,13 +30,16 @@ __all__ = [
     "Base",
     "BaseLlamaCache",
     "C",
+    "ChatTemplate",
     "Closed",
     "LlamaState",
     "Tokenizer",
     "context_failed",
     "decoding_failed",
     "folder",
+    "grammar_of_schema",
     "is_verbose",
+    "leave_weights_out",
     "libraries",
     "loading_failed",
     "print_log",
@@ -48,6 +51,10 @@ ARGUMENTS = tuple(inspect.signature(llama_cpp.Llama.__init__).parameters)[2:-1]
 
 CLOSED = "The model is closed."
 BUSY = "The codec cannot use the model that is evaluating: it only gets the page."
+
+
+if not hasattr(_internals.LlamaModel, "sampler"):  # until 0.3.22 or later a model that was not loaded complained of it when it was deleted
+    _internals.LlamaModel.sampler = None
 
 
 def version() -> str:
@@ -67,6 +74,15 @@ def libraries() -> Iterator[ctypes.CDLL]:
         for name in ("ggml.dll", "ggml-base.dll"):
             with contextlib.suppress(OSError):
                 yield ctypes.CDLL(str(folder() / "lib" / name))
+
+
+def leave_weights_out(params: Any) -> None:
+    """Let a model that is loaded with these llama_model_params have no weights, and its file not be mapped into memory."""
+    params.no_alloc = True
+    if hasattr(params, "load_mode"):  # since 0.3.35
+        params.load_mode = C.LLAMA_LOAD_MODE_NONE
+    else:
+        params.use_mmap = False
 
 
 # ---- llama-cpp-python's log --------------------------------------------------------------------------------------------------------
@@ -98,6 +114,17 @@ def context_failed(e: Exception) -> bool:
 def decoding_failed(e: Exception) -> bool:
     """Whether it raised this because a batch was not evaluated."""
     return str(e).startswith("llama_decode returned")
+
+
+# ---- grammars and chat templates -----------------------------------------------------------------------------------------------------
+
+
+def grammar_of_schema(schema: str) -> str:
+    """The grammar in llama.cpp's notation (GBNF) of what a JSON schema, given as JSON, describes. Raises whatever the schema's mistakes lead to."""
+    return str(llama_grammar.json_schema_to_gbnf(schema))
+
+
+ChatTemplate = llama_chat_format.Jinja2ChatFormatter
 
 
 # ---- the class -----------------------------------------------------------------------------------------------------------------------
@@ -200,16 +227,34 @@ class Base(llama_cpp.Llama):
         """Forget all cells, and give their memory back."""
         self._ctx.kv_cache_clear()
 
-    def _decode_cells(self, cells: Sequence[tuple[int, int, int]], n_logits: int) -> None:
-        """Evaluate a batch of (sequence, position, token), with logits of its last tokens. Raises RuntimeError, see `decoding_failed`."""
+    def _decode_cells(self, cells: Sequence[tuple[int, int, int]], rows: Collection[int]) -> None:
+        """Evaluate a batch of (sequence, position, token), with logits of those in these places. Raises RuntimeError, see `decoding_failed`."""
         batch, n = self._batch.batch, len(cells)
         batch.n_tokens = n
         for i, (sequence, position, token) in enumerate(cells):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, sequence
-            batch.logits[i] = i >= n - n_logits
+            batch.logits[i] = i in rows
         self._ctx.decode(self._batch)
         C.llama_synchronize(self._ctx.ctx)  # a GPU may still compute
         self._requires_eval = False
+
+    def _logits_row(self, row: int) -> Any:
+        """Logits of one output of the last batch, float32 [vocabulary], by its place in the batch: the context's own, until the next evaluation."""
+        return np.ctypeslib.as_array(C.llama_get_logits_ith(self._ctx.ctx, row), shape=(self.n_vocab(),))
+
+    def _piece_of(self, token: int, special: bool) -> bytes:
+        """The bytes that a token stands for. special: those of control tokens too, which else stand for nothing."""
+        buffer = ctypes.create_string_buffer(256)
+        n = C.llama_token_to_piece(self._vocabulary, token, buffer, len(buffer), 0, special)
+        if n < 0:  # longer than the buffer
+            buffer = ctypes.create_string_buffer(-n)
+            n = C.llama_token_to_piece(self._vocabulary, token, buffer, len(buffer), 0, special)
+        return buffer.raw[: max(0, n)]
+
+    def _special_text(self, which: str) -> str:
+        """The text of the token that begins ("bos") or ends ("eos") a text; "" if the model has none."""
+        token = {"bos": C.llama_vocab_bos, "eos": C.llama_vocab_eos}[which](self._vocabulary)
+        return "" if token < 0 else self._piece_of(token, True).decode("utf-8", "replace")
 
     def _batch_size(self) -> int:
         """Tokens of the last batch."""

@@ -20,7 +20,7 @@ from ._compat import C, folder, libraries, version
 from .devices import Gpu
 from .library import library_path
 from .log import log, sentence
-from .versions import GGML_VERSIONS, LLAMA_CPP_VERSIONS
+from .versions import LLAMA_CPP, LLAMA_CPP_OLDEST
 
 CPU_DEVICE, OURS = "MIXKVQ-CPU", "MIXKVQ-"  # our devices: the CPU's, and one for each of llama.cpp's own, MIXKVQ-CUDA0
 _SETTINGS = ("MIXKVQ_PRESET", "MIXKVQ_PROFILE", "MIXKVQ_WINDOW", "MIXKVQ_SINKS")
@@ -47,8 +47,7 @@ def function(name: str, result: Any, *arguments: Any) -> Any:
 
 
 def _install_hint() -> str:
-    low, below = (".".join(map(str, v)) for v in LLAMA_CPP_VERSIONS)
-    return f"install a supported version with: pip install 'llama-cpp-python>={low},<{below}'"
+    return f"install a supported version with: pip install '{LLAMA_CPP}'"
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -66,14 +65,10 @@ def llama_cpp_python() -> dict[str, str]:
 
 
 def check_versions() -> None:
-    """Raises VersionError, saying what to install, unless llama-cpp-python and its ggml are ones this backend was built for."""
+    """Raises VersionError, saying what to install, if llama-cpp-python is too old. Its ggml is examined by the backend, when that is loaded."""
     found = version()
-    if not LLAMA_CPP_VERSIONS[0] <= _version(found) < LLAMA_CPP_VERSIONS[1]:
+    if _version(found) < LLAMA_CPP_OLDEST:
         raise VersionError(f"llama-cpp-python {found} is not supported; {_install_hint()}.")
-    ggml = ggml_version()
-    if not GGML_VERSIONS[0] <= _version(ggml) < GGML_VERSIONS[1]:
-        low, below = (".".join(map(str, v)) for v in GGML_VERSIONS)
-        raise VersionError(f"ggml {ggml} is not supported (this backend was built for {low} up to {below}); {_install_hint()}.")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from mixkvq.core.model_file import ModelFile
 from mixkvq.core.settings import Kv
 
-from ._compat import C
+from ._compat import C, leave_weights_out
 from .backend import backend, load_lock, our_gpus
 from .log import log
 from .report import stock_stats
@@ -71,7 +71,7 @@ class DryRun:
         self._options, self._begin, self._stock = options, begin, stock
         self._found: dict[int, Need | None] = {}
         params = C.llama_model_default_params()
-        params.no_alloc, params.load_mode = True, C.LLAMA_LOAD_MODE_NONE
+        leave_weights_out(params)
         self._devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
         params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
         params.n_gpu_layers = 0x7FFFFFFF if devices else 0

@@ -188,7 +188,8 @@ class Llama(Keeping):
             raise GeometryError(f"{name} has an encoder beside its decoder, which llama-cpp-python does not run; use a model with a decoder only.")
         if (encoder or not self._has_memory) and (self.stock is None or not self.context_params.embeddings):
             why = f"{name} reads a text as a whole and generates none, so it has no key/value cache to keep"
-            raise GeometryError(f"{why}; for its embeddings use stock='f16', embedding=True.", command=f"{why}; use another model.")
+            advice = "use another model, or serve its embeddings: mixkvq serve --embeddings"
+            raise GeometryError(f"{why}; for its embeddings use stock='f16', embedding=True.", command=f"{why}; {advice}.")
 
     def _verify(self) -> None:
         """The cache must be the one that was asked for: a backend in the wrong registry would be ignored without a word."""
@@ -345,7 +346,8 @@ class Llama(Keeping):
         n, past = len(tokens), self.n_tokens
         try:
             with computing():
-                self._decode_cells([(0, past + i, token) for i, token in enumerate(tokens)], max(1, n_logits))  # the last is sampled from
+                rows = range(n - max(1, n_logits), n)  # the last is sampled from
+                self._decode_cells([(0, past + i, token) for i, token in enumerate(tokens)], rows)
         except RuntimeError as e:
             failure = self._failure(e, n)
             raise failure from failure.__cause__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,6 +148,12 @@ class Sequences(Llama):
 
     def _decode(self, tokens: Sequence[tuple[int, int]], n_logits: int, copy: bool) -> Any:
         """One batch; logits of its last tokens."""
+        with self._evaluating:
+            self._advance(tokens, range(len(tokens) - n_logits, len(tokens)))
+            return self._logits(n_logits) if copy or not n_logits else self._outputs(n_logits)
+
+    def _advance(self, tokens: Sequence[tuple[int, int]], rows: Collection[int]) -> None:
+        """One batch, of which the tokens in these places get logits."""
         n = len(tokens)
         with self._evaluating:
             ends, cells = [len(each) for each in self._tokens], []
@@ -157,14 +163,13 @@ class Sequences(Llama):
             try:
                 if n:
                     with computing():
-                        self._decode_cells(cells, n_logits)
+                        self._decode_cells(cells, rows)
             except RuntimeError as e:
                 failure = self._failure(e, n)
                 raise failure from failure.__cause__
             for sequence, token in tokens:
                 self._tokens[sequence].append(int(token))
             self.n_tokens += n
-            return self._logits(n_logits) if copy or not n_logits else self._outputs(n_logits)
 
 
 _BY_SEQUENCE = "A context of several sequences evaluates them by `read` and `step`."

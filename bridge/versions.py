@@ -1,11 +1,6 @@
-"""Which llama-cpp-python, and which ggml in it, the backend was built and tested against.
+"""Which llama-cpp-python can be used. Which ggml, the backend itself finds out when it is loaded, by what that exports."""
 
-ggml's backend interface is not stable between releases, so a version outside these is refused: a mismatch would crash instead of failing.
-"""
-
-LLAMA_CPP = "0.3.36"
-"""What `pip install` is told."""
-LLAMA_CPP_VERSIONS = ((0, 3, 36), (0, 3, 37))
-"""From, below."""
-GGML_VERSIONS = ((0, 25, 0), (0, 26, 0))
-"""From, below."""
+LLAMA_CPP_OLDEST = (0, 3, 17)
+"""The first one with a backend interface that is served; before it nothing had been released for seven months."""
+LLAMA_CPP = "llama-cpp-python>=" + ".".join(map(str, LLAMA_CPP_OLDEST))
+"""What `pip install` is told, and `dependencies` in pyproject.toml."""

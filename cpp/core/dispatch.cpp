@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
 #include <cpuid.h>
@@ -25,23 +26,32 @@ const Kernels & avx512_vnni_kernels();
 namespace {
 
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
-// Asked of the processor: not every compiler's __builtin_cpu_supports knows these names.
-bool has_f16c() {
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
+// Asked of the processor: not every compiler's __builtin_cpu_supports knows these names, and Zig's knows none.
+struct Registers {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+};
+Registers cpuid(unsigned leaf, unsigned subleaf) {
+    Registers r;
+    if (!__get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d)) return {};
+    return r;
 }
-bool has_avx_vnni() {
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+bool has(unsigned bits, std::initializer_list<int> wanted) {
+    for (int bit : wanted) {
+        if (!(bits >> bit & 1)) return false;
+    }
+    return true;
 }
-bool has_avx2() {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+// Whether the system keeps these registers: 1 and 2 are those of AVX, 5 to 7 those of AVX-512.
+bool keeps(std::initializer_list<int> registers) {
+    if (!has(cpuid(1, 0).c, {27})) return false;  // xgetbv is there
+    unsigned low, high;
+    __asm__ __volatile__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return has(low, registers);
 }
-bool has_avx512() {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-}
+bool has_avx2() { return keeps({1, 2}) && has(cpuid(1, 0).c, {12, 28, 29}) && has(cpuid(7, 0).b, {5}); }  // FMA, AVX, F16C; AVX2
+bool has_avx_vnni() { return has(cpuid(7, 1).a, {4}); }
+bool has_avx512() { return has_avx2() && keeps({5, 6, 7}) && has(cpuid(7, 0).b, {16, 17, 30, 31}); }  // F, DQ, BW, VL
+bool has_avx512_vnni() { return has(cpuid(7, 0).c, {11}); }
 #endif
 
 #if defined(__aarch64__)
@@ -63,7 +73,7 @@ bool cpu_has(Isa isa) {
         case Isa::avx2: return has_avx2();
         case Isa::avx2_vnni: return has_avx2() && has_avx_vnni();
         case Isa::avx512: return has_avx512();
-        case Isa::avx512_vnni: return has_avx512() && __builtin_cpu_supports("avx512vnni");
+        case Isa::avx512_vnni: return has_avx512() && has_avx512_vnni();
 #endif
 #if defined(__aarch64__)
         case Isa::neon: return true;

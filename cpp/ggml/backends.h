@@ -13,7 +13,7 @@ class Queue;
 }
 }  // namespace mixkvq
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 // Some nodes of a graph, which a backend can tell apart and fuse like the graph itself.
 ggml_cgraph slice_of(const ggml_cgraph & graph, int first, int end);
@@ -28,7 +28,7 @@ void set_n_threads(ggml_backend_t backend, int n_threads);
 
 #if defined(MIXKVQ_HAVE_CUDA)
 // A device for each GPU that ggml and we can use.
-std::vector<std::unique_ptr<Device>> find_cuda_devices(void * return_address, std::vector<LeftOut> & left_out);
+std::vector<std::unique_ptr<Device>> find_cuda_devices(std::vector<LeftOut> & left_out);
 ggml_backend_t make_cuda_backend(ggml_backend_dev_t device);
 // ggml's backends on this device, of whatever context, are not freed while one of ours records.
 void guard_recordings(ggml_backend_dev_t inner);
@@ -40,4 +40,4 @@ const uint8_t * written_by_host(const ggml_tensor * tensor);
 void has_computed(ggml_backend_dev_t device);
 #endif
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

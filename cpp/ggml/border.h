@@ -6,7 +6,7 @@
 
 #include "abi.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 // One line on stderr, "mixkvq: ...". The same line, or another on the same topic, is not repeated in a process.
 void warn_once(const std::string & sentence, const std::string & topic = "") noexcept;
@@ -27,4 +27,4 @@ template <class F> void at_border(const char * out_of_memory, F && f) noexcept {
     at_border(out_of_memory, 0, [&] { return f(), 0; });
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -8,12 +8,12 @@
 #include "buffer.h"
 #include "state.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 namespace {
 
-// "cache_k_l12" or "cache_v_l12": a layer's keys or values in llama.cpp's main cache. Its other tensors (recurrent states, indexer keys)
-// are named cache_* too and stay as they are.
+// "cache_k_l12" or "cache_v_l12": a layer's keys or values in llama.cpp's main cache. Its other tensors (recurrent states cache_r_* and cache_s_*, indexer
+// keys cache_idx_*) are named cache_* too and stay as they are.
 bool parse_name(const char * name, int & layer, bool & is_value) {
     const bool k = std::strncmp(name, "cache_k_l", 9) == 0, v = std::strncmp(name, "cache_v_l", 9) == 0;
     if (!k && !v) return false;
@@ -23,6 +23,12 @@ bool parse_name(const char * name, int & layer, bool & is_value) {
     for (; *p >= '0' && *p <= '9'; ++p) layer = 10 * layer + (*p - '0');
     is_value = v;
     return *p == 0;
+}
+
+// Keys or values of a cache that this version does not know: "cache_something_k_l12".
+bool looks_like_cache(const char * name) {
+    const char * const end = std::strstr(name, "k_l") ? std::strstr(name, "k_l") : std::strstr(name, "v_l");
+    return end && std::strncmp(name, "cache_", 6) == 0 && std::strncmp(name, "cache_idx_", 10) != 0 && end[3] >= '0' && end[3] <= '9';
 }
 
 bool is_cache_tensor(const ggml_tensor * t, int & layer, bool & is_value) {
@@ -373,6 +379,9 @@ ggml_status init_tensor(ggml_backend_buffer_t ggml_buffer, ggml_tensor * t) {
         bool is_value;
         if (is_cache_tensor(t, layer, is_value)) return init_cache(buffer, t, layer, is_value);
         if (!t->view_src && std::strncmp(t->name, "cache_", 6) == 0) buffer.direct.push_back({t->data, ggml_nbytes(t)});
+        if (!t->view_src && looks_like_cache(t->name)) {
+            warn_once(std::string("this llama.cpp has a cache that MixKVQ does not know, ") + t->name + ": it is not packed; use a newer MixKVQ", "unknown cache");
+        }
         return t->view_src ? GGML_STATUS_SUCCESS : buffer.memory->init(t);
     } catch (...) {
         return say_exception("out of memory for a cache");
@@ -536,7 +545,10 @@ size_t get_alloc_size(ggml_backend_buffer_type_t type, const ggml_tensor * t) {
     const bool is_inner = !is_cache_tensor(t, layer, is_value) || t->type != GGML_TYPE_F16;
     const auto inner = [&] { return ggml_backend_buft_get_alloc_size(ggml_backend_dev_buffer_type(device_at(type).inner), t); };
     if (is_inner) return inner();
-    return at_border("out of memory for a cache", inner(), [&] { return size_of(current_session()->settings, t, layer, is_value); });
+    return at_border("out of memory for a cache", inner(), [&] {
+        const size_t bytes = size_of(current_session()->settings, t, layer, is_value);
+        return asserts_sizes ? std::max(bytes, ggml_nbytes(t)) : bytes;  // then addresses are reserved that nobody touches
+    });
 }
 
 namespace {
@@ -605,7 +617,14 @@ void take_dry(const ggml_tensor * tensor) {
 }
 
 void init_buffer_type(Device & device) {
-    device.type = {{buft_name, alloc_buffer, get_alignment, nullptr, get_alloc_size, is_host}, &device.ggml, &device};
+    ggml_backend_buffer_type_i & iface = device.type.iface = {};
+    iface.get_name = buft_name;
+    iface.alloc_buffer = alloc_buffer;
+    iface.get_alignment = get_alignment;
+    iface.get_alloc_size = get_alloc_size;
+    iface.is_host = is_host;
+    device.type.device = &device.ggml;
+    device.type.context = &device;
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -15,7 +15,7 @@
 #include "notes.h"
 #include "session.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 struct CacheTensor;
 
@@ -134,4 +134,4 @@ bool is_split(const ggml_tensor * op);           // of a model whose tensors ggm
 bool is_in_memory_of_llama(const ggml_tensor * tensor);  // a tensor of llama.cpp's memory (cache_*) in one of our buffers
 size_t offset_in_cache(const ggml_tensor * tensor);
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

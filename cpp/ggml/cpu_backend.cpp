@@ -6,7 +6,7 @@
 #include "border.h"
 #include "operations.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 ggml_cgraph slice_of(const ggml_cgraph & graph, int first, int end) {
     ggml_cgraph slice = graph;
@@ -14,7 +14,7 @@ ggml_cgraph slice_of(const ggml_cgraph & graph, int first, int end) {
     slice.n_nodes = end - first;
     slice.size = slice.n_leafs = 0;
     slice.grads = slice.grad_accs = slice.leafs = nullptr;
-    slice.uid = 0;
+    set_uid(slice, 0);
     return slice;
 }
 
@@ -45,6 +45,7 @@ ggml_status write_rows(BackendContext & backend, CacheTensor & t, const ggml_ten
     if (!t.store->settle(backend.n_threads)) return GGML_STATUS_FAILED;  // normally nothing to do: the attention of the last batch did it
     if (!find_cells(t, op, op->src[1]->data, backend.cells)) return GGML_STATUS_FAILED;
     t.store->write(backend.cells.data(), int(backend.cells.size()), rows_of(op, /*on_host=*/true));
+    warn_unread(t);
     return GGML_STATUS_SUCCESS;
 }
 
@@ -159,4 +160,4 @@ void set_n_threads(ggml_backend_t backend, int n_threads) {
     if (set_inner) set_inner(context.inner, n_threads);
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -17,7 +17,7 @@
 #include "mixkvq/cuda_memory.h"
 #include "operations.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 namespace {
 
@@ -182,8 +182,9 @@ ggml_status Run::flush() {
     to_inner();
     ggml_cgraph slice = slice_of(*graph_, first_, end_);
     const uint64_t most = uint64_t(1) << 20;
-    const bool known = graph_->uid && graph_->uid < 4 * most && uint64_t(graph_->n_nodes) < most;
-    slice.uid = known ? (graph_->uid * most + first_) * most + end_ : 0;
+    const uint64_t uid = uid_of(*graph_);
+    const bool known = uid && uid < 4 * most && uint64_t(graph_->n_nodes) < most;
+    set_uid(slice, known ? (uid * most + first_) * most + end_ : 0);
     if (books_done_ || known_->is_batch || (c_.may_record && known_->n_rows > 0)) {
         // A CUDA graph of its own would not fit into ours, and as soon as it has made some, every kernel of ours starts 0.3 us later. It makes none of a
         // graph that it has not seen: this one begins with another node each time.
@@ -192,7 +193,7 @@ ggml_status Run::flush() {
         c_.nodes.insert(c_.nodes.end(), slice.nodes, slice.nodes + slice.n_nodes);
         slice.nodes = c_.nodes.data();
         ++slice.n_nodes;
-        slice.uid = 0;
+        set_uid(slice, 0);
     }
     first_ = -1;
     inner_ahead_ = true;
@@ -263,6 +264,7 @@ ggml_status Run::write(CacheTensor & t, const ggml_tensor * op) {
     if (!t.store->settle(1)) return GGML_STATUS_FAILED;  // normally nothing to do
     if (!find_cells(t, op, indices_of(op->src[1], queue), c_.cells)) return GGML_STATUS_FAILED;
     t.store->write(c_.cells.data(), int(c_.cells.size()), rows_of(op, /*on_host=*/false));
+    warn_unread(t);
     return GGML_STATUS_SUCCESS;
 }
 
@@ -364,7 +366,8 @@ ggml_status Run::on_copies(const ggml_tensor * op) {
 void Run::classify() {
     const size_t n = graph_->n_nodes;
     auto & graphs = c_.graphs;
-    auto is_it = [&](const Graph & g) { return graph_->uid && g.uid == graph_->uid && g.kinds.size() == n && g.mode_changes == mode_changes; };
+    const uint64_t uid = uid_of(*graph_);
+    auto is_it = [&](const Graph & g) { return uid && g.uid == uid && g.kinds.size() == n && g.mode_changes == mode_changes; };
     const auto found = std::find_if(graphs.begin(), graphs.end(), is_it);
     if (found != graphs.end()) {
         is_again_ = true;
@@ -379,10 +382,10 @@ void Run::classify() {
     while (graphs.size() >= kGraphs) graphs.pop_back();
     graphs.emplace_front();
     known_ = &graphs.front();
-    known_->uid = graph_->uid;
+    known_->uid = uid;
     known_->first = graph_->nodes[0];
     known_->mode_changes = mode_changes;
-    bool can_record = graph_->uid != 0;
+    bool can_record = uid != 0;
     for (size_t i = 0; i < n; ++i) {
         const ggml_tensor * node = graph_->nodes[i];
         const Kind kind = kind_of(node);
@@ -687,4 +690,4 @@ ggml_backend_t make_cuda_backend(ggml_backend_dev_t device) {
     return backend.release();
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -11,7 +11,7 @@
 #include "mixkvq/cuda_memory.h"
 #include "operations.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 namespace {
 
@@ -238,18 +238,17 @@ void has_computed(ggml_backend_dev_t dev) { ++get(dev).n_computed; }
 CudaMemory & cuda_memory(const CacheTensor & tensor) { return static_cast<CudaMemory &>(tensor.store->memory()); }
 std::shared_ptr<cuda::Queue> queue_of(const Buffer & buffer) { return static_cast<const CudaBuffer &>(*buffer.memory).queue(); }
 
-std::vector<std::unique_ptr<Device>> find_cuda_devices(void * return_address, std::vector<LeftOut> & left_out) {
+std::vector<std::unique_ptr<Device>> find_cuda_devices(std::vector<LeftOut> & left_out) {
     std::vector<std::unique_ptr<Device>> found;
-    auto count = reinterpret_cast<decltype(&ggml_backend_dev_count)>(registry_function(return_address, "ggml_backend_dev_count"));
-    auto at = reinterpret_cast<decltype(&ggml_backend_dev_get)>(registry_function(return_address, "ggml_backend_dev_get"));
-    for (size_t i = 0; count && at && i < count(); ++i) {
-        ggml_backend_dev_t inner = at(i);
+    for (size_t i = 0, n = ggml_backend_dev_count(); i < n; ++i) {
+        ggml_backend_dev_t inner = ggml_backend_dev_get(i);
         if (std::strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(inner)), "CUDA") != 0) continue;
         ggml_backend_dev_props props = {};
         ggml_backend_dev_get_props(inner, &props);
         auto device = std::make_unique<CudaDevice>();
         device->number = props.device_id ? cuda::device_of_bus(props.device_id) : -1;
-        const char * const why = device->number < 0 ? "CUDA does not show it" : cuda::unavailable(device->number);
+        const char * why = device->number < 0 ? "CUDA does not show it" : cuda::unavailable(device->number);
+        if (asserts_sizes) why = "this ggml is built with assertions (without NDEBUG), which want a cache of nominal size";
         if (why) {
             left_out.push_back({ggml_backend_dev_name(inner), why});
             continue;
@@ -282,4 +281,4 @@ std::vector<std::unique_ptr<Device>> find_cuda_devices(void * return_address, st
     return found;
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -1,13 +1,6 @@
 // The device that owns the cache. It claims only operations on cache tensors; weights and all else stay with ggml's CPU backend. And what all
 // our devices have in common.
 
-#if defined(_WIN32)
-#define WIN32_LEAN_AND_MEAN
-#include <windows.h>
-#else
-#include <dlfcn.h>
-#endif
-
 #include <cstdlib>
 #include <cstring>
 
@@ -16,7 +9,7 @@
 #include "device.h"
 #include "operations.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 namespace {
 
@@ -29,8 +22,17 @@ const Kernels * table = nullptr;
 const char * get_name(ggml_backend_dev_t) { return device.name.c_str(); }
 const char * get_description(ggml_backend_dev_t) { return device.description.c_str(); }
 void get_memory(ggml_backend_dev_t, size_t * free, size_t * total) { ggml_backend_dev_memory(device.inner, free, total); }
-// An integrated device: llama.cpp picks it by itself only where there is no discrete GPU.
-enum ggml_backend_dev_type get_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_IGPU; }
+
+// An integrated device: llama.cpp picks it by itself only where there is no discrete GPU. It would also pick it beside an integrated GPU of another
+// backend (older ones give each a part of the layers), and so put a model on a slower device than without us. There it is an accelerator, which a program has
+// to name.
+enum ggml_backend_dev_type get_type(ggml_backend_dev_t dev) {
+    for (size_t i = 0, n = ggml_backend_dev_count(); i < n; ++i) {
+        ggml_backend_dev_t other = ggml_backend_dev_get(i);
+        if (other->reg != dev->reg && ggml_backend_dev_type(other) == GGML_BACKEND_DEVICE_TYPE_IGPU) return GGML_BACKEND_DEVICE_TYPE_ACCEL;
+    }
+    return GGML_BACKEND_DEVICE_TYPE_IGPU;
+}
 
 void get_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
     ggml_backend_dev_props inner = {};
@@ -107,40 +109,19 @@ std::unique_ptr<BufferMemory> allocate(Device &, size_t size, std::string & erro
 
 }  // namespace
 
-// A function of the registry that is loading us. A process may hold two registries (copies of libggml under one SONAME), so the right one is
-// found by the address that called ggml_backend_init, not by name.
-void * registry_function(void * return_address, const char * name) {
-#if defined(_WIN32)
-    HMODULE module = nullptr;
-    if (!GetModuleHandleExA(GET_MODULE_HANDLE_EX_FLAG_FROM_ADDRESS | GET_MODULE_HANDLE_EX_FLAG_UNCHANGED_REFCOUNT,
-                            static_cast<const char *>(return_address), &module)) {
-        return nullptr;
-    }
-    return reinterpret_cast<void *>(GetProcAddress(module, name));
-#else
-    Dl_info info;
-    if (!dladdr(return_address, &info) || !info.dli_fname) return nullptr;
-    void * handle = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
-    void * function = handle ? dlsym(handle, name) : nullptr;
-    if (handle) dlclose(handle);
-    return function ? function : dlsym(RTLD_DEFAULT, name);
-#endif
-}
-
 const std::vector<Device *> & devices() { return all; }
 const std::vector<LeftOut> & left_out() { return without; }
 ggml_backend_dev_t cpu_device() { return &device.ggml; }
 ggml_backend_dev_t inner_device() { return device.inner; }
 
-bool find_inner_device(void * return_address, std::string & error) {
-    auto by_type = reinterpret_cast<decltype(&ggml_backend_dev_by_type)>(registry_function(return_address, "ggml_backend_dev_by_type"));
-    device.inner = by_type ? by_type(GGML_BACKEND_DEVICE_TYPE_CPU) : nullptr;
+bool find_inner_devices(std::string & error) {
+    device.inner = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     if (!device.inner) {
         error = "ggml's CPU backend is not in the process that loads this library; load it before";
         return false;
     }
 #if defined(MIXKVQ_HAVE_CUDA)
-    others = find_cuda_devices(return_address, without);
+    others = find_cuda_devices(without);
     for (const LeftOut & gpu : without) warn_once(gpu.name + " has no MixKVQ cache: " + gpu.why);
 #endif
     return true;
@@ -182,4 +163,4 @@ bool init_kernels(std::string & error) {
     return error.empty() && table;
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

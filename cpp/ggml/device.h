@@ -9,7 +9,7 @@
 #include "mixkvq/kernels.h"
 #include "mixkvq/page_memory.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 class BufferMemory;
 
@@ -33,13 +33,10 @@ const std::vector<LeftOut> & left_out();
 
 ggml_backend_dev_t cpu_device();    // ours
 ggml_backend_dev_t inner_device();  // ggml's CPU device
-bool find_inner_device(void * return_address, std::string & error);
+bool find_inner_devices(std::string & error);
 void init_devices(ggml_backend_reg_t reg);
 const std::vector<Device *> & devices();
 const Kernels & kernels();
 bool init_kernels(std::string & error);
 
-// A function of the registry that is loading us.
-void * registry_function(void * return_address, const char * name);
-
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -4,7 +4,7 @@
 
 #include "buffer.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 namespace {
 
@@ -81,4 +81,4 @@ void Notes::clear() {
     bytes_ = 0;
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -7,10 +7,11 @@
 #include <cstdint>
 #include <list>
 
+#include "abi.h"
 #include "mixkvq/cache.h"
 #include "mixkvq/checksum.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 struct CacheTensor;
 
@@ -55,4 +56,4 @@ class Notes {
     size_t bytes_ = 0;
 };
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

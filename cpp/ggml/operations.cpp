@@ -8,7 +8,7 @@
 
 #include "border.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 namespace {
 
@@ -55,7 +55,7 @@ bool is_view(ggml_op op) {
 }
 
 Kind kind_of(const ggml_tensor * node) {
-    if (is_view(node->op) || !(node->flags & GGML_TENSOR_FLAG_COMPUTE) || ggml_is_empty(node)) return Kind::view;
+    if (is_view(node->op) || (has_compute_flag && !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) || ggml_is_empty(node)) return Kind::view;
     CacheTensor * to = cache_of(node);
     bool any = to && !is_as_it_is(*to);
     for (int i = 0; i < GGML_MAX_SRC && !any; ++i) {
@@ -245,6 +245,14 @@ void warn_unpacked(const ggml_tensor * op) {
     warn_once("an attention of " + k->name + " has a form that the packed kernels do not serve; it is unpacked for every token");
 }
 
+void warn_unread(const CacheTensor & t) {
+    if (t.mode != CacheTensor::Mode::undecided) return;
+    const StoreShape & shape = t.store->shape();
+    const int kept = (shape.sinks + kPageCells - 1) / kPageCells + (shape.window + kPageCells - 1) / kPageCells + 1;
+    if (t.store->pages_half() <= kept) return;
+    warn_once("the cache is not packed: nothing reads " + t.name + " in a way that MixKVQ knows; llama.cpp may be newer than this MixKVQ", "unread");
+}
+
 ggml_status run_node(ggml_backend_t backend, ggml_tensor * node) {
     ggml_init_params params = {ggml_graph_overhead_custom(4, false) + 1024, nullptr, true};
     ggml_context * ctx = ggml_init(params);
@@ -256,4 +264,4 @@ ggml_status run_node(ggml_backend_t backend, ggml_tensor * node) {
     return status;
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -8,7 +8,7 @@
 #include "buffer.h"
 #include "mixkvq/attention.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 enum class Kind {
     view,    // computes nothing
@@ -78,6 +78,8 @@ struct OnCopies {
 };
 // Says so, once, if it is attention of a form that the packed kernels do not serve.
 void warn_unpacked(const ggml_tensor * op);
+// Says so, once, if pages have been filled that nobody has read in a way that is known: they stay F16.
+void warn_unread(const CacheTensor & tensor);
 ggml_status run_node(ggml_backend_t backend, ggml_tensor * node);  // may return before it is done
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -8,18 +8,19 @@
 #include "session.h"
 #include "state.h"
 
-// The handle that a program holds.
-struct mixkvq_session {
-    std::shared_ptr<mixkvq::glue::Session> session;
-};
-
-struct mixkvq_state {
-    std::shared_ptr<mixkvq::glue::State> state;
-};
-
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 namespace {
+
+// What is behind the handles that a program holds.
+struct SessionHandle {
+    std::shared_ptr<Session> session;
+};
+struct StateHandle {
+    std::shared_ptr<State> state;
+};
+SessionHandle & of(mixkvq_session * handle) { return *reinterpret_cast<SessionHandle *>(handle); }
+StateHandle & of(mixkvq_state * handle) { return *reinterpret_cast<StateHandle *>(handle); }
 
 constexpr const char * kOutOfMemory = "out of memory while a program asked about its caches";
 
@@ -128,7 +129,7 @@ int cells_of_gain(const Buffers & buffers) {
 mixkvq_session * begin(const mixkvq_settings * settings) {
     return at_border(kOutOfMemory, static_cast<mixkvq_session *>(nullptr), [&]() -> mixkvq_session * {
         last_error = "out of memory";  // if that is thrown
-        auto handle = std::make_unique<mixkvq_session>();
+        auto handle = std::make_unique<SessionHandle>();
         auto session = handle->session = std::make_shared<Session>();
         const mixkvq_settings defaults = {nullptr, nullptr, -1, -1, 0, nullptr, nullptr, nullptr, nullptr, 0};
         const mixkvq_settings & s = settings ? *settings : defaults;
@@ -145,26 +146,27 @@ mixkvq_session * begin(const mixkvq_settings * settings) {
         thread_session = session;
         context_session = nullptr;
         last_error.clear();
-        return handle.release();
+        return reinterpret_cast<mixkvq_session *>(handle.release());
     });
 }
 
 void end(mixkvq_session * handle) {
     if (!handle) return;
     at_border(kOutOfMemory, [&] {
-        handle->session->open = false;  // its thread finds out by itself, if it is not this one
+        of(handle).session->open = false;  // its thread finds out by itself, if it is not this one
         session_of_thread();
         context_session = nullptr;
         std::lock_guard<std::mutex> lock(shared_mutex);
-        shared_sessions.erase(std::remove(shared_sessions.begin(), shared_sessions.end(), handle->session), shared_sessions.end());
+        shared_sessions.erase(std::remove(shared_sessions.begin(), shared_sessions.end(), of(handle).session), shared_sessions.end());
     });
 }
 
 void release(mixkvq_session * handle) {
     end(handle);
     at_border(kOutOfMemory, [&] {
-        if (handle) handle->session->dry.reset();  // it holds the session
-        delete handle;
+        if (!handle) return;
+        of(handle).session->dry.reset();  // it holds the session
+        delete &of(handle);
     });
 }
 
@@ -258,7 +260,7 @@ void fill_layer_stats(const CacheTensor & t, mixkvq_layer_stats * out) {
 template <class F> int call(mixkvq_session * handle, F && f) noexcept {
     return at_border(kOutOfMemory, -1, [&] {
         last_error = handle ? "out of memory" : "there is no session: the handle is NULL";
-        const int result = handle ? f(*handle->session) : -1;
+        const int result = handle ? f(*of(handle).session) : -1;
         if (result >= 0) last_error.clear();
         return result;
     });
@@ -282,8 +284,8 @@ int layer_stats(mixkvq_session * handle, int index, mixkvq_layer_stats * out) {
 const char * error(mixkvq_session * handle) {
     return at_border(kOutOfMemory, "out of memory", [&] {
         if (handle) {
-            std::lock_guard<std::mutex> lock(handle->session->mutex);
-            last_error = handle->session->error;
+            std::lock_guard<std::mutex> lock(of(handle).session->mutex);
+            last_error = of(handle).session->error;
         }
         return last_error.c_str();
     });
@@ -313,9 +315,9 @@ template <class F> mixkvq_state * begin_state(mixkvq_session * session, F && beg
     return at_border("out of memory for a state", static_cast<mixkvq_state *>(nullptr), [&]() -> mixkvq_state * {
         last_error = session ? "there is not enough memory for the state" : "there is no session: the handle is NULL";
         if (!session) return nullptr;
-        auto handle = std::make_unique<mixkvq_state>();
-        handle->state = begin(session->session);
-        return handle->state ? handle.release() : nullptr;
+        auto handle = std::make_unique<StateHandle>();
+        handle->state = begin(of(session).session);
+        return handle->state ? reinterpret_cast<mixkvq_state *>(handle.release()) : nullptr;
     });
 }
 
@@ -334,7 +336,7 @@ mixkvq_state * state_load(mixkvq_session * session, const void * data, size_t by
 
 void * data_of(mixkvq_state * state, size_t * size) {
     uint64_t n = 0;
-    void * const data = state ? state_data(*state->state, &n) : nullptr;
+    void * const data = state ? state_data(*of(state).state, &n) : nullptr;
     if (size) *size = size_t(n);
     return data;
 }
@@ -346,7 +348,7 @@ int state_write(mixkvq_state * state, size_t n, mixkvq_write write, void * user,
         last_error = n ? "what took the state has refused to go on" : "llama.cpp did not save its state";
         uint64_t count = 0;
         const auto to = [&](const void * data, size_t size) { return write(user, data, size) == 0; };
-        const bool done = n && finish_saving(*state->state, n, write ? StateWriter::Write(to) : StateWriter::Write(), &count);
+        const bool done = n && finish_saving(*of(state).state, n, write ? StateWriter::Write(to) : StateWriter::Write(), &count);
         if (bytes) *bytes = count;
         if (done) last_error.clear();
         return done ? 0 : -1;
@@ -357,14 +359,16 @@ int state_finish(mixkvq_state * state, size_t n, int32_t * first_position) {
     return at_border("out of memory while a state was loaded: reset the context", -1, [&] {
         last_error = state ? "there is not enough memory to load the state" : "there is no state: the handle is NULL";
         if (!state) return -1;
-        const std::string why = n ? finish_loading(*state->state) : "llama.cpp did not take it";
+        const std::string why = n ? finish_loading(*of(state).state) : "llama.cpp did not take it";
         last_error = why;
-        if (first_position) *first_position = first_filler(*state->state);
+        if (first_position) *first_position = first_filler(*of(state).state);
         return why.empty() ? 0 : -1;
     });
 }
 
-void state_free(mixkvq_state * state) { delete state; }
+void state_free(mixkvq_state * state) {
+    if (state) delete &of(state);
+}
 
 }  // namespace
 
@@ -428,4 +432,4 @@ const mixkvq_backend_api * backend_api() {
     return &api;
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -10,7 +10,7 @@
 #include "mixkvq/cache.h"
 #include "settings.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 struct Buffer;
 
@@ -39,4 +39,4 @@ void begin_context();
 bool init_default_session(std::string & error);
 const mixkvq_backend_api * backend_api();
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

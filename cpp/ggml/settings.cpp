@@ -7,11 +7,10 @@
 #include <set>
 #include <type_traits>
 
-#include "gguf.h"
 #include "border.h"
 #include "settings.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 void warn_once(const std::string & sentence, const std::string & topic) noexcept {
     static std::mutex mutex;
@@ -363,4 +362,4 @@ bool value_formats(const Settings & s, const LayerProfile * layer, int n_heads, 
     return error.empty();
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

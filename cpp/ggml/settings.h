@@ -6,11 +6,12 @@
 #include <utility>
 #include <vector>
 
+#include "abi.h"
 #include "mixkvq/backend_api.h"
 #include "mixkvq/page.h"
 #include "mixkvq/profile.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 struct Settings {
     const Preset * preset = nullptr;
@@ -45,4 +46,4 @@ ProfileFit profile_fit(const Settings & s, int layer, bool is_value, int row, in
 bool key_formats(const Settings & s, const LayerProfile * layer, int n_heads, int head_size, std::vector<KeyFormat> & formats, std::string & error);
 bool value_formats(const Settings & s, const LayerProfile * layer, int n_heads, int head_size, std::vector<ValueFormat> & formats, std::string & error);
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

@@ -9,7 +9,7 @@
 #include "mixkvq/checksum.h"
 #include "state.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 namespace {
 
@@ -527,4 +527,4 @@ std::string finish_loading(State & state) {
     return state.finish();
 }
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

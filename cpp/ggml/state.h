@@ -8,7 +8,7 @@
 #include "buffer.h"
 #include "mixkvq/state.h"
 
-namespace mixkvq::glue {
+namespace mixkvq::MIXKVQ_GLUE {
 
 struct State;  // a packed state; takes part in what its thread does until it is finished or freed
 
@@ -24,4 +24,4 @@ int32_t first_filler(const State & state);  // the position from which on cells 
 // Whether a state of this thread takes care of rows that llama.cpp reads or writes: nobody else has to.
 bool take_rows(CacheTensor & cache, const void * data, size_t offset, size_t bytes);
 
-}  // namespace mixkvq::glue
+}  // namespace mixkvq::MIXKVQ_GLUE

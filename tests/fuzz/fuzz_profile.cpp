@@ -6,9 +6,9 @@
 
 #include <unistd.h>
 
+#include "../../cpp/ggml/functions.h"
 #include "../../cpp/ggml/settings.h"
 #include "fuzz.h"
-#include "ggml.h"
 
 using namespace mixkvq;
 
@@ -18,7 +18,12 @@ std::string path;
 }
 
 extern "C" int LLVMFuzzerInitialize(int *, char ***) {
-    ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);  // it says in its own words what is wrong
+    const GgmlLibrary ggml(reinterpret_cast<void *>(&LLVMFuzzerInitialize));
+    std::string error;
+    const bool found = MIXKVQ_GLUE::load_functions(ggml, error);
+    promise(found, error.c_str());
+    const auto set_log = reinterpret_cast<void (*)(void (*)(int, const char *, void *), void *)>(ggml.find("ggml_log_set"));
+    set_log([](int, const char *, void *) {}, nullptr);  // it says in its own words what is wrong
     const char * folder = std::getenv("TMPDIR");
     path = std::string(folder ? folder : "/tmp") + "/mixkvq-fuzz-" + std::to_string(getpid()) + ".gguf";
     std::atexit([] { std::remove(path.c_str()); });
@@ -32,7 +37,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     promise(file && std::fwrite(data, 1, size, file) == size && std::fclose(file) == 0, "no file can be written");
     Profile profile;
     std::string error;
-    const bool taken = glue::load_profile(path, profile, error);
+    const bool taken = MIXKVQ_GLUE::load_profile(path, profile, error);
     counts.add(taken);
     promise(taken == error.empty(), "refused without a sentence, or taken with one");
     promise(error.find('\n') == std::string::npos, "more than one line");

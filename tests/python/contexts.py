@@ -12,7 +12,7 @@ import pytest
 
 from bridge import Kv
 from bridge import backend as adapter
-from bridge._compat import C
+from bridge._compat import C, leave_weights_out
 from bridge.log import log
 from bridge.state_port import StatePort
 from mixkvq.core.model_file import open_model
@@ -108,7 +108,7 @@ class Model:
             params.tensor_split = ctypes.cast(self._split, ctypes.POINTER(ctypes.c_float))
         params.no_alloc = no_alloc
         if no_alloc:
-            params.load_mode = C.LLAMA_LOAD_MODE_NONE  # llama.cpp asserts that nothing is mapped
+            leave_weights_out(params)  # llama.cpp asserts that nothing is mapped
         self.ptr = C.llama_model_load_from_file(self.path.encode(), params)
         assert self.ptr, f"{path} does not load"
         self.n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(self.ptr))
@@ -238,9 +238,10 @@ class Context:
             data = (ctypes.c_uint8 * size)()
             n = C.llama_state_get_data(self.ptr, data, size)
         else:
-            size = C.llama_state_seq_get_size_ext(self.ptr, seq, flags)
+            more, ending = ((flags,), "_ext") if flags else ((), "")  # older packages have no flags
+            size = getattr(C, f"llama_state_seq_get_size{ending}")(self.ptr, seq, *more)
             data = (ctypes.c_uint8 * size)()
-            n = C.llama_state_seq_get_data_ext(self.ptr, data, size, seq, flags)
+            n = getattr(C, f"llama_state_seq_get_data{ending}")(self.ptr, data, size, seq, *more)
         assert 0 < n <= size
         return bytes(data[:n])
 
@@ -249,7 +250,9 @@ class Context:
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if seq is None:
             return C.llama_state_set_data(self.ptr, data, len(state))
-        return C.llama_state_seq_set_data_ext(self.ptr, data, len(state), seq, flags)
+        if flags:
+            return C.llama_state_seq_set_data_ext(self.ptr, data, len(state), seq, flags)
+        return C.llama_state_seq_set_data(self.ptr, data, len(state), seq)
 
     def pack(self, seq: int | None = None) -> bytes:
         """The packed state of the whole context, or of one sequence."""

@@ -16,12 +16,24 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "build" / "native" / "libggml-mixkvq-emulated.so"
 
 
-def load() -> ctypes.CDLL:
+class Emulated:
+    """The library's functions for this process's ggml: there is one for each layout of its structs."""
+
+    def __init__(self, ggml: ctypes.CDLL) -> None:
+        since = {"b": "ggml_backend_tensor_set_2d", "c": "ggml_backend_buft_alloc_buffer_n"}
+        self._layout = max(["a", *(layout for layout, function in since.items() if hasattr(ggml, function))])
+        self._library = ctypes.CDLL(str(LIBRARY))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, f"{name}_glue_{self._layout}")
+
+
+def load() -> Emulated:
     """Register the emulated GPUs with llama.cpp and then the backend, in this process. Before anything asks for a device."""
     from bridge import backend as adapter
     from bridge._compat import C
 
-    library = ctypes.CDLL(str(LIBRARY))
+    library = Emulated(C._lib)
     library.emulated_cuda.restype, library.emulated_cuda.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     library.emulated_cuda_waits.restype = ctypes.c_bool
     C.llama_backend_init()

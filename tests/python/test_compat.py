@@ -7,6 +7,8 @@ import ctypes
 import importlib
 import inspect
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import llama_cpp
@@ -46,6 +48,47 @@ def test_no_other_module_uses_what_llama_cpp_python_keeps_to_itself(llama):
             assert name not in private - ({"_model"} if path.name == "dry_run.py" else set()), f"{path.name}:{node.lineno}: {name}"
 
 
+def names_of_llama_h():
+    """What the package takes from llama.h, by module."""
+    found = set()
+    for path in sorted(BRIDGE.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "C":
+                found.add(node.attr)
+    return sorted(found)
+
+
+@pytest.mark.parametrize("name", names_of_llama_h())
+def test_every_name_of_llama_h_is_there(name):
+    """In every llama-cpp-python that is served. What only some have, `_compat` alone asks for."""
+    found = getattr(C, name, None)
+    if name == "LLAMA_LOAD_MODE_NONE":
+        assert (found is None) == hasattr(C.llama_model_default_params(), "use_mmap")
+    elif name.isupper():
+        assert isinstance(found, int)
+    else:
+        assert found is not None and (name == "_lib" or callable(found))
+
+
+def test_a_model_without_weights():
+    """Nothing of it is read or mapped: it is for dry runs."""
+    params = C.llama_model_default_params()
+    _compat.leave_weights_out(params)
+    assert params.no_alloc
+    assert not params.use_mmap if hasattr(params, "use_mmap") else params.load_mode == C.LLAMA_LOAD_MODE_NONE
+    model = C.llama_model_load_from_file(MODEL.encode(), params)
+    assert model and C.llama_model_n_embd(model) > 0
+    C.llama_model_free(model)
+
+
+def test_a_model_that_is_not_loaded_leaves_nothing_to_complain_of(tmp_path):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF")
+    code = f"import llama_cpp, bridge._compat\ntry:\n    llama_cpp.Llama({str(path)!r}, verbose=False)\nexcept ValueError:\n    pass"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Exception ignored" not in done.stderr
+
+
 def test_the_keywords_are_those_of_the_class():
     assert ARGUMENTS[:2] == ("n_gpu_layers", "split_mode") and {"n_ctx", "logits_all", "verbose"} <= set(ARGUMENTS) and "kwargs" not in ARGUMENTS
     assert list(inspect.signature(llama_cpp.Llama.__init__).parameters)[-1] == "kwargs"
@@ -56,7 +99,7 @@ def test_the_library_is_the_one_that_llama_cpp_uses():
     address = ctypes.cast(library.llama_backend_init, ctypes.c_void_p).value
     assert address == ctypes.cast(C._lib.llama_backend_init, ctypes.c_void_p).value
     assert library.ggml_version  # a look-up goes on in the libraries that it depends on
-    assert _compat.version() == llama_cpp.__version__ and (_compat.folder() / "lib").is_dir()
+    assert _compat.version() == llama_cpp.__version__ and (_compat.folder() / "llama_cpp.py").is_file()
 
 
 def test_the_log_goes_where_verbose_says(capfd):
@@ -121,7 +164,7 @@ def test_cells_and_logits(llama):
     """What is evaluated, where, and which tokens have logits."""
     llama.reset()
     tokens = [5, 6, 7, 8]
-    llama._decode_cells([(0, i, token) for i, token in enumerate(tokens)], 2)
+    llama._decode_cells([(0, i, token) for i, token in enumerate(tokens)], range(len(tokens) - 2, len(tokens)))
     assert llama._batch_size() == 4
     rows = llama._outputs(2).copy()
     assert rows.shape == (2, llama.n_vocab()) and np.isfinite(rows).all()
@@ -131,7 +174,7 @@ def test_cells_and_logits(llama):
     assert C.llama_memory_seq_pos_max(memory, 0) == 3
     llama._remove_cells(0, 2, -1)
     assert C.llama_memory_seq_pos_max(memory, 0) == 1
-    llama._decode_cells([(0, 2, 7), (0, 3, 8)], 1)  # without the other tokens it would be another prediction
+    llama._decode_cells([(0, 2, 7), (0, 3, 8)], [1])  # without the other tokens it would be another prediction
     assert np.allclose(llama._outputs(1)[0], rows[1], atol=1e-3)
     llama._clear_cells()
     assert C.llama_memory_seq_pos_max(memory, 0) == -1

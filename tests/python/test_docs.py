@@ -34,6 +34,7 @@ DEFINED = {
     "quality.md": ["95 %", "99.9 %"],  # intervals and quantiles
     "adding-a-kernel.md": ["2 ms", "64 MiB"],  # how long the benchmark runs; how much is unpacked at once
     "architecture.md": ["64 MiB"],
+    "chat.md": ["8 GiB"],  # what chats take on disk at most
     "format.md": ["8 times", "0.2 % of the bytes", "0.1 % at 32768"],  # 4 or 5 F32 sums over the bits of a channel of keys and one of values
 }
 
@@ -151,7 +152,7 @@ def commands_of(module: str) -> set[str]:
     return options | {name for x in found + group for name in x.context_settings.get("help_option_names", ["--help"])} | {"--help"}
 
 
-MODULES = ["bridge.run", *(f"mixkvq.{name}" for name in ("calibrate", "evaluate", "convert", "inspect", "lab"))]
+MODULES = ["bridge.run", "mixkvq.cli.window", *(f"mixkvq.{name}" for name in ("serve", "calibrate", "evaluate", "convert", "inspect", "lab"))]
 SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if "click.command" in path.read_text(encoding="utf-8"))
 
 

@@ -252,3 +252,40 @@ print(json.dumps([far, asked[0] > 0, failures, same]))
 """
     (far, asked, failures, same), said = run(code, tiny)
     assert far < FAR and asked and failures == [] and same == [True, True] and said == []
+
+
+# --- GPUs of others ---
+
+CHOICE = """
+import ctypes, re
+from bridge import backend as adapter
+from bridge._compat import C
+from mixkvq.core.model_file import built_in_model
+f, P = adapter.function, ctypes.c_void_p
+kind = f("ggml_backend_dev_type", ctypes.c_int, P)(f("ggml_backend_dev_by_name", P, ctypes.c_char_p)(b"MIXKVQ-CPU"))
+lines = []
+keep = C.llama_log_callback(lambda level, text, user: lines.append(text.decode()))
+C.llama_log_set(keep, None)
+params = C.llama_model_default_params()
+params.n_gpu_layers = 99
+model = C.llama_model_load_from_file(str(built_in_model()).encode(), params)
+context = C.llama_context_default_params()
+context.n_ctx = 256
+assert C.llama_init_from_model(model, context)
+caches = re.findall(r"(\\S+) KV buffer size", "".join(lines))
+import bridge
+llama = bridge.Llama(str(built_in_model()), n_ctx=256, device="cpu", verbose=False, n_threads=1)
+llama.eval([5, 6, 7])
+print(json.dumps([kind, caches, llama.kv_stats()["device"]]))
+"""
+
+
+def test_beside_an_integrated_gpu_of_another_backend_llama_cpp_does_not_choose_ours():
+    """Which would be slower. Whoever names our device gets it."""
+    found, said = run(CHOICE, MIXKVQ_EMULATED_AS="Vulkan")
+    assert found == [3, ["CUDA0"], "CPU"] and said == []  # GGML_BACKEND_DEVICE_TYPE_ACCEL
+
+
+def test_beside_a_discrete_gpu_llama_cpp_does_not_choose_ours():
+    found, said = run(CHOICE)
+    assert found == [2, ["CUDA0"], "CPU"] and said == []  # GGML_BACKEND_DEVICE_TYPE_IGPU, which it takes where there is nothing else

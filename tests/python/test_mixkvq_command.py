@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import commands
+import llama_cpp
 import pytest
 
 from mixkvq.cli.defaults import COMMANDS as TABLES
@@ -21,7 +22,7 @@ from mixkvq.core.model_file import built_in_model, open_model
 
 MODEL = str(built_in_model())
 SCRIPT = [str(Path(sys.executable).parent / "mixkvq")]
-INSTALL = "install it with: pip install llama-cpp-python==0.3.36."
+INSTALL = "install it with: pip install 'llama-cpp-python>=0.3.17'."
 PACKAGE = [sys.executable, "-m", "mixkvq"]
 
 
@@ -242,7 +243,7 @@ def test_completion_prints_what_the_shell_reads(shell, capfd):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("mixkvq c", ["plain,calibrate", "plain,convert", "plain,completion"]),
+        ("mixkvq c", ["plain,chat", "plain,calibrate", "plain,convert", "plain,completion"]),
         ("mixkvq run --kv bal", ["plain,balanced"]),
         ("mixkvq run mod", ["file,mod"]),
         ("mixkvq evaluate mod", ["file,mod"]),
@@ -282,9 +283,9 @@ def test_doctor_on_the_built_in_model():
     code, text, err = start(SCRIPT, "doctor", MODEL, "-c", "1000", MIXKVQ_ISA="scalar")
     assert (code, err) == (0, "") and text.endswith("\nThe cache can be used.\n") and "unknown" not in text.replace("commit", "")
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines() if "  " in line)
-    assert lines["llama-cpp-python"].startswith("0.3.36 (") and lines["ggml"].startswith("0.25")
+    assert lines["llama-cpp-python"].startswith(f"{llama_cpp.__version__} (") and lines["ggml"].startswith("0.")
     assert lines["instruction set"].startswith("scalar, of scalar") and lines["MIXKVQ_ISA"] == "scalar"
-    assert lines["interfaces"] == "version 4 of MixKVQ's, 2 of ggml's" and lines["devices"].startswith("CPU")
+    assert re.fullmatch("version 4 of MixKVQ's, [23] of ggml's", lines["interfaces"]) and lines["devices"].startswith("CPU")
     assert lines["fingerprint"] == open_model(MODEL).fingerprint and lines["cache"] == "preset balanced, no profile found"
     assert re.fullmatch(r"1024 tokens: cache [\d.]+ MiB \(10\.0 MiB in F16\), [\d.]+ MiB with what is computed in", lines["full context"])
     assert lines["settings file"] == "none, as MIXKVQ_CONFIG says" and len(text.splitlines()) < 30

@@ -578,25 +578,10 @@ def test_another_quantisation_of_the_model_is_refused(models, tmp_path):
         llama.close()
 
 
-def write_adapter(path, n_in, n_out, seed):
-    writer = GGUFWriter(path, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 4.0)
-    rng = np.random.default_rng(seed)
-    for name, shape in (("a", (4, n_in)), ("b", (n_out, 4))):
-        writer.add_tensor(f"blk.0.attn_q.weight.lora_{name}", rng.standard_normal(shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(path)
-
-
 def test_adapters_and_their_scale_count(tmp_path):
     model = str(tiny_models.llama(tmp_path / "model.gguf", 64))
     q = states._header(model, 0).tensors["blk.0.attn_q.weight"].shape
-    adapters = [write_adapter(tmp_path / f"{i}.gguf", *q, i) for i in (0, 0, 1)]
+    adapters = [tiny_models.adapter(tmp_path / f"{i}.gguf", *q, i) for i in (0, 0, 1)]
 
     def with_adapter(**options):
         return bridge.Llama(model, n_ctx=512, n_threads=1, device="cpu", verbose=False, **options)

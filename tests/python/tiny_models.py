@@ -466,3 +466,19 @@ def t5_encoder(path: Path) -> Path:
         "attention.relative_buckets_count": 32,
     }
     return _save(path, "t5encoder", values, t)
+
+
+def adapter(path: Path, n_in: int, n_out: int, seed: int) -> str:
+    """A LoRA adapter of the first layer's queries."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    rng = np.random.default_rng(seed)
+    for name, shape in (("a", (4, n_in)), ("b", (n_out, 4))):
+        writer.add_tensor(f"blk.0.attn_q.weight.lora_{name}", rng.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)

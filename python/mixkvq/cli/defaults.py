@@ -21,7 +21,14 @@ import click
 from ..core.errors import SettingsError
 
 CONFIG = "MIXKVQ_CONFIG"  # variable of the environment: the file to read, or nothing for none
-COMMANDS = {"run": "bridge.run", "calibrate": "mixkvq.calibrate", "evaluate": "mixkvq.evaluate", "inspect": "mixkvq.inspect", "lab": "mixkvq.lab"}
+COMMANDS = {
+    "run": "bridge.run",
+    "serve": "mixkvq.serve",
+    "calibrate": "mixkvq.calibrate",
+    "evaluate": "mixkvq.evaluate",
+    "inspect": "mixkvq.inspect",
+    "lab": "mixkvq.lab",
+}
 """The commands with a table in the file, and the modules that start them alone."""
 SHARED = ("device", "sinks", "threads", "window")  # options that mean the same in every command that has them
 _NEVER = ("help", "version", "force")  # what is replaced is decided file by file

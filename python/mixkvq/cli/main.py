@@ -15,6 +15,8 @@ from .options import SETTINGS, tool, version_option
 
 COMMANDS = {
     "run": "Chat with a model, or get one answer, on a quantised cache.",
+    "chat": "Chat with a model in a window, with chats that are kept.",
+    "serve": "Serve a model over HTTP, as OpenAI's clients and llama.cpp's expect it.",
     "calibrate": "Make a profile for a model: measured precision for every layer and head.",
     "evaluate": "Measure what caches do to a model's predictions, and what they take.",
     "inspect": "Show what a profile says.",
@@ -24,7 +26,8 @@ COMMANDS = {
     "doctor": "Say what is installed and whether the cache can be used.",
     "completion": "Print what makes a shell complete this command.",
 }
-"""What each does, in the order of the help. Each is `command` in the module of its name, but for `completion`."""
+"""What each does, in the order of the help. Each is `command` in the module of its name, or of MODULES, but for `completion`."""
+MODULES = {"chat": "window"}
 COMPLETION = "_MIXKVQ_COMPLETE"  # variable of the environment by which a shell asks
 SHELLS = ("bash", "zsh", "fish")
 
@@ -38,7 +41,7 @@ class _Lazy(MutableMapping[str, click.Command]):
     def __getitem__(self, name: str) -> click.Command:
         if name not in COMMANDS:
             raise KeyError(name)
-        found: click.Command = completion if name == "completion" else importlib.import_module(f"mixkvq.cli.{name}").command
+        found: click.Command = completion if name == "completion" else importlib.import_module(f"mixkvq.cli.{MODULES.get(name, name)}").command
         return found
 
     def __contains__(self, name: object) -> bool:

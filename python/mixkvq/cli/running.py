@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_CONTEXT = 8192
+T = TypeVar("T")
 
 
 @dataclass
@@ -82,8 +83,13 @@ def load(options: Options, console: Console) -> Llama:
         "verbose": options.verbose,
     }
     arguments.update({"stock": options.stock} if options.stock is not None else {"kv": options.kv})
-    if options.verbose or not console.is_terminal:
-        return Llama(options.model, **arguments)
+    return with_bar(console, options.model, options.verbose, lambda on_load: Llama(options.model, on_load=on_load, **arguments))
+
+
+def with_bar(console: Console, path: str, verbose: bool, make: Callable[[Callable[[float], None] | None], T]) -> T:
+    """Load a model with a progress bar, where somebody sees it. make: gets what is to be told of the share that is loaded."""
+    if verbose or not console.is_terminal:
+        return make(None)
     with Progress(
         TextColumn("Loading {task.fields[name]}"),
         BarColumn(),
@@ -93,14 +99,14 @@ def load(options: Options, console: Console) -> Llama:
         redirect_stdout=False,
         redirect_stderr=False,
     ) as progress:
-        task = progress.add_task("", total=1.0, name=Path(options.model).name)
+        task = progress.add_task("", total=1.0, name=Path(path).name)
 
         def on_load(share: float) -> None:
             progress.update(task, completed=share)
             if share >= 1:
                 progress.stop()  # what is said while the context is created has a line of its own
 
-        return Llama(options.model, on_load=on_load, **arguments)
+        return make(on_load)
 
 
 def print_report(llama: Llama, answer: Answer, options: Options, console: Console) -> None:

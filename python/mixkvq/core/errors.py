@@ -54,6 +54,24 @@ class ContextError(BridgeError, RuntimeError):
     exit_code = 1
 
 
+class BusyError(BridgeError, RuntimeError):
+    """The engine has as many requests waiting as it takes."""
+
+    exit_code = 1
+
+
+class StoreError(BridgeError, RuntimeError):
+    """The store of chats cannot be read or written: a full disk, a newer version, a file that is none."""
+
+    exit_code = 1
+
+
+class TimeLimitError(BridgeError, TimeoutError):
+    """A request took longer than it may."""
+
+    exit_code = 1
+
+
 class CacheNotUsedError(BridgeError, RuntimeError):
     """The model was loaded but its cache is not a MixKVQ cache."""
 

@@ -362,13 +362,13 @@ def check_geometry(model: ModelFile) -> None:
 
 
 def built_in_model() -> Path:
-    """The path of the model that comes with the repository.
+    """The path of the model that comes with the repository and with wheels.
 
     Raises ModelFileError if this installation has none.
     """
     name = "cot-tiny-34m-q8_0.gguf"
-    repository = Path(__file__).resolve().parents[3]
-    for folder in (repository / "models", Path.cwd() / "models"):
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parents[1] / "models", package / "models", Path.cwd() / "models"):
         if (folder / name).is_file():
             return folder / name
     raise ModelFileError(f"The built-in model models/{name} is not part of this installation; give the path of a GGUF model.")

@@ -2,12 +2,13 @@
 // its order of work. So the half of cpp/ggml that drives GPUs runs as it is: the library of which this is a part is the backend itself, and a test
 // registers these devices before it loads that (tests/python/test_emulated_gpu.py). Not emulated: fused operations, several streams at once.
 //
-// MIXKVQ_EMULATED_GPUS: the compute capabilities of the GPUs, "8.0,6.1".
+// MIXKVQ_EMULATED_GPUS: the compute capabilities of the GPUs, "8.0,6.1". MIXKVQ_EMULATED_AS=Vulkan: they are integrated GPUs of another backend.
 
 #include "cuda_runtime.h"
 
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <thread>
@@ -15,7 +16,12 @@
 
 #include "abi.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+// For each layout of ggml's structs there is one of these, with the name of its namespace at the end: emulated_cuda_glue_b.
+#define JOIN(name, glue) name##_##glue
+#define OF_LAYOUT(name, glue) JOIN(name, glue)
+#define EXPORT(result, name) extern "C" __attribute__((visibility("default"))) result OF_LAYOUT(name, MIXKVQ_GLUE)
+
+namespace mixkvq::MIXKVQ_GLUE {
 
 namespace {
 
@@ -128,7 +134,12 @@ void event_wait(ggml_backend_t, ggml_backend_event_t) {}
 
 const char * device_name(ggml_backend_dev_t device) { return at(device).name.c_str(); }
 void get_memory(ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = size_t(8) << 30; }
-enum ggml_backend_dev_type get_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; }
+// Integrated GPUs, as of Vulkan, if MIXKVQ_EMULATED_AS says so.
+bool is_integrated() {
+    const char * as = std::getenv("MIXKVQ_EMULATED_AS");
+    return as && std::string(as) == "Vulkan";
+}
+enum ggml_backend_dev_type get_type(ggml_backend_dev_t) { return is_integrated() ? GGML_BACKEND_DEVICE_TYPE_IGPU : GGML_BACKEND_DEVICE_TYPE_GPU; }
 void get_props(ggml_backend_dev_t device, ggml_backend_dev_props * props) {
     *props = {};
     props->name = props->description = device_name(device);
@@ -174,7 +185,7 @@ ggml_backend_t init_cpu(ggml_backend_dev_t device, const char * params) {
     return backend;
 }
 
-const char * registry_name(ggml_backend_reg_t) { return "CUDA"; }
+const char * registry_name(ggml_backend_reg_t) { return is_integrated() ? "Vulkan" : "CUDA"; }
 size_t device_count(ggml_backend_reg_t) { return gpus.size(); }
 ggml_backend_dev_t get_device(ggml_backend_reg_t, size_t i) { return &gpus[i]->device; }
 void * get_proc_address(ggml_backend_reg_t, const char *) { return nullptr; }
@@ -182,13 +193,17 @@ void * get_proc_address(ggml_backend_reg_t, const char *) { return nullptr; }
 }  // namespace
 
 // To be registered with ggml. cpu: its CPU device.
-EXPORT ggml_backend_reg_t emulated_cuda(ggml_backend_dev_t cpu) {
+EXPORT(ggml_backend_reg_t, emulated_cuda)(ggml_backend_dev_t cpu) {
     static ggml_backend_reg registry = {kBackendApiVersion, {registry_name, device_count, get_device, get_proc_address}, cpu};
     for (size_t i = 0; i < emulator::gpus().size(); ++i) {
         auto gpu = std::make_unique<Gpu>();
         gpu->name = "CUDA" + std::to_string(i);
         gpu->bus = emulator::bus_of(int(i));
-        gpu->type = {{type_name, alloc_buffer, get_alignment, nullptr, nullptr, nullptr}, &gpu->device, gpu.get()};
+        gpu->type.iface.get_name = type_name;
+        gpu->type.iface.alloc_buffer = alloc_buffer;
+        gpu->type.iface.get_alignment = get_alignment;
+        gpu->type.device = &gpu->device;
+        gpu->type.context = gpu.get();
         gpu->device.iface = {device_name, device_name, get_memory,  get_type,      get_props, init_backend, get_buffer_type, nullptr,
                              nullptr,     supports_op, supports_buft, nullptr,     event_new, event_free,   event_synchronize};
         gpu->device.reg = &registry;
@@ -200,11 +215,13 @@ EXPORT ggml_backend_reg_t emulated_cuda(ggml_backend_dev_t cpu) {
 }
 
 // Of the calls of a kind ("malloc", "host", "launch", "capture", "instantiate", "shift"), `times` fail after `skip` that do not.
-EXPORT void emulated_cuda_fail(const char * call, int skip, int times) { emulator::fail(call, skip, times); }
+EXPORT(void, emulated_cuda_fail)(const char * call, int skip, int times) { emulator::fail(call, skip, times); }
 // How many backends have been freed, and how many of them while a graph was being recorded. wait: the next recording takes long enough for one.
-EXPORT int emulated_cuda_frees() { return n_frees; }
-EXPORT int emulated_cuda_frees_while_recording() { return n_frees_while_recording; }
-EXPORT void emulated_cuda_wait_for_free() { wait_for_free = true; }
-EXPORT bool emulated_cuda_waits() { return !wait_for_free; }
+EXPORT(int, emulated_cuda_frees)() { return n_frees; }
+EXPORT(int, emulated_cuda_frees_while_recording)() { return n_frees_while_recording; }
+EXPORT(void, emulated_cuda_wait_for_free)() { wait_for_free = true; }
+EXPORT(bool, emulated_cuda_waits)() { return !wait_for_free; }
 // How many graphs have been launched.
-EXPORT int emulated_cuda_launches() { return emulator::n_launches(); }
+EXPORT(int, emulated_cuda_launches)() { return emulator::n_launches(); }
+
+}  // namespace mixkvq::MIXKVQ_GLUE
