@@ -68,7 +68,8 @@ def read(folder: Path, name: str) -> Tree:
 
 def bands(modules: Iterable[str]) -> dict[str, list[str]]:
     """The modules by the part that they belong to, from the top: what starts commands, then the layers as pyproject.toml has them."""
-    layers = {"mixkvq.cli": "commands", "mixkvq.server": "server", "mixkvq.study": "studies", "bridge": "bridge: run time", "mixkvq.core": "core"}
+    layers = {"mixkvq.cli": "commands", "mixkvq.server": "server", "mixkvq.study": "studies", "bridge": "bridge: run time"}
+    layers |= {"mixkvq.chats": "chats", "mixkvq.core": "core"}
     starts = {"bridge.run", "bridge.path", "bridge.__main__", "bridge.answer", "bridge.chat"}
     modules = list(modules)
     layered = any(m.startswith("mixkvq.core") for m in modules)

@@ -160,7 +160,7 @@ def test_a_gain_counts_in_the_mean_and_no_kind_of_text_may_be_worse(text, retrie
 
 def test_how_long_it_takes_if_nobody_says_it():
     """Up to two minutes, and up to eight where a model is read so slowly that these would do little."""
-    assert budget.default_seconds(10_000) == 15 and budget.default_seconds(400) == 110
+    assert budget.default_seconds(10_000) == 11 and budget.default_seconds(400) == 110
     assert 300 < budget.default_seconds(90) < 360 and budget.default_seconds(10) == 480
 
 
