@@ -183,7 +183,8 @@ def test_kill_9_and_come_back(served, tmp_path):
         page.wait_for_selector("#input:focus")
         page.get_by_role("button", name=LONG[:20]).click()
         page.wait_for_selector("li.assistant .remark:has-text('The program ended while this was being written')")
-        assert page.inner_text("li.assistant .body").startswith(before)
+        page.wait_for_selector("li.assistant .block")  # drawn in the next frame
+        assert page.inner_text("li.assistant .block").startswith(before)
         page.get_by_role("button", name="Answer again").click()
         page.wait_for_selector("li.assistant[data-state=running] .block")
         context.close()
