@@ -288,8 +288,12 @@ def to_bytes(llama: Any, tokens: Sequence[int], sequence: int | None = None) -> 
 
 
 def to_file(path: str | os.PathLike[str], llama: Any, tokens: Sequence[int], sequence: int | None = None) -> int:
-    """The same into a file, which appears whole or not at all; how many bytes it has. Raises OSError that names it as well."""
-    with replacing(path) as temporary, llama._evaluating, contextlib.closing(_Saving(llama, tokens, sequence)) as saving:
+    """The same into a file, which appears whole or not at all; how many bytes it has. Raises OSError that names it as well.
+
+    A new one can be read by its owner only: it holds what was said. One that is replaced keeps its permissions.
+    """
+    is_new = not os.path.exists(path)
+    with replacing(path, private=is_new) as temporary, llama._evaluating, contextlib.closing(_Saving(llama, tokens, sequence)) as saving:
         try:
             descriptor = os.open(temporary, os.O_WRONLY | getattr(os, "O_BINARY", 0))
             try:

@@ -534,3 +534,33 @@ def test_many_clients_of_all_kinds():
         assert time.monotonic() - began < 120
     finally:
         assert server.stop() == 0
+
+
+def test_what_the_server_cannot_use_is_said_before_a_model_is_loaded(tmp_path):
+    """A file that is no adapter would end the process with the first request."""
+    (tmp_path / "none.gguf").write_bytes(b"GGUFdamaged")
+    for words, said in (
+        (["--lora", str(tmp_path / "missing.gguf")], "missing.gguf"),
+        (["--lora", str(tmp_path / "none.gguf")], "none.gguf"),
+        (["--lora", str(built_in_model())], "is no LoRA adapter"),
+        (["--api-key", ""], "--api-key is empty"),
+        (["--api-key", " , "], "--api-key is empty"),
+        (["--chat-template", "{% if"], "--chat-template is no Jinja template"),
+    ):
+        small = ["-t", "1", "-np", "1", "-c", "256", "--device", "cpu", "--port", "0"]
+        command = [sys.executable, "-m", "mixkvq", "serve", str(built_in_model()), *small, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and done.stdout == "", words
+        assert len(done.stderr.splitlines()) == 1 and said in done.stderr, (words, done.stderr)
+
+
+def test_an_answer_that_the_end_of_the_server_cuts_is_no_whole_one():
+    body = {**GREEDY, "messages": ASKED, "max_tokens": 900, "ignore_eos": True}
+    with served.model_served(built_in_model(), n_seq=1) as (service, address), httpx.Client(base_url=address, timeout=120) as http:
+        with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            service.engine.cancel_all()
+            rest = "\n".join(lines)
+        assert "The server ended before the answer did." in rest and '"stop"' not in rest and "[DONE]" not in rest.split("The server ended")[0]
+        service.engine.cancel_all()

@@ -653,6 +653,9 @@ def test_a_file_appears_whole_or_not_at_all(state_file, tmp_path, monkeypatch):
         os.close(descriptor)
         assert raised.value.filename == str(target)
         assert target.read_bytes() == b"before" and os.listdir(tmp_path) == ["state"]
+    llama.save_file(tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600  # it holds what was said
+    (tmp_path / "new").unlink()
     llama.save_file(target)
     assert target.stat().st_mode & 0o777 == 0o640 and os.listdir(tmp_path) == ["state"]
     assert llama.load_file(target) == 700

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from bridge.devices import DEVICE_HELP
 
-from ..core.errors import BridgeError
+from ..core.errors import BridgeError, SettingsError
 from ..core.memory import SEQUENCES
 from ..core.outputs import check_different
 from ..study import plots, problems, tasks
@@ -210,8 +210,9 @@ def command(**given: Any) -> int:
     except KeyboardInterrupt:
         _show_some(result, given)
         return interrupted(_kept(result, given))
-    except (BridgeError, OSError, MemoryError):
-        _show_some(result, given)
+    except (BridgeError, OSError, MemoryError) as e:
+        if not isinstance(e, SettingsError):  # else what the file of --out holds is not what was asked for
+            _show_some(result, given)
         raise
     show(result, texts, given)
     return 1 if given["limit"] is not None and result["guarantee"]["cache"] is None else 0

@@ -17,7 +17,7 @@ from bridge.devices import DEVICE_HELP, check_device
 
 from ..core.errors import SettingsError
 from ..core.machine import physical_cores
-from ..core.model_file import ModelFile, built_in_model, check_geometry, open_model
+from ..core.model_file import ModelFile, built_in_model, check_geometry, open_model, read_header
 from ..core.profile import with_profile
 from ..core.settings import STOCK_TYPES, Kv, resolve_kv
 from . import streams
@@ -124,7 +124,7 @@ def command(**given: Any) -> int:
             raise SettingsError(sentence)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise SettingsError(f"The server needs {', '.join(missing)}; install them with: pip install 'mixkvq[server]'.")
+        raise SettingsError(f"The server needs {', '.join(missing)}; install them with: pip install {' '.join(missing)}.")
     from ..server.running import listening, serve
 
     console = Console(file=sys.stderr, highlight=False)
@@ -177,6 +177,10 @@ def _checked(given: dict[str, Any]) -> tuple[ModelFile, Kv, Rules]:
         keys += [line.strip() for line in _read(given["api_key_file"]).splitlines()]
         if not any(keys):
             raise SettingsError(f"{given['api_key_file']} has no key.")
+    if given["api_key"] and not any(keys):
+        raise SettingsError("--api-key is empty: the server would ask for no key.")
+    if given["lora"] is not None and read_header(given["lora"]).values.get("general.type") != "adapter":
+        raise SettingsError(f"{given['lora']} is no LoRA adapter.")
     origins = tuple(origin.rstrip("/") for origin in given["allow_origin"])
     if "*" in origins:
         raise SettingsError("--allow-origin names pages; any page at all may not ask.")

@@ -63,7 +63,8 @@ def command(**given: Any) -> int:
         return _terminal(given, own["private"])
     missing = [name for name in serve.NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise SettingsError(f"The window needs {', '.join(missing)}; install them with: pip install 'mixkvq[window]'. --terminal needs none of them.")
+        needs, words = ", ".join(missing), " ".join(missing)
+        raise SettingsError(f"The window needs {needs}; install them with: pip install {words}. --terminal needs none of them.")
     return _window(given, **own)
 
 
@@ -117,7 +118,7 @@ def _window(given: dict[str, Any], *, private: bool, no_open: bool, port: int, t
                     else:
                         _open(entrance.as_uri(), entrance.parent / "window" if private else _PROFILE)
 
-                run_server(service, rules, where, ready, Window(service, store, folder, lambda: _fits(file, kv, free)).routes(opened(rules.cookie)))
+                run_server(service, rules, where, ready, Window(service, store, folder, lambda: _fits(file, kv, free)).routes(opened(rules)))
             return 0
         finally:
             if service.engine is not None:

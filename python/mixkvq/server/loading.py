@@ -5,9 +5,12 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
+from jinja2 import TemplateError
+
 from bridge.engine import Engine
 from bridge.llama import Llama
 
+from ..core.errors import SettingsError
 from .embedder import Embedder
 from .output import THINK
 from .prompts import CHATML, Prompts
@@ -19,7 +22,11 @@ def service(engine: Engine, name: str, template: str | None = None) -> Service:
     """Of a model that answers. template: in place of the model's own."""
     llama = engine.llama
     bos, eos = llama.begins_and_ends()
-    prompts = Prompts(template or llama.metadata.get("tokenizer.chat_template") or CHATML, bos, eos)
+    try:
+        prompts = Prompts(template or llama.metadata.get("tokenizer.chat_template") or CHATML, bos, eos)
+    except TemplateError as e:
+        whose = "--chat-template" if template else "The model's chat template"
+        raise SettingsError(f"{whose} is no Jinja template: {e.message}.") from None
     llama.show(_marks(prompts))
     found = Service(name, llama.model_path, engine, prompts)
     stats = llama.kv_stats()

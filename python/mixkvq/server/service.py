@@ -142,8 +142,11 @@ class Run:
         for job in self.jobs:
             job.cancel()
 
-    async def events(self) -> AsyncIterator[tuple[int, Event | None]]:
-        """Request and event; None when nothing has happened for a while. When the iterator is closed, everything is cancelled. Raises what failed."""
+    async def events(self, may_be_stopped: bool = False) -> AsyncIterator[tuple[int, Event | None]]:
+        """Request and event; None when nothing has happened for a while. When the iterator is closed, everything is cancelled. Raises what failed.
+
+        may_be_stopped: whether an answer that somebody else has cancelled has ended as it should; otherwise that raises, too.
+        """
         try:
             while self._left:
                 try:
@@ -153,7 +156,10 @@ class Run:
                     continue
                 if isinstance(event, Failed):
                     raise event.error
-                self._left -= isinstance(event, Done)
+                if isinstance(event, Done):
+                    self._left -= 1
+                    if event.reason == "cancelled" and not may_be_stopped:
+                        raise ApiError(503, "The server ended before the answer did.", kind="unavailable_error", code="server_ended")
                 yield i, event
         finally:
             self.cancel()

@@ -167,7 +167,7 @@ class Answer:
                 return "stopped", {}
             done: Done | None = None
             self._run = await self._service.run([replace(planned.requests[0], progress=True)])
-            async for _, event in self._run.events():
+            async for _, event in self._run.events(may_be_stopped=True):
                 if isinstance(event, Progress):
                     self.stream = self._run.jobs[0].stream
                     self._tell({"type": "progress", **progress_of(event)})

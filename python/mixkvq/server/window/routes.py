@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ...chats.formats import ENDINGS, FORMATS, export, take, title_of
 from ...core.errors import StoreError
 from ..errors import ApiError, bad, of_exception
 from ..fields import Fields, parse
+from ..guards import Rules
 from ..service import Service
 from . import cache
 from .answers import Answers
@@ -221,13 +223,19 @@ class Window:
         return await run_in_threadpool(self._fits)
 
 
-def opened(cookie: str) -> Route:
-    """Where a window comes in with the key in its address, which becomes a cookie: so addresses and histories do not keep it."""
+def opened(rules: Rules) -> Route:
+    """Where a window comes in with the key in its address, which becomes a cookie: so addresses and histories do not keep it.
+
+    Another page may lead here with any key; that must not take the window's cookie away.
+    """
 
     async def endpoint(request: Request) -> Response:
         # no redirect: a browser that was led here by another page would not send the cookie with it
         response = Response('<!doctype html><meta http-equiv="refresh" content="0;url=/"><title>MixKVQ</title>', media_type="text/html")
-        response.set_cookie(cookie, request.query_params.get("key", ""), httponly=True, samesite="strict")
+        key = request.query_params.get("key", "")
+        if not any(secrets.compare_digest(key.encode(), known.encode()) for known in rules.keys):
+            return Response("The key is missing or wrong.", status_code=401, media_type="text/plain")
+        response.set_cookie(rules.cookie, key, httponly=True, samesite="strict")
         return response
 
     return Route("/open", endpoint)
