@@ -1150,7 +1150,17 @@ class Jobs {
 #else
         void * memory = ::operator new(sizeof(Shared));
 #endif
-        shared_ = new (memory) Shared;  // until the program ends
+        shared_ = new (memory) Shared;
+    }
+    Jobs(const Jobs &) = delete;
+    Jobs & operator=(const Jobs &) = delete;
+    ~Jobs() {
+        shared_->~Shared();
+#ifdef MIXKVQ_EMULATED
+        munmap(shared_, sizeof(Shared));
+#else
+        ::operator delete(shared_);
+#endif
     }
     Shared & shared() { return *shared_; }
 
